@@ -1,0 +1,226 @@
+"""What rooms hand to one another: plain frozen records and two protocols.
+
+Shape letters, fixed for the whole project: `b` rows on this rank, `n` rows over all ranks, `d` shared
+embedding width, `f` feature width of a tower, `t` tokens, `c h w` channels, height and width.
+`scale` is 1/temperature everywhere.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+COMPONENTS = ("vision", "text", "head", "scale")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run as the launcher promised them."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    launcher: str = "none"
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes and prints."""
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place in the training stream: what comes next follows from it, the seed and the manifest.
+
+    Attributes:
+        epoch: Whole passes over the data already finished.
+        rows: Rows of this epoch already taken, over all ranks.
+    """
+
+    epoch: int = 0
+    rows: int = 0
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What a model wants to be fed; `model` fills it, `data` obeys it.
+
+    Attributes:
+        image_size: Side of the square crop, pixels.
+        mean: Per-channel mean of the normalisation, for pixels in [0, 1].
+        std: Per-channel standard deviation of the normalisation.
+        interpolation: `bicubic` or `bilinear`.
+        tokenize: Captions to token ids, untrimmed of nothing but padding: one list of ints each.
+        pad_token: Id that fills rows shorter than the longest.
+        context_length: Most tokens a caption may have; longer ones are cut by `tokenize`.
+    """
+
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    tokenize: Callable[[Sequence[str]], list[list[int]]]
+    pad_token: int
+    context_length: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A rank's rows of one global batch; row i of every field is one image-caption pair.
+
+    Attributes:
+        image: Normalised pixels, or the image tower's features where they are cached.
+        tokens: Token ids trimmed to the longest caption at hand, or the text tower's cached features.
+        mask: True on real tokens; None with cached features.
+        image_ids: Identity of each row's image; equal ids are never negatives of each other.
+        keys: `KEY#caption` of each row.
+        captions: The caption texts.
+        damaged: One line for each sample of these rows that could not be decoded and was replaced.
+    """
+
+    image: Float[Tensor, "b c h w"] | Float[Tensor, "b f"]
+    tokens: Int64[Tensor, "b t"] | Float[Tensor, "b g"]
+    mask: Bool[Tensor, "b t"] | None
+    image_ids: Int64[Tensor, " b"]
+    keys: list[str]
+    captions: list[str]
+    damaged: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """One modality's rows on their way through the model.
+
+    Attributes:
+        raw: Tower output.
+        projected: Head output.
+        unit: Head output divided by its norm.
+    """
+
+    raw: Float[Tensor, "b f"]
+    projected: Float[Tensor, "b d"]
+    unit: Float[Tensor, "b d"]
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """This rank's objective.
+
+    Attributes:
+        total: Weighted sum of the terms over this rank's rows; nats for the contrastive terms.
+        terms: Each term alone, unweighted and without a graph.
+    """
+
+    total: Float[Tensor, ""]
+    terms: dict[str, Float[Tensor, ""]]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one update measured, the same on every rank.
+
+    Attributes:
+        loss: Objective of the global batch.
+        terms: Each term of the global batch, unweighted.
+        lr: Base learning rate that the update used.
+        logit_scale: Clamped scale before the update.
+        grad_norm: Norm of the whole gradient before clipping, by component and in all (`total`).
+        keys_digest: Order-free digest of the global batch's `KEY#caption`s.
+        applied: False where the update was skipped because something was not finite.
+        damaged: Rows of the global batch that stood in for undecodable samples.
+        stop: True when any rank was told to stop.
+    """
+
+    loss: float
+    terms: dict[str, float]
+    lr: float
+    logit_scale: float
+    grad_norm: dict[str, float]
+    keys_digest: str
+    applied: bool
+    damaged: int
+    stop: bool
+
+
+class Peers(Protocol):
+    """The ranks whose rows are contrasted together. Convention of the gradients: `dist/peers.py`."""
+
+    rank: int
+    size: int
+
+    def columns(self, rows: Tensor) -> Tensor:
+        """Rows of all ranks in rank order, [b ...] -> [n ...]; differentiable."""
+
+    def total(self, value: Tensor) -> Tensor:
+        """Element-wise sum over ranks; differentiable."""
+
+    def logsumexp(self, value: Tensor) -> Tensor:
+        """Element-wise log-sum-exp over ranks; differentiable."""
+
+    def first_row(self, num_rows: int) -> int:
+        """Where this rank's `num_rows` rows begin among the columns."""
+
+
+@dataclass(frozen=True)
+class TrainableTensor:
+    """One trained parameter as an engine holds it, whole and in fp32.
+
+    Attributes:
+        name: Its name in the model.
+        master: fp32 weights.
+        moments: Optimizer state by name (`exp_avg`, `exp_avg_sq`); empty before the first update.
+    """
+
+    name: str
+    master: Tensor
+    moments: dict[str, Tensor]
+
+
+class Engine(Protocol):
+    """Holds the model, shards it or not, and applies updates; two implementations.
+
+    One update is a window: `open_window`, any number of `call`s and `backward`s of which the last says so,
+    then `component_norms`, then `apply`. Gradients are averaged over ranks.
+    """
+
+    label: str
+    device: torch.device
+    dtype: torch.dtype
+    module: nn.Module
+
+    def call(self, mode: str, *inputs: Any) -> Any:
+        """Forward through the engine in its precision; `mode` is a mode of `TwoTower.forward`."""
+
+    def open_window(self) -> None:
+        """Forget every gradient of the window before."""
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Accumulate gradients; with `last` they become final (and, sharded, reduced)."""
+
+    def component_norms(self) -> Float[Tensor, " components"]:
+        """This rank's share of each component's squared gradient norm; the ranks' sum is the square."""
+
+    def apply(self, factor: float, total_norm: float) -> None:
+        """Clip by `total_norm`, update with every group's rate at `factor` times its base."""
+
+    def discard(self) -> None:
+        """End the window without an update."""
+
+    def tensors(self) -> Iterator[TrainableTensor]:
+        """Each trained parameter, whole, in an order equal on all ranks. Collective."""
+
+    def restore(self, tensors: Callable[[str], TrainableTensor], updates: int) -> None:
+        """Set masters and moments by name, and the number of updates that made them. Collective."""
+
+    def whole(self) -> AbstractContextManager[nn.Module]:
+        """The module with every parameter whole on every rank. Collective."""
+
+    def close(self) -> None:
+        """Free what the engine holds."""

@@ -1,0 +1,47 @@
+"""The exception family: what went wrong, in one sentence, and the exit code it ends the process with.
+
+A message names the setting or file, the value, the rule and the repair. User mistakes raise one of these;
+`assert` is for mmscale's own invariants.
+"""
+
+
+class MmscaleError(Exception):
+    """Base of every failure that mmscale explains in one sentence."""
+
+    exit_code = 1
+
+
+class ConfigError(MmscaleError):
+    """The configuration or the command is wrong."""
+
+    exit_code = 2
+
+
+class HaltError(MmscaleError):
+    """Training was halted by its guard, or the doctor says that the space is not healthy."""
+
+    exit_code = 3
+
+
+class DataError(MmscaleError):
+    """The data is wrong: missing, damaged, or not what its manifest says."""
+
+    exit_code = 4
+
+
+class CheckpointError(MmscaleError):
+    """A checkpoint cannot be used."""
+
+    exit_code = 5
+
+
+class LaunchError(MmscaleError):
+    """A rank or the launch failed."""
+
+    exit_code = 6
+
+
+class Stopped(MmscaleError):
+    """The process was told to end by a signal and has written a checkpoint."""
+
+    exit_code = 143
