@@ -1,7 +1,7 @@
-"""The exception family: what went wrong, in one sentence, and the exit code it ends the process with.
+"""The exception family: what went wrong in one sentence, and the exit code that it ends with.
 
-A message names the setting or file, the value, the rule and the repair. User mistakes raise one of these;
-`assert` is for mmscale's own invariants.
+A message names the setting or file, the value, the rule and the repair. User mistakes raise one of
+these; `assert` is for mmscale's own invariants.
 """
 
 
@@ -18,7 +18,7 @@ class ConfigError(MmscaleError):
 
 
 class HaltError(MmscaleError):
-    """Training was halted by its guard, or the doctor says that the space is not healthy."""
+    """Training was halted by its guard."""
 
     exit_code = 3
 
@@ -41,7 +41,7 @@ class LaunchError(MmscaleError):
     exit_code = 6
 
 
-class Stopped(MmscaleError):
-    """The process was told to end by a signal and has written a checkpoint."""
+class TerminatedError(MmscaleError):
+    """The process was told to end by SIGTERM and has written a checkpoint."""
 
     exit_code = 143

@@ -1,0 +1,70 @@
+"""DeepSpeed's JSON: ZeRO and communication choices come from the file, all else from the run.
+
+A number in the file that the run config also decides must agree with it or be `"auto"`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mmscale.errors import ConfigError
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+# What DeepSpeed's own launcher gets when no file is named.
+DEFAULT: dict[str, Any] = {"zero_optimization": {"stage": 1}}
+
+
+def read_deepspeed(name: str | None) -> dict[str, Any]:
+    """The file's settings; `name` is looked up from the working folder, then from the checkout.
+
+    Raises:
+        ConfigError: No such file, not JSON, or a stage that is not 1, 2 or 3.
+    """
+    if name is None:
+        return dict(DEFAULT)
+    path = next((p for p in (Path(name), CHECKOUT / name) if p.is_file()), None)
+    if path is None:
+        raise ConfigError(
+            f"engine.deepspeed={name}: no such file here or in {CHECKOUT}; "
+            "name one such as ds_configs/zero2.json"
+        )
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"engine.deepspeed={path}: not JSON ({error}); mend the file") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"engine.deepspeed={path}: must hold a JSON object of settings")
+    stage = settings.get("zero_optimization", {}).get("stage")
+    if stage not in (1, 2, 3):
+        raise ConfigError(
+            f"engine.deepspeed={path}: zero_optimization.stage={stage} must be 1, 2 or 3; without "
+            "ZeRO use engine.kind=accelerate"
+        )
+    return settings
+
+
+def fill(settings: dict[str, Any], decided: dict[str, Any], name: str | None) -> dict[str, Any]:
+    """Put the run's values where the file leaves them open.
+
+    Args:
+        settings: What the file says.
+        decided: Dotted DeepSpeed key -> the run config's value.
+        name: The file, for messages.
+
+    Raises:
+        ConfigError: Both say something and they differ.
+    """
+    filled: dict[str, Any] = json.loads(json.dumps(settings))
+    for dotted, value in decided.items():
+        *sections, leaf = dotted.split(".")
+        place = filled
+        for section in sections:
+            place = place.setdefault(section, {})
+        given = place.get(leaf, "auto")
+        if given not in ("auto", value):
+            raise ConfigError(
+                f"engine.deepspeed={name}: {dotted}={given} contradicts the run's {value}; "
+                f'write "auto" in the file'
+            )
+        place[leaf] = value
+    return filled

@@ -1,0 +1,143 @@
+"""Outputs of both towers for every image and caption of a set, and the stream that reads them.
+
+A table is written by `engine/encode.py`; with frozen towers it stands in for decoding.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate, islice
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mmscale.contracts import Batch, Position, World
+from mmscale.data.lanes import Item, Lane
+from mmscale.data.shards import ShardSet
+from mmscale.data.stream import Schedule
+from mmscale.errors import DataError
+
+
+@dataclass(frozen=True)
+class FeatureTable:
+    """Tower outputs in manifest order.
+
+    Attributes:
+        image: One row a sample; zeros where the sample is damaged.
+        text: One row a caption, sample by sample.
+        first: Row of `text` at which each sample's captions begin; one more entry closes the last.
+        image_ids: Identity of each sample.
+        good: False where the sample could not be decoded.
+        keys: Key of each sample.
+        captions: Every caption, in the order of `text`.
+        damaged: One line for each sample that could not be decoded.
+    """
+
+    image: Float[Tensor, "samples f"]
+    text: Float[Tensor, "captions g"]
+    first: Int64[Tensor, " edges"]
+    image_ids: Int64[Tensor, " samples"]
+    good: Bool[Tensor, " samples"]
+    keys: list[str]
+    captions: list[str]
+    damaged: list[str]
+
+    def text_ids(self) -> Int64[Tensor, " captions"]:
+        """The image id that each caption belongs to."""
+        return self.image_ids.repeat_interleave(self.first.diff())
+
+    def save(self, path: Path) -> None:
+        """Write aside, then rename."""
+        texts = {"keys": self.keys, "captions": self.captions, "damaged": self.damaged}
+        aside = path.with_suffix(".partial")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {name: getattr(self, name).contiguous() for name in _TENSORS},
+            aside,
+            {"texts": json.dumps(texts)},
+        )
+        aside.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "FeatureTable":
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: Not such a file.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in _TENSORS}
+                texts = json.loads((file.metadata() or {})["texts"])
+        except Exception as error:  # noqa: BLE001 - safetensors has no exception of its own family
+            raise DataError(f"{path}: not a feature cache ({error}); remove the file") from error
+        return cls(**tensors, **texts)
+
+
+_TENSORS = ("image", "text", "first", "image_ids", "good")
+
+
+class CachedStream:
+    """The training stream over a table: the rows of `TrainStream`, without decoding."""
+
+    def __init__(self, schedule: Schedule, shards: ShardSet, table: FeatureTable, world: World):
+        self.schedule = schedule
+        self._table = table
+        self._starts = [0, *accumulate(shard.samples for shard in shards.shards)]
+        count = schedule.lanes // world.size
+        self._mine = range(world.rank * count, (world.rank + 1) * count)
+        self._captions = [int(n) for n in table.first.diff()]
+
+    def batches(self, position: Position) -> Iterator[tuple[Batch, Position]]:
+        """Endless batches from `position` on, each with the position after it."""
+        while True:
+            step = position.rows // self.schedule.batch_rows
+            count = self.schedule.lane_items
+            epoch = position.epoch
+            lanes = [self.schedule.epoch(epoch)[index] for index in self._mine]
+            streams = [lane.items(step * count) for lane in lanes]
+            for at in range(step, self.schedule.steps):
+                rows: list[tuple[int, int]] = []
+                damaged: list[str] = []
+                for lane, items in zip(lanes, streams, strict=True):
+                    for offset, item in enumerate(islice(items, count)):
+                        place = self._place(item)
+                        if not self._table.good[place]:
+                            damaged.append(f"{self._table.keys[place] or place}: undecodable image")
+                            item = self._nearest(lane, at * count + offset)
+                        rows += self._rows(item, epoch)
+                position = self.schedule.after(position)
+                yield self._batch(rows, damaged), position
+
+    def _place(self, item: Item) -> int:
+        return self._starts[item.shard] + item.sample
+
+    def _rows(self, item: Item, epoch: int) -> list[tuple[int, int]]:
+        place = self._place(item)
+        key, captions = self._table.keys[place], self._captions[place]
+        return [(place, c) for c in self.schedule.pick(key, captions, epoch, item.turn)]
+
+    def _nearest(self, lane: Lane, place: int) -> Item:
+        items = list(lane.items())
+        for item in [*reversed(items[:place]), *items[place + 1 :]]:
+            if self._table.good[self._place(item)]:
+                return item
+        raise DataError("a whole lane of data.train cannot be decoded; run mmscale verify")
+
+    def _batch(self, rows: list[tuple[int, int]], damaged: list[str]) -> Batch:
+        table = self._table
+        places = torch.tensor([place for place, _ in rows])
+        texts = table.first[places] + torch.tensor([choice for _, choice in rows])
+        return Batch(
+            image=table.image[places],
+            tokens=table.text[texts],
+            mask=None,
+            image_ids=table.image_ids[places],
+            keys=[f"{table.keys[place]}#{choice}" for place, choice in rows],
+            captions=[table.captions[index] for index in texts.tolist()],
+            damaged=damaged,
+        )

@@ -1,0 +1,76 @@
+"""Every image of a set once, with all its captions, in manifest order: for evaluation and caches."""
+
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mmscale.contracts import InputSpec
+from mmscale.data.shards import DamagedSampleError, SampleReader, ShardSet
+from mmscale.data.transform import decode, eval_transform
+
+
+@dataclass
+class SampleBatch:
+    """Consecutive samples. Samples that cannot be decoded are named and leave no row.
+
+    Attributes:
+        pixels: [m c h w] bytes; None where every sample is damaged.
+        tokens: Token ids of all captions of these samples, one list each.
+        places: Place of each decoded sample in the whole set.
+        image_ids: Identity of each decoded sample.
+        keys: Key of each decoded sample.
+        captions: Captions of each decoded sample.
+        damaged: One line for each sample that could not be decoded.
+    """
+
+    pixels: Tensor | None
+    tokens: list[list[int]] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    image_ids: list[int] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    captions: list[tuple[str, ...]] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
+
+
+class SampleBatches(Dataset):
+    """Batch j holds the samples `places[j * size : (j + 1) * size]`, decoded for evaluation."""
+
+    def __init__(self, shards: ShardSet, spec: InputSpec, places: range, size: int):
+        self._shards, self._spec, self._places, self._size = shards, spec, places, size
+        self._starts = [0, *accumulate(shard.samples for shard in shards.shards)]
+        self._transform = eval_transform(spec)
+        self._reader: SampleReader | None = None
+
+    def __len__(self) -> int:
+        return -(-len(self._places) // self._size)
+
+    def __getitem__(self, index: int) -> SampleBatch:
+        if index >= len(self):
+            raise IndexError(index)
+        self._reader = self._reader or SampleReader(self._shards)
+        batch, pixels = SampleBatch(None), []
+        for place in self._places[index * self._size : (index + 1) * self._size]:
+            shard = next(s for s in range(len(self._starts)) if self._starts[s + 1] > place)
+            try:
+                sample = self._reader.read(shard, place - self._starts[shard])
+                pixels.append(self._transform(decode(sample.image, sample.key)))
+            except DamagedSampleError as error:
+                batch.damaged.append(str(error))
+                continue
+            batch.places.append(place)
+            batch.image_ids.append(sample.image_id)
+            batch.keys.append(sample.key)
+            batch.captions.append(sample.captions)
+        if pixels:
+            batch.pixels = torch.stack(pixels)
+        batch.tokens = self._spec.tokenize([c for captions in batch.captions for c in captions])
+        return batch
+
+    def loader(self, workers: int) -> DataLoader:
+        """Batches in order, decoded by `workers` processes."""
+        return DataLoader(
+            self, batch_size=None, num_workers=workers, generator=torch.Generator()
+        )

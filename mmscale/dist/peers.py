@@ -1,0 +1,154 @@
+"""The one gather of the project and its reductions.
+
+Convention of the gradients, held by every loss: engines average gradients over ranks; each rank returns
+the loss of its own rows averaged over b; backward of `columns` and `total` therefore sums over ranks.
+The mean of the ranks' losses is the loss of the global batch, and the averaged gradient is its gradient.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mmscale.contracts import Peers, World
+
+
+class Alone:
+    """Peers of a single process."""
+
+    rank = 0
+    size = 1
+
+    def columns(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def total(self, value: Tensor) -> Tensor:
+        return value
+
+    def logsumexp(self, value: Tensor) -> Tensor:
+        return value
+
+    def first_row(self, num_rows: int) -> int:
+        return 0
+
+
+class Group:
+    """Peers of the joined ranks; all of them must call the same methods in the same order."""
+
+    def __init__(self, world: World):
+        self.rank = world.rank
+        self.size = world.size
+
+    def columns(self, rows: Tensor) -> Tensor:
+        if rows.dtype.is_floating_point:
+            return _Columns.apply(rows, self.rank, self.size)
+        return _gather(rows, self.size)
+
+    def total(self, value: Tensor) -> Tensor:
+        return _Total.apply(value)
+
+    def logsumexp(self, value: Tensor) -> Tensor:
+        top = value.detach().clone()
+        dist.all_reduce(top, dist.ReduceOp.MAX)
+        # A row that is -inf on every rank (nothing to sum) must stay -inf, not become NaN.
+        top = torch.where(top.isfinite(), top, torch.zeros_like(top))
+        return top + self.total((value - top).exp()).log()
+
+    def first_row(self, num_rows: int) -> int:
+        return self.rank * num_rows
+
+
+def connect(world: World) -> Peers:
+    """The peers of a joined world."""
+    return Group(world) if dist.is_initialized() and world.size > 1 else Alone()
+
+
+def average_gradients(parameters: list[torch.nn.Parameter], bucket_bytes: int = 25 << 20) -> None:
+    """Average `.grad` over ranks in flat buckets; a missing gradient counts as zero.
+
+    For an engine that leaves gradients local. Every rank must pass the same parameters.
+    """
+    bucket: list[torch.nn.Parameter] = []
+    size = 0
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if bucket and (size > bucket_bytes or parameter.dtype != bucket[0].dtype):
+            _average_bucket(bucket)
+            bucket, size = [], 0
+        bucket.append(parameter)
+        size += parameter.numel() * parameter.element_size()
+    if bucket:
+        _average_bucket(bucket)
+
+
+def from_main(world: World, value: Any) -> Any:
+    """Rank 0's JSON-like value, on every rank."""
+    if not dist.is_initialized() or world.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, 0)
+    return box[0]
+
+
+def from_all(world: World | Peers, value: Any) -> list[Any]:
+    """Every rank's JSON-like value, on every rank, in rank order."""
+    if not dist.is_initialized() or world.size == 1:
+        return [value]
+    box: list[Any] = [None] * world.size
+    dist.all_gather_object(box, value)
+    return box
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _average_bucket(parameters: list[torch.nn.Parameter]) -> None:
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(piece.view_as(gradient))
+
+
+def _gather(rows: Tensor, size: int) -> Tensor:
+    columns = rows.new_empty((rows.shape[0] * size, *rows.shape[1:]))
+    dist.all_gather_into_tensor(columns, rows.contiguous())
+    return columns
+
+
+class _Columns(torch.autograd.Function):
+    """All-gather whose backward is a reduce-scatter by sum."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, rank: int, size: int) -> Tensor:
+        ctx.num_rows = rows.shape[0]
+        return _gather(rows, size)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        gradient = gradients[0].contiguous()
+        own = gradient.new_empty((ctx.num_rows, *gradient.shape[1:]))
+        dist.reduce_scatter_tensor(own, gradient)
+        return own, None, None
+
+
+class _Total(torch.autograd.Function):
+    """All-reduce by sum whose backward is the same."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        value = value.clone()
+        dist.all_reduce(value)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        gradient = gradients[0].clone()
+        dist.all_reduce(gradient)
+        return gradient
