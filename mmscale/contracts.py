@@ -6,7 +6,6 @@ embedding width, `f` feature width of a tower, `t` tokens, `c h w` channels, hei
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -169,58 +168,65 @@ class Peers(Protocol):
 
 
 @dataclass(frozen=True)
-class TrainableTensor:
-    """One trained parameter as an engine holds it, whole and in fp32.
+class NamedTensor:
+    """A parameter or buffer as an engine holds it, whole.
 
     Attributes:
         name: Its name in the model.
-        master: fp32 weights.
-        moments: Optimizer state by name (`exp_avg`, `exp_avg_sq`); empty before the first update.
+        value: fp32 master weights of a trained parameter; else the tensor itself.
+        moments: Optimizer state by name (`exp_avg`, `exp_avg_sq`); empty before the first update,
+            and for what is not trained.
     """
 
     name: str
-    master: Tensor
+    value: Tensor
     moments: dict[str, Tensor]
 
 
 class Engine(Protocol):
     """Holds the model, shards it or not, and applies updates; two implementations.
 
-    One update is a window: `open_window`, any number of `call`s and `backward`s of which the last says so,
-    then `component_norms`, then `apply`. Gradients are averaged over ranks.
+    One update is a window: `open_window`, any number of `call`s and `backward`s of which the last
+    says so, then `component_norms`, then `apply` or `discard`. Gradients are averaged over ranks.
+
+    Attributes:
+        label: Name for the log.
+        device: Where this rank computes.
+        module: The model; sharded weights are only whole inside `call`.
+        groups: Optimizer groups with their base rates.
     """
 
     label: str
     device: torch.device
-    dtype: torch.dtype
     module: nn.Module
+    groups: list[dict[str, Any]]
 
     def call(self, mode: str, *inputs: Any) -> Any:
-        """Forward through the engine in its precision; `mode` is a mode of `TwoTower.forward`."""
+        """Forward through the engine in its precision; `mode` is a mode of the model's forward."""
 
     def open_window(self) -> None:
         """Forget every gradient of the window before."""
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Accumulate gradients; with `last` they become final (and, sharded, reduced)."""
+        """Accumulate gradients; with `last` they become final and are averaged over ranks."""
 
     def component_norms(self) -> Float[Tensor, " components"]:
         """This rank's share of each component's squared gradient norm; the ranks' sum is the square."""
 
     def apply(self, factor: float, total_norm: float) -> None:
-        """Clip by `total_norm`, update with every group's rate at `factor` times its base."""
+        """Clip a gradient of norm `total_norm`, update with each rate at `factor` times its base."""
 
     def discard(self) -> None:
         """End the window without an update."""
 
-    def tensors(self) -> Iterator[TrainableTensor]:
-        """Each trained parameter, whole, in an order equal on all ranks. Collective."""
+    def tensors(self) -> Iterator[NamedTensor]:
+        """Every parameter and buffer in an order equal on all ranks. Collective."""
 
-    def restore(self, tensors: Callable[[str], TrainableTensor], updates: int) -> None:
-        """Set masters and moments by name, and the number of updates that made them. Collective."""
+    def restore(self, moments: Callable[[str], dict[str, Tensor]], updates: int) -> None:
+        """Set the optimizer's moments by parameter name and its count of updates.
 
-    def whole(self) -> AbstractContextManager[nn.Module]:
-        """The module with every parameter whole on every rank. Collective."""
+        The weights come with the model that the engine was built from.
+        """
 
     def close(self) -> None:
         """Free what the engine holds."""

@@ -1,0 +1,103 @@
+"""The engine for one device, or several without sharding: accelerate's precision, plain AdamW.
+
+Gradients stay local until the window's last backward and are then averaged in buckets. DDP is not
+used: the gradient cache makes several backwards a window of which only the last may communicate, and
+a part of the model takes part in only one of them, which DDP's reducer does not allow.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mmscale.config.schema import Config
+from mmscale.contracts import NamedTensor, World
+from mmscale.dist.device import DevicePolicy
+from mmscale.dist.peers import average_gradients
+from mmscale.dist.world import check_world
+from mmscale.engine.optimizer import build_optimizer, parameter_groups, set_rates, trained_parts
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+class AccelerateEngine:
+    """One whole replica of the model a rank."""
+
+    def __init__(self, model: nn.Module, config: Config, policy: DevicePolicy, world: World):
+        self._accelerator = Accelerator(
+            cpu=policy.device.type == "cpu", mixed_precision=_PRECISIONS[policy.dtype]
+        )
+        check_world(world, self._accelerator.num_processes, "accelerate")
+        self.label = "accelerate"
+        self.device = policy.device
+        self.module = model.to(policy.device)
+        self._world = world
+        self._clip = config.optim.clip_norm
+        self._parts = trained_parts(model)
+        self.groups = parameter_groups(model, config.optim)
+        optimizer = build_optimizer(self.groups, config.optim, fused=policy.device.type == "cuda")
+        self._optimizer = self._accelerator.prepare_optimizer(optimizer)
+
+    def call(self, mode: str, *inputs: Any) -> Any:
+        with self._accelerator.autocast():
+            return self.module(mode, *inputs)
+
+    def open_window(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self._accelerator.backward(loss)
+        if last and self._world.size > 1:
+            average_gradients([p for part in self._parts.values() for p in part])
+
+    def component_norms(self) -> Float[Tensor, " components"]:
+        if self._accelerator.scaler is not None:
+            self._accelerator.unscale_gradients(self._optimizer)
+        squares = [
+            sum((_square(p.grad) for p in part if p.grad is not None), torch.zeros(()))
+            for part in self._parts.values()
+        ]
+        # Every rank holds the averaged gradient, and the ranks' shares are going to be summed.
+        return torch.stack([torch.as_tensor(s).cpu() for s in squares]) / self._world.size
+
+    def apply(self, factor: float, total_norm: float) -> None:
+        set_rates(self._optimizer.param_groups, factor)
+        if self._clip is not None and total_norm > self._clip:
+            gradients = [p.grad for part in self._parts.values() for p in part if p.grad is not None]
+            torch._foreach_mul_(gradients, self._clip / (total_norm + 1e-6))
+        self._optimizer.step()
+
+    def discard(self) -> None:
+        if self._accelerator.scaler is not None:
+            self._accelerator.scaler.update()
+
+    def tensors(self) -> Iterator[NamedTensor]:
+        state = self._optimizer.optimizer.state
+        for name, parameter in self.module.named_parameters():
+            moments = {}
+            if parameter.requires_grad:
+                moments = {key: state[parameter][key] for key in _MOMENTS if key in state[parameter]}
+            yield NamedTensor(name, parameter.detach(), moments)
+        for name, buffer in self.module.named_buffers():
+            yield NamedTensor(name, buffer, {})
+
+    def restore(self, moments: Callable[[str], dict[str, Tensor]], updates: int) -> None:
+        state = self._optimizer.optimizer.state
+        for name, parameter in self.module.named_parameters():
+            found = moments(name) if parameter.requires_grad else {}
+            if found:
+                state[parameter] = {
+                    "step": torch.tensor(float(updates)),
+                    **{key: value.to(parameter.device).clone() for key, value in found.items()},
+                }
+
+    def close(self) -> None:
+        self._accelerator.free_memory()
+
+
+def _square(gradient: Tensor) -> Tensor:
+    return gradient.float().pow(2).sum() if gradient.dtype.itemsize < 4 else gradient.pow(2).sum()

@@ -1,0 +1,195 @@
+"""The engine that shards: `deepspeed.initialize` with ZeRO 1, 2 or 3; the one file that imports it.
+
+Private names of DeepSpeed 0.19 are used where its API has a gap; each is held by a test in
+`tests/ranks/`, and the version is pinned.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mmscale.config.deepspeed import fill, read_deepspeed
+from mmscale.config.schema import Config
+from mmscale.contracts import NamedTensor, World
+from mmscale.dist.device import DevicePolicy
+from mmscale.dist.world import check_world
+from mmscale.engine.optimizer import build_optimizer, parameter_groups, set_rates, trained_parts
+from mmscale.engine.plan import BatchPlan
+from mmscale.errors import LaunchError
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class DeepSpeedEngine:
+    """The model sharded over all ranks by ZeRO."""
+
+    def __init__(
+        self, model: nn.Module, config: Config, plan: BatchPlan, policy: DevicePolicy, world: World
+    ):
+        deepspeed = _import(policy)
+        settings = _settings(config, plan, policy)
+        deepspeed.init_distributed(dist_backend=policy.backend, auto_mpi_discovery=False)
+        check_world(world, deepspeed.comm.get_world_size(), "DeepSpeed")
+        self._deepspeed = deepspeed
+        self._stage: int = settings["zero_optimization"]["stage"]
+        self.label = f"DeepSpeed ZeRO-{self._stage}"
+        self.device = policy.device
+        # DeepSpeed broadcasts parameters but not buffers; every rank built the same ones.
+        self.module = model.to(policy.device)
+        self._parts = trained_parts(model)
+        self.groups = parameter_groups(model, config.optim)
+        optimizer = build_optimizer(self.groups, config.optim, fused=policy.device.type == "cuda")
+        # ZeRO-3 makes its first optimizer states by an update on zero gradients: at rate 0 it
+        # changes no weight, and the count that it leaves is put back below.
+        set_rates(optimizer.param_groups, 0.0)
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=settings, dist_init_required=False
+        )
+        self._zero = self._engine.optimizer
+        self._updates = 0
+        for state in self._zero.optimizer.state.values():
+            state["step"] = torch.zeros_like(torch.as_tensor(state["step"]))
+
+    def call(self, mode: str, *inputs: Any) -> Any:
+        return self._engine(mode, *inputs)
+
+    def open_window(self) -> None:
+        # ZeRO-3 adds to what the window before left of a parameter that gets no gradient in the
+        # first backward (deepspeed 0.19.8, partition_grads).
+        buffer = getattr(self._zero, "grad_partitions_flat_buffer", None)
+        if buffer is not None:
+            buffer.zero_()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def component_norms(self) -> Float[Tensor, " components"]:
+        squares = torch.zeros(len(self._parts))
+        for index, part in enumerate(self._parts.values()):
+            pieces = [piece.float().pow(2).sum() for p in part for piece in self._gradient(p)]
+            if pieces:
+                squares[index] = torch.stack(pieces).sum().cpu()
+        return squares
+
+    def apply(self, factor: float, total_norm: float) -> None:
+        set_rates(self._zero.param_groups, factor)
+        self._engine.step()
+        self._updates += 1
+
+    def discard(self) -> None:
+        # The gradient is not finite on some rank, so DeepSpeed skips this step on all of them.
+        self._engine.step()
+        assert not self._engine.was_step_applied(), "DeepSpeed updated with a non-finite gradient"
+
+    def tensors(self) -> Iterator[NamedTensor]:
+        utils = self._deepspeed.utils
+        for name, parameter in self._engine.module.named_parameters():
+            if not parameter.requires_grad:
+                yield NamedTensor(name, self._whole(parameter), {})
+                continue
+            moments = {
+                key: utils.safe_get_full_optimizer_state(parameter, key)
+                for key in (_MOMENTS if self._updates else ())
+            }
+            yield NamedTensor(name, utils.safe_get_full_fp32_param(parameter), moments)
+        for name, buffer in self._engine.module.named_buffers():
+            yield NamedTensor(name, buffer, {})
+
+    def restore(self, moments: Callable[[str], dict[str, Tensor]], updates: int) -> None:
+        self._updates = updates
+        if updates == 0:
+            return
+        inner, zero = self._zero.optimizer, self._zero
+        flats = (
+            zero.fp32_partitioned_groups_flat
+            if self._stage == 3
+            else zero.single_partition_of_fp32_groups
+        )
+        for flat in flats:
+            inner.state[flat] = {
+                "step": torch.tensor(float(updates)),
+                **{key: torch.zeros_like(flat) for key in _MOMENTS},
+            }
+        if self._stage != 3:
+            zero._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self._engine.module.named_parameters():
+            for key, value in moments(name).items() if parameter.requires_grad else ():
+                self._set_moment(parameter, value.to(self.device), key)
+
+    def close(self) -> None:
+        root = self._engine.module
+        self._engine.destroy()
+        # ZeRO-3 keeps every root module alive in a module-level list (deepspeed 0.19.8).
+        from deepspeed.runtime.zero import parameter_offload
+
+        stack = parameter_offload.FWD_MODULE_STACK
+        stack[:] = [module for module in stack if module is not root]
+
+    def _gradient(self, parameter: nn.Parameter) -> list[Tensor]:
+        """This rank's piece of a parameter's averaged gradient; empty where it holds none."""
+        if self._stage == 3:
+            piece = parameter._z3_optimizer.get_local_fp32_grad_for_param(parameter)
+            return [] if piece is None else [piece]
+        mapping = parameter._hp_mapping
+        return [] if mapping is None else [mapping.get_lp_grad_fragment(parameter._index_in_param_group)]
+
+    def _whole(self, parameter: nn.Parameter) -> Tensor:
+        if self._stage != 3:
+            return parameter.detach()
+        with self._deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+
+    def _set_moment(self, parameter: nn.Parameter, value: Tensor, key: str) -> None:
+        if self._stage != 3:
+            self._deepspeed.utils.safe_set_full_optimizer_state(parameter, value, key)
+            return
+        # safe_set_full_optimizer_state fails on the rank behind a parameter's end (a scalar's second
+        # rank), so this rank's padded slice is set.
+        size = parameter.ds_tensor.numel()
+        rank, world = self._deepspeed.comm.get_rank(), self._deepspeed.comm.get_world_size()
+        padded = torch.zeros(size * world, dtype=value.dtype, device=value.device)
+        padded[: value.numel()] = value.flatten()
+        own = padded.narrow(0, rank * size, size)
+        self._deepspeed.utils.safe_set_local_optimizer_state(parameter, own, key)
+
+
+def _settings(config: Config, plan: BatchPlan, policy: DevicePolicy) -> dict[str, Any]:
+    """The file's ZeRO choices with the run's batch, clipping and precision."""
+    name = config.engine.deepspeed
+    decided: dict[str, Any] = {
+        "train_batch_size": plan.global_rows,
+        "train_micro_batch_size_per_gpu": plan.rank_rows,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optim.clip_norm or 0.0,
+        "zero_allow_untested_optimizer": True,
+        "fp16.enabled": False,
+        "bf16.enabled": False,
+    }
+    if policy.dtype != torch.float32:
+        decided |= {
+            "torch_autocast.enabled": True,
+            "torch_autocast.dtype": str(policy.dtype).removeprefix("torch."),
+        }
+    return fill(read_deepspeed(name), decided, name)
+
+
+def _import(policy: DevicePolicy) -> Any:
+    if policy.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise LaunchError(
+            f"engine.kind=deepspeed: deepspeed cannot be imported ({error}); install it (Linux only) "
+            "or set engine.kind=accelerate"
+        ) from error
+    # Compiling this op takes a minute and a compiler; only DeepSpeed's inference uses it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    return deepspeed

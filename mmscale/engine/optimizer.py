@@ -1,0 +1,75 @@
+"""AdamW over groups by component, decay or none."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmscale.config.schema import OptimConfig
+from mmscale.contracts import COMPONENTS
+from mmscale.errors import ConfigError
+from mmscale.model.two_tower import component_of, no_decay
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Groups with `name`, `base_lr` and `weight_decay`; every trained parameter is in exactly one.
+
+    Raises:
+        ConfigError: Nothing is trained.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        component = component_of(name)
+        decays = not no_decay(name, parameter)
+        key = f"{component}.{'decay' if decays else 'no_decay'}"
+        rate = config.lr * getattr(config.lr_scale, component)
+        decay = config.weight_decay * getattr(config.weight_decay_scale, component)
+        group = groups.setdefault(
+            key,
+            {
+                "name": key,
+                "params": [],
+                "base_lr": rate,
+                "lr": rate,
+                "weight_decay": decay if decays else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+    if not groups:
+        raise ConfigError("nothing is trained: every part of the model is frozen; unfreeze one")
+    return list(groups.values())
+
+
+def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, fused: bool) -> torch.optim.AdamW:
+    """AdamW over the groups."""
+    return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=fused)
+
+
+def set_rates(groups: list[dict[str, Any]], factor: float) -> None:
+    """Every group's rate at `factor` times its base."""
+    for group in groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+def describe(groups: list[dict[str, Any]]) -> list[str]:
+    """A line a group: parameters, rate, decay."""
+    return [
+        f"{group['name']:>16}: {sum(_numel(p) for p in group['params']):>12,} parameters, "
+        f"lr {group['base_lr']:.3g}, weight decay {group['weight_decay']:.3g}"
+        for group in groups
+    ]
+
+
+def trained_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Trained parameters by component, in the order of `COMPONENTS`."""
+    parts: dict[str, list[nn.Parameter]] = {component: [] for component in COMPONENTS}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parts[component_of(name)].append(parameter)
+    return parts
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

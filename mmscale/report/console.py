@@ -1,0 +1,157 @@
+"""What a person sees while training, on stderr: a live line on a terminal, short lines elsewhere.
+
+Texts may come from data (captions, file names): they are cleaned of control characters and never
+read as markup.
+"""
+
+import time
+import unicodedata
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
+from rich.text import Text
+
+PLAIN_SECONDS = 5.0  # between two lines where stderr is a file
+RECALLS = ("r1", "r5", "r10")
+_BIDI_CONTROLS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+class TrainingConsole:
+    """Shows the run's progress; one line of text for whatever else is said.
+
+    Args:
+        total_steps: Updates in the whole run.
+        chance: Loss in nats of a model that has learnt nothing; None where it has no such level.
+        console: Where to write; default stderr.
+    """
+
+    def __init__(
+        self, total_steps: int, chance: float | None, console: Console | None = None
+    ) -> None:
+        self._console = console or Console(stderr=True)
+        self._total_steps = total_steps
+        self._chance = chance
+        self._recall: tuple[float, float] | None = None
+        self._pace = _Pace(total_steps)
+        self._last_plain = -PLAIN_SECONDS
+        self._progress: Progress | None = None
+
+    def say(self, text: str) -> None:
+        """Write one line."""
+        self._print(Text(clean(text)))
+
+    def warn(self, text: str) -> None:
+        """Write one line that stands out."""
+        self._print(Text.assemble(("warning: ", "bold yellow"), clean(text)))
+
+    def training(self, line: Mapping[str, Any]) -> None:
+        """Show a training line; where stderr is a file, one every few seconds and the last."""
+        step = line["step"]
+        self._pace.update(step)
+        status = self._status(line)
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            self._show_live(step, status)
+        elif step >= self._total_steps or time.monotonic() - self._last_plain >= PLAIN_SECONDS:
+            self._last_plain = time.monotonic()
+            self.say(status)
+
+    def evaluation(self, line: Mapping[str, Any]) -> None:
+        """Write the recalls of an evaluation line."""
+        if "eval/i2t_r1" not in line or "eval/t2i_r1" not in line:
+            return
+        self._recall = line["eval/i2t_r1"], line["eval/t2i_r1"]
+        i2t, t2i = (
+            " / ".join(_number(line.get(f"eval/{way}_{recall}"), ".1f") for recall in RECALLS)
+            for way in ("i2t", "t2i")
+        )
+        over = f"{_number(line.get('eval/images'), ',')} images"
+        self.say(
+            f"step {line.get('step', '?')}: R@1/5/10 image to text {i2t}, text to image {t2i} "
+            f"(percent, {over}, {_number(line.get('eval/captions'), ',')} captions)"
+        )
+
+    def close(self) -> None:
+        """Leave the terminal as it was found."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _status(self, line: Mapping[str, Any]) -> str:
+        """A training line in words, short enough for a terminal."""
+        chance = "" if self._chance is None else f" (chance {self._chance:.3f})"
+        parts = [
+            f"step {line['step']:,}/{self._total_steps:,}",
+            f"loss {_number(line.get('loss'), '.4f')}{chance}",
+        ]
+        if self._recall is not None:
+            parts.append("R@1 " + "/".join(_number(recall, ".1f") for recall in self._recall))
+        parts += [
+            f"{_number(line.get('samples_per_second'), ',.0f')} pairs/s",
+            f"data wait {_number(line.get('data_wait'), '.0%')}",
+            f"{self._pace.left()} left",
+        ]
+        return "  ".join(parts)
+
+    def _show_live(self, step: int, status: str) -> None:
+        if self._progress is None:
+            words = Column(no_wrap=True, overflow="ellipsis")
+            self._progress = Progress(
+                BarColumn(bar_width=16),
+                TextColumn("{task.fields[status]}", markup=False, table_column=words),
+                console=self._console,
+                refresh_per_second=4,
+            )
+            self._progress.add_task("training", total=self._total_steps, status=status)
+            self._progress.start()
+        self._progress.update(self._progress.task_ids[0], completed=step, status=status)
+
+    def _print(self, text: Text) -> None:
+        self._console.print(text, soft_wrap=True)
+
+
+class _Pace:
+    """Time left, from the updates seen since the first."""
+
+    def __init__(self, total_steps: int) -> None:
+        self._total_steps = total_steps
+        self._first: tuple[float, int] | None = None
+        self._now = (0.0, 0)
+
+    def update(self, step: int) -> None:
+        self._now = time.monotonic(), step
+        self._first = self._first or self._now
+
+    def left(self) -> str:
+        assert self._first is not None, "update() comes before left()"
+        seconds, steps = self._now[0] - self._first[0], self._now[1] - self._first[1]
+        missing = max(0, self._total_steps - self._now[1])
+        if not missing:
+            return "0:00"
+        return duration(missing * seconds / steps) if steps > 0 else "?"
+
+
+def clean(text: str) -> str:
+    """One printable line: line ends and tabs become spaces, what could steer a terminal goes."""
+    kept = (
+        " "
+        if character in "\n\r\t" or unicodedata.category(character) in ("Zl", "Zp")
+        else character
+        for character in text
+        if character in "\n\r\t"
+        or (unicodedata.category(character) not in ("Cc", "Cs") and character not in _BIDI_CONTROLS)
+    )
+    return "".join(kept)
+
+
+def duration(seconds: float) -> str:
+    """`1:05` for 65 seconds, `2:00:00` for two hours."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "?" if value is None else format(value, form)

@@ -1,0 +1,104 @@
+"""What the page tells in figures: recalls against chance, and how long the run was."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mmscale.report.chance import chance_recall
+from mmscale.report.console import duration
+from mmscale.report.series import Lines, series
+
+WAYS = {"i2t": "image to text", "t2i": "text to image"}
+TOP = (1, 5, 10)
+
+
+@dataclass(frozen=True)
+class Recalls:
+    """The last evaluation.
+
+    Attributes:
+        step: Updates made before it.
+        images: Images searched, as text.
+        captions: Captions searched, as text.
+        rows: For each direction its name and, for each K, (recall, chance) in percent.
+    """
+
+    step: str
+    images: str
+    captions: str
+    rows: list[tuple[str, list[tuple[str, str]]]]
+
+
+def collect_recalls(lines: Lines) -> Recalls | None:
+    """Recalls of the last line that holds any, beside what drawing blindly gives."""
+    held = [line for line in lines if any(f"eval/{way}_r1" in line for way in WAYS)]
+    if not held:
+        return None
+    line = held[-1]
+    rows = [
+        (name, [(_text(line.get(f"eval/{way}_r{k}"), ".1f"), _chance(line, way, k)) for k in TOP])
+        for way, name in WAYS.items()
+    ]
+    images, captions = (_text(line.get(f"eval/{key}"), ",") for key in ("images", "captions"))
+    return Recalls(_text(line.get("step"), ","), images, captions, rows)
+
+
+def collect_facts(lines: Lines, chance: float | None) -> list[tuple[str, str]]:
+    """Name and value of each figure that the lines can give."""
+    training = [line for line in lines if "loss" in line]
+    finished = next((line for line in reversed(lines) if line.get("finished")), None)
+    facts = [("state", "finished" if finished else "not finished")]
+    if training:
+        facts += [
+            ("steps", _text(training[-1].get("step"), ",")),
+            ("pairs seen", _text(training[-1].get("samples"), ",")),
+        ]
+    facts += [
+        (name, value)
+        for name, value in (
+            ("training time", _training_time(training)),
+            ("speed, median", _median(training, "samples_per_second", ",.0f", " pairs/s")),
+            ("waiting for data, median", _median(training, "data_wait", ".1%")),
+            ("last loss", _last(training, "loss", ".4f", " nats")),
+            ("loss at chance", None if chance is None else f"{chance:.4f} nats"),
+            ("last logit scale", _last(training, "logit_scale", ".2f")),
+        )
+        if value is not None
+    ]
+    return facts
+
+
+def _training_time(training: Lines) -> str | None:
+    """Pairs over speed, summed line by line: pauses between restarts do not count."""
+    seconds, seen = 0.0, 0
+    for line in training:
+        speed, samples = line.get("samples_per_second"), line.get("samples")
+        if speed and samples:
+            seconds += max(0, samples - seen) / speed
+            seen = samples
+    return duration(seconds) if seconds else None
+
+
+def _median(training: Lines, key: str, form: str, unit: str = "") -> str | None:
+    curve = series(training, key)
+    return None if curve is None else f"{np.median(curve.values):{form}}{unit}"
+
+
+def _last(training: Lines, key: str, form: str, unit: str = "") -> str | None:
+    curve = series(training, key)
+    return None if curve is None else f"{curve.values[-1]:{form}}{unit}"
+
+
+def _chance(line: Mapping[str, Any], way: str, k: int) -> str:
+    images, captions = line.get("eval/images"), line.get("eval/captions")
+    if not images or not captions:
+        return "?"
+    if way == "i2t":
+        return f"{chance_recall(k, captions, captions / images):.2f}"
+    return f"{chance_recall(k, images):.2f}"
+
+
+def _text(value: float | None, form: str) -> str:
+    return "?" if value is None else format(value, form)

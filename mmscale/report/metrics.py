@@ -1,0 +1,107 @@
+"""`metrics.jsonl`: one JSON object a line, appended while training, mended on resume.
+
+Floats are written so that they read back to the same bits. JSON has no NaN and no infinity: they
+are written as null, which every reader takes for "no figure".
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mmscale.errors import DataError
+
+
+class MetricsLog:
+    """An open metrics file; every line is handed to the operating system as it is written."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8", newline="\n")
+
+    @classmethod
+    def resume(cls, path: Path, step: int) -> "MetricsLog":
+        """Open the log of a run that goes on from `step`, as if nothing later had happened.
+
+        Lines past `step`, a `finished` line and a torn last line are cut away; the file is replaced
+        in one move, and the lines that stay keep their bytes.
+        """
+        if path.exists():
+            kept = [raw for raw, line in _lines(path) if _survives(line, step)]
+            replace_file(path, b"".join(kept))
+        return cls(path)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append one object."""
+        text = json.dumps(_plain(line), allow_nan=False)
+        self._file.write(text + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; nothing can be written afterwards."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Every whole line of a metrics file; a torn last line is left out.
+
+    Raises:
+        DataError: The file cannot be read, or a line before the last is not a JSON object.
+    """
+    return [line for _, line in _lines(path)]
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file in one move: readers see the old content or the new, never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each whole line as its bytes, newline included, and its object."""
+    try:
+        raw_lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error}); name a readable metrics file"
+        ) from error
+    for number, raw in enumerate(raw_lines, start=1):
+        line = _parse(raw)
+        if line is not None:
+            yield raw, line
+        elif number < len(raw_lines):
+            raise DataError(f"{path} line {number}: must be a JSON object; delete that line")
+
+
+def _parse(raw: bytes) -> dict[str, Any] | None:
+    # A line without its newline was cut while it was written, even where it happens to be JSON.
+    if not raw.endswith(b"\n"):
+        return None
+    try:
+        line = json.loads(raw)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) else None
+
+
+def _survives(line: dict[str, Any], step: int) -> bool:
+    return not line.get("finished") and line.get("step", 0) <= step
+
+
+def _plain(value: Any) -> Any:
+    """Containers and scalars as JSON knows them; tensor and array scalars become numbers."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if hasattr(value, "item"):
+        return _plain(value.item())
+    return value

@@ -1,0 +1,100 @@
+"""The one voice of a run: what training measures goes to the log, the console and wandb from here.
+
+Every rank holds a `Report` and calls it alike; only the main rank's writes and speaks.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from mmscale.config.schema import Config
+from mmscale.contracts import World
+from mmscale.report.chance import chance_loss
+from mmscale.report.console import TrainingConsole
+from mmscale.report.metrics import MetricsLog
+from mmscale.report.wandb import WandbSink, require_wandb
+
+
+class Report:
+    """Takes a run's lines and texts; silent on every rank but the main one.
+
+    Args:
+        config: The resolved configuration.
+        world: The processes of the run.
+        total_steps: Updates in the whole run.
+        start_step: Updates already made; past zero, the log is cut back to it and continued.
+
+    Raises:
+        ConfigError: wandb is asked for and missing; on every rank.
+    """
+
+    def __init__(self, config: Config, world: World, total_steps: int, start_step: int) -> None:
+        require_wandb(config)
+        self._console: TrainingConsole | None = None
+        self._sinks: list[MetricsLog | WandbSink] = []
+        if world.is_main:
+            chance = chance_loss(config.model_dump(), world.size)
+            self._console = TrainingConsole(total_steps, chance)
+            self._sinks.append(_open_log(Path(config.run.dir) / "metrics.jsonl", start_step))
+            if config.log.wandb != "off":
+                self._sinks.append(WandbSink(config, self.warn))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def say(self, text: str) -> None:
+        """Tell one line."""
+        if self._console:
+            self._console.say(text)
+
+    def warn(self, text: str) -> None:
+        """Tell one line that must not be missed."""
+        if self._console:
+            self._console.warn(text)
+
+    def training(self, line: Mapping[str, Any]) -> None:
+        """Record what one update measured, or several since the last line."""
+        self._write(line)
+        if self._console:
+            self._console.training(line)
+
+    def probe(self, line: Mapping[str, Any]) -> None:
+        """Record the embedding space's figures (`health/*`)."""
+        self._write(line)
+
+    def evaluation(self, line: Mapping[str, Any]) -> None:
+        """Record the recalls on held-out pairs (`eval/*`)."""
+        self._write(line)
+        if self._console:
+            self._console.evaluation(line)
+
+    def finish(self, line: Mapping[str, Any]) -> None:
+        """Record that the run is whole; nothing may be recorded afterwards."""
+        self._write({"finished": True, **line})
+
+    def close(self) -> None:
+        """Close the files and free the terminal; may be called twice."""
+        if self._console:
+            self._console.close()
+        while self._sinks:
+            self._sinks.pop().close()
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        for sink in self._sinks:
+            sink.write(line)
+
+
+def _open_log(path: Path, start_step: int) -> MetricsLog:
+    if start_step == 0:
+        # A run that died before its first checkpoint starts over, and so does its log.
+        path.unlink(missing_ok=True)
+    return MetricsLog.resume(path, start_step)

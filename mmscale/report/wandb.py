@@ -1,0 +1,94 @@
+"""Figures to Weights & Biases, when `log.wandb` asks for it: figures and settings, never pictures.
+
+A run that trains must not end because a web service does: failures are told once, then ignored.
+"""
+
+import importlib
+import importlib.util
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mmscale.config.schema import Config
+from mmscale.errors import ConfigError
+
+
+def require_wandb(config: Config) -> None:
+    """Refuse a configuration that wants wandb where it is not installed; the same on every rank.
+
+    Raises:
+        ConfigError: `log.wandb` is not `off` and wandb cannot be found.
+    """
+    if config.log.wandb != "off" and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            f"log.wandb={config.log.wandb} needs wandb, which is not installed; "
+            "run pip install 'mmscale[wandb]' or set log.wandb=off"
+        )
+
+
+class WandbSink:
+    """Sends metric lines to wandb; a resumed run goes on under the same id.
+
+    Raises:
+        ConfigError: wandb is not installed, or its import fails.
+    """
+
+    def __init__(self, config: Config, warn: Callable[[str], None]) -> None:
+        require_wandb(config)
+        self._warn = warn
+        self._run: Any = None
+        self._attempt(lambda: self._start(_import_wandb(config), config))
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Send one metric line."""
+        # log()'s own step must rise, which it does not after a resume: step is a metric instead.
+        if self._run is not None:
+            self._attempt(lambda: self._run.log(dict(line)))
+
+    def close(self) -> None:
+        """Send what is left and end the wandb run."""
+        if self._run is not None:
+            self._attempt(lambda: self._run.finish())
+
+    def _start(self, wandb: Any, config: Config) -> None:
+        folder = Path(config.run.dir)
+        self._run = wandb.init(
+            project=config.log.wandb_project,
+            name=folder.name,
+            id=_run_id(folder),
+            resume="allow",
+            mode=config.log.wandb,
+            dir=str(folder),
+            config=config.model_dump(mode="json"),
+            settings=wandb.Settings(console="off", save_code=False, silent=True),
+        )
+        self._run.define_metric("*", step_metric="step")
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except ConfigError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a web service may fail in any way
+            self._run = None
+            self._warn(f"wandb failed ({error}); training goes on without it")
+
+
+def _import_wandb(config: Config) -> Any:
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise ConfigError(
+            f"log.wandb={config.log.wandb}: importing wandb failed ({error}); "
+            "run pip install 'mmscale[wandb]' or set log.wandb=off"
+        ) from error
+
+
+def _run_id(folder: Path) -> str:
+    """The id that this run folder has had since its first start."""
+    path = folder / "wandb" / "run-id"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(uuid.uuid4().hex, "utf-8")
+    return path.read_text("utf-8").strip()

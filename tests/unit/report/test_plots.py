@@ -1,0 +1,101 @@
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmscale.report.health import draw_health
+from mmscale.report.plots import (
+    draw_gradient_norms,
+    draw_loss,
+    draw_recall,
+    draw_schedule,
+    draw_similarity,
+)
+from mmscale.report.series import Series, series, smoothed
+
+OF_LINES = {
+    "loss": lambda lines: draw_loss(lines, 3.47),
+    "loss without chance": lambda lines: draw_loss(lines, None),
+    "schedule": draw_schedule,
+    "recall": draw_recall,
+    "gradient norms": draw_gradient_norms,
+    "health": draw_health,
+}
+
+
+def pixels(source):
+    head, _, body = source.partition(",")
+    assert head == "data:image/png;base64"
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(body))).convert("RGB"))
+
+
+@pytest.mark.parametrize("draw", OF_LINES.values(), ids=OF_LINES.keys())
+def test_a_picture_shows_something_on_white(draw, run_lines):
+    picture = pixels(draw(run_lines))
+    assert (picture[0, 0] == 255).all()
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
+
+
+@pytest.mark.parametrize("draw", OF_LINES.values(), ids=OF_LINES.keys())
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [],
+        [{"finished": True}],
+        [{"step": 1, "loss": None, "lr": "x", "grad_norm_text": None, "health/gap": None}],
+    ],
+    ids=["no line", "no figure", "no number"],
+)
+def test_nothing_to_draw_is_none(draw, lines):
+    assert draw(lines) is None
+
+
+@pytest.mark.parametrize("draw", OF_LINES.values(), ids=OF_LINES.keys())
+def test_one_point_is_enough(draw, run_lines):
+    first = [line for line in run_lines if line.get("step") == 10]
+    assert pixels(draw(first)).std() > 0
+
+
+def test_a_tower_without_gradient_leaves_the_other(run_lines):
+    frozen = [{**line, "grad_norm_text": 0.0} for line in run_lines if "loss" in line]
+    assert pixels(draw_gradient_norms(frozen)).std() > 0
+    assert draw_gradient_norms([{"step": 1, "grad_norm_text": 0.0}]) is None
+
+
+def test_the_similarity_histogram_is_drawn_in_both_colours(histograms):
+    picture = pixels(draw_similarity(histograms)).astype(int)
+    red, blue = picture[..., 0], picture[..., 2]
+    assert (blue - red > 100).sum() > 100
+    assert (red - blue > 100).sum() > 100
+
+
+@pytest.mark.parametrize(
+    "matched",
+    [None, {}, {"edges": [0, 1], "counts": []}, {"edges": [0, 1], "counts": [0]}, "text"],
+)
+def test_histograms_that_do_not_fit_are_left_out(histograms, matched):
+    assert draw_similarity({"matched": matched}) is None
+    assert draw_similarity({**histograms, "matched": matched}) is not None
+
+
+def test_the_later_line_of_a_step_counts():
+    curve = series([{"step": 2, "x": 1.0}, {"step": 1, "x": 5.0}, {"step": 2, "x": 3.0}], "x")
+    assert curve.steps.tolist() == [1, 2]
+    assert curve.values.tolist() == [5, 3]
+
+
+def test_smoothing_keeps_a_constant_and_calms_noise():
+    steps = np.arange(1000.0)
+    assert np.allclose(smoothed(Series(steps, np.full(1000, 2.0))).values, 2.0)
+    noise = np.random.default_rng(0).normal(size=1000)
+    assert smoothed(Series(steps, noise)).values[100:].std() < 0.3
+
+
+def test_health_gives_each_figure_a_panel_and_joins_the_sides():
+    lines = [{"step": 1, "health/pairs": 256}]
+    assert draw_health(lines) is None
+    one = pixels(draw_health([{"step": 1, "health/std_image": 0.1, "health/std_text": 0.2}]))
+    five = pixels(draw_health([{"step": 1} | {f"health/figure{n}": n for n in range(5)}]))
+    assert five.shape[0] > 1.5 * one.shape[0]
