@@ -1,8 +1,8 @@
 """What rooms hand to one another: plain frozen records and two protocols.
 
-Shape letters, fixed for the whole project: `b` rows on this rank, `n` rows over all ranks, `d` shared
-embedding width, `f` feature width of a tower, `t` tokens, `c h w` channels, height and width.
-`scale` is 1/temperature everywhere.
+Shape letters, fixed for the whole project: `b` rows on this rank, `n` rows over all ranks, `d`
+shared embedding width, `f` feature width of a tower, `t` tokens, `c h w` channels, height and
+width. `scale` is 1/temperature everywhere.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -73,7 +73,8 @@ class Batch:
 
     Attributes:
         image: Normalised pixels, or the image tower's features where they are cached.
-        tokens: Token ids trimmed to the longest caption at hand, or the text tower's cached features.
+        tokens: Token ids trimmed to the longest caption at hand, or the text tower's cached
+            features.
         mask: True on real tokens; None with cached features.
         image_ids: Identity of each row's image; equal ids are never negatives of each other.
         keys: `KEY#caption` of each row.

@@ -4,6 +4,9 @@ A message names the setting or file, the value, the rule and the repair. User mi
 these; `assert` is for mmscale's own invariants.
 """
 
+import sys
+from collections.abc import Callable
+
 
 class MmscaleError(Exception):
     """Base of every failure that mmscale explains in one sentence."""
@@ -45,3 +48,18 @@ class TerminatedError(MmscaleError):
     """The process was told to end by SIGTERM and has written a checkpoint."""
 
     exit_code = 143
+
+
+def explained(action: Callable[[], int]) -> int:
+    """Run a command; a failure becomes a sentence on stderr and its exit code.
+
+    A bug of our own keeps its traceback and ends with 1.
+    """
+    try:
+        return action()
+    except MmscaleError as error:
+        sys.stderr.write(f"mmscale: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("mmscale: interrupted\n")
+        return 130

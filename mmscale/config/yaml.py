@@ -1,7 +1,7 @@
 """YAML as its 1.2 core schema reads it: `3e-4` is a number, `off` and `no` are text.
 
-PyYAML follows YAML 1.1, where `lr: 3e-4` is text and `wandb: off` is false; a key given twice, which
-PyYAML lets the later value win silently, is refused.
+PyYAML follows YAML 1.1, where `lr: 3e-4` is text and `wandb: off` is false; a key given twice,
+which PyYAML lets the later value win silently, is refused.
 """
 
 import re
@@ -72,3 +72,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"{path}: holds {type(content).__name__}, must hold settings as key: value"
         )
     return content
+
+
+def write_yaml(path: Path, settings: dict[str, Any]) -> None:
+    """Write settings so that `read_yaml` reads them back."""
+    path.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), "utf-8")

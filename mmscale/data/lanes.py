@@ -1,8 +1,8 @@
 """The order of the stream: a function of seed, epoch and manifest, never of ranks or workers.
 
-An epoch is a tape of items: the shards in a seeded order, laid end to end, started at a seeded place
-(so that the remainder differs each epoch) and cut into lanes of equal length. Each lane shuffles
-through its own seeded buffer. Nothing here reads a file.
+An epoch is a tape of items: the shards in a seeded order, laid end to end, started at a seeded
+place (so that the remainder differs each epoch) and cut into lanes of equal length. Each lane
+shuffles through its own seeded buffer. Nothing here reads a file.
 """
 
 import bisect

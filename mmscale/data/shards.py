@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 import braceexpand
-from webdataset.tariterators import group_by_keys, tar_file_iterator
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from mmscale.data.lanes import seeded
 from mmscale.data.manifest import Manifest, Shard, read_manifest
 from mmscale.errors import DataError
 
@@ -158,9 +159,10 @@ def parse_sample(content: bytes, where: str) -> Sample:
         DamagedSampleError: Not a tar, no image, no caption, or a wrong description.
     """
     try:
-        members = next(
-            group_by_keys(tar_file_iterator(io.BytesIO(content), select_files=_wanted)), None
+        files = tar_file_expander(
+            [{"url": where, "stream": io.BytesIO(content)}], select_files=_wanted
         )
+        members = next(group_by_keys(files), None)
     except Exception as error:  # noqa: BLE001 - whatever a damaged tar makes tarfile raise
         raise DamagedSampleError(f"{where}: not a tar member ({error})") from error
     if members is None:
@@ -178,14 +180,16 @@ def _wanted(name: str) -> bool:
 
 
 def _describe(members: dict, where: str) -> tuple[tuple[str, ...], int]:
+    """Captions and image id; shards made elsewhere may have neither in their json."""
     try:
-        fields = json.loads(members["json"])
-        captions = tuple(fields["captions"])
-        image_id = fields["image_id"]
-    except (KeyError, ValueError, TypeError) as error:
-        raise DamagedSampleError(f"{where}: its json has no captions and image_id ({error})") from error
-    if not captions or not all(isinstance(c, str) and c.strip() for c in captions):
-        raise DamagedSampleError(f"{where}: has an empty caption or none")
+        fields = json.loads(members.get("json", b"{}"))
+        captions = fields.get("captions") or [members["txt"].decode("utf-8")]
+        image_id = fields.get("image_id")
+        source = fields.get("source", "")
+    except (KeyError, ValueError, AttributeError) as error:
+        raise DamagedSampleError(f"{where}: has no readable captions ({error})") from error
+    if not all(isinstance(caption, str) and caption.strip() for caption in captions):
+        raise DamagedSampleError(f"{where}: has an empty caption")
     if not isinstance(image_id, int) or not 0 <= image_id < 2**63:
-        raise DamagedSampleError(f"{where}: image_id={image_id!r} is not an integer in [0, 2^63)")
-    return captions, image_id
+        image_id = seeded(source, members["__key__"])
+    return tuple(captions), image_id

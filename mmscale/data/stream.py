@@ -242,7 +242,7 @@ class _Turns(IterableDataset):
             try:
                 rows = self._rows(item, epoch, reader)
             except DamagedSampleError as error:
-                rows = self._nearest(lane, start + offset, epoch, reader)
+                rows = self._nearest(lane, start + offset, epoch, reader, str(error))
                 share.damaged.append(str(error))
             for image, key, caption, image_id in rows:
                 pixels.append(image)
@@ -269,7 +269,7 @@ class _Turns(IterableDataset):
         return rows
 
     def _nearest(
-        self, lane: Lane, place: int, epoch: int, reader: SampleReader
+        self, lane: Lane, place: int, epoch: int, reader: SampleReader, reason: str
     ) -> list[tuple[Tensor, str, str, int]]:
         """Rows of the nearest earlier good sample of the lane; of the first later one at its start."""
         items = list(lane.items())
@@ -278,4 +278,6 @@ class _Turns(IterableDataset):
                 return self._rows(item, epoch, reader)
             except DamagedSampleError:
                 continue
-        raise DataError("a whole lane of data.train cannot be decoded; run mmscale verify")
+        raise DataError(
+            f"no sample of a whole lane of data.train can be used, the first {reason}; run mmscale verify"
+        )

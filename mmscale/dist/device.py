@@ -48,7 +48,9 @@ def choose(config: EngineConfig, local_rank: int = 0) -> DevicePolicy:
             )
         torch.cuda.set_device(device)
     dtype, reason = _dtype(config.precision, kind)
-    return DevicePolicy(device, dtype, reason, "nccl" if kind == "cuda" else "gloo")
+    # Small agreements are made on the CPU, whatever the rows are gathered on.
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    return DevicePolicy(device, dtype, reason, backend)
 
 
 def _dtype(precision: str, kind: str) -> tuple[torch.dtype, str]:

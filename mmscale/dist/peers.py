@@ -1,8 +1,9 @@
 """The one gather of the project and its reductions.
 
-Convention of the gradients, held by every loss: engines average gradients over ranks; each rank returns
-the loss of its own rows averaged over b; backward of `columns` and `total` therefore sums over ranks.
-The mean of the ranks' losses is the loss of the global batch, and the averaged gradient is its gradient.
+Convention of the gradients, held by every loss: engines average gradients over ranks; each rank
+returns the loss of its own rows averaged over b; backward of `columns` and `total` therefore sums
+over ranks. The mean of the ranks' losses is the loss of the global batch, and the averaged gradient
+is its gradient.
 """
 
 from typing import Any

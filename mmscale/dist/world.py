@@ -66,14 +66,18 @@ def _launcher(environ: Mapping[str, str]) -> str:
     return "slurm" if "SLURM_PROCID" in environ else "environment"
 
 
-def join(world: World, backend: str, timeout_seconds: int) -> None:
-    """Connect the ranks; returns at once for a world of one without a launcher.
+def join(world: World, backend: str, timeout_seconds: int, alone_too: bool = False) -> None:
+    """Connect the ranks; without a launcher a world of one is connected only if `alone_too`.
 
     Raises:
         LaunchError: The others could not be reached in time.
     """
     global _store
-    if dist.is_initialized() or (world.size == 1 and world.launcher == "none"):
+    if dist.is_initialized():
+        return
+    if world.launcher == "none":
+        if alone_too:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
     timeout = timedelta(seconds=timeout_seconds)
     try:

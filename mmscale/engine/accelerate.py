@@ -1,8 +1,8 @@
 """The engine for one device, or several without sharding: accelerate's precision, plain AdamW.
 
 Gradients stay local until the window's last backward and are then averaged in buckets. DDP is not
-used: the gradient cache makes several backwards a window of which only the last may communicate, and
-a part of the model takes part in only one of them, which DDP's reducer does not allow.
+used: the gradient cache makes several backwards a window of which only the last may communicate,
+and a part of the model takes part in only one of them, which DDP's reducer does not allow.
 """
 
 from collections.abc import Callable, Iterator

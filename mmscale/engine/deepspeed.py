@@ -33,7 +33,8 @@ class DeepSpeedEngine:
     ):
         deepspeed = _import(policy)
         settings = _settings(config, plan, policy)
-        deepspeed.init_distributed(dist_backend=policy.backend, auto_mpi_discovery=False)
+        backend = "nccl" if policy.device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
         check_world(world, deepspeed.comm.get_world_size(), "DeepSpeed")
         self._deepspeed = deepspeed
         self._stage: int = settings["zero_optimization"]["stage"]
@@ -149,7 +150,8 @@ class DeepSpeedEngine:
         if self._stage != 3:
             self._deepspeed.utils.safe_set_full_optimizer_state(parameter, value, key)
             return
-        # safe_set_full_optimizer_state fails on the rank behind a parameter's end (a scalar's second
+        # safe_set_full_optimizer_state fails on the rank behind a parameter's end (a scalar's
+        # second
         # rank), so this rank's padded slice is set.
         size = parameter.ds_tensor.numel()
         rank, world = self._deepspeed.comm.get_rank(), self._deepspeed.comm.get_world_size()

@@ -53,15 +53,6 @@ def set_rates(groups: list[dict[str, Any]], factor: float) -> None:
         group["lr"] = group["base_lr"] * factor
 
 
-def describe(groups: list[dict[str, Any]]) -> list[str]:
-    """A line a group: parameters, rate, decay."""
-    return [
-        f"{group['name']:>16}: {sum(_numel(p) for p in group['params']):>12,} parameters, "
-        f"lr {group['base_lr']:.3g}, weight decay {group['weight_decay']:.3g}"
-        for group in groups
-    ]
-
-
 def trained_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Trained parameters by component, in the order of `COMPONENTS`."""
     parts: dict[str, list[nn.Parameter]] = {component: [] for component in COMPONENTS}
@@ -70,6 +61,3 @@ def trained_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
             parts[component_of(name)].append(parameter)
     return parts
 
-
-def _numel(parameter: nn.Parameter) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -88,7 +88,8 @@ def _lanes(config: Config, world: int) -> int:
         usual = max(n for n in range(1, min(64, images) + 1) if images % n == 0)
         return usual if usual % world == 0 else min(fitting, key=lambda n: abs(n - 64))
     if lanes not in fitting:
-        near = sorted(sorted(fitting, key=lambda n: abs(n - lanes))[:2])
+        below, above = [n for n in fitting if n < lanes], [n for n in fitting if n > lanes]
+        near = below[-1:] + above[:1]
         raise ConfigError(
             f"data.lanes={lanes} must divide the {images} images of a batch and be a multiple of "
             f"{world} ranks; nearest: {' or '.join(map(str, near))}"

@@ -94,9 +94,7 @@ def _agree(
             torch.tensor([float(len(batch.damaged)), float(stop)], dtype=torch.float64),
         ]
     )
-    # MPS has no float64, and is always alone; NCCL reduces on the device.
-    on_device = numbers.to(engine.device) if engine.device.type == "cuda" else numbers
-    total, *rest = peers.total(on_device).tolist()
+    total, *rest = peers.total(numbers).tolist()
     terms, rest = dict(zip(names, rest, strict=False)), rest[len(names) :]
     squares, rest = rest[: len(COMPONENTS)], rest[len(COMPONENTS) :]
     parts, (damaged, stops) = rest[:4], rest[4:]

@@ -24,8 +24,8 @@ def infonce(
     caption over the images; half the sum of both means. With distinct ids it is CLIP's loss, with
     equal ones SupCon's L_out across modalities. Its floor is the mean of ln(number of positives).
 
-    Each similarity block is computed once: a rank holds the rows of its own images, and the captions'
-    sums over images are completed over ranks.
+    Each similarity block is computed once: a rank holds the rows of its own images, and the
+    captions' sums over images are completed over ranks.
 
     Args:
         image: Unit rows of the images.

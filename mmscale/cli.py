@@ -1,0 +1,255 @@
+"""The `mmscale` command: one thin function a verb."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmscale.errors import CheckpointError, ConfigError, explained
+
+app = typer.Typer(
+    help="Distributed trainer for image-text dual encoders.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+Run = Annotated[Path, typer.Argument(help="A run folder or one of its checkpoints.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
+Data = Annotated[str, typer.Option("--data", help="A packed folder, or shard globs.")]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(explained(_invoke))
+
+
+def _invoke() -> int:
+    # Outside click's own error handling a verb's exit code is whatever it returns.
+    try:
+        return app(standalone_mode=False) or 0
+    except typer.Exit as leave:
+        return leave.exit_code
+    except typer.Abort as error:
+        raise KeyboardInterrupt from error
+    except Exception as error:
+        if hasattr(error, "format_message"):
+            raise ConfigError(f"{error.format_message()} (see mmscale --help)") from error
+        raise
+
+
+@app.command()
+def synth(
+    out: Annotated[Path, typer.Option(help="Folder to write, in Flickr30k's layout.")],
+    images: Annotated[int, typer.Option(help="Images in all.", min=3)] = 6000,
+    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+    size: Annotated[int, typer.Option(help="Side of an image, pixels.", min=32)] = 96,
+    mispaired: Annotated[
+        float, typer.Option(help="Share of images with another's captions.", min=0, max=1)
+    ] = 0.0,
+    duplicates: Annotated[
+        float, typer.Option(help="Share of images that repeat another's scene.", min=0, max=1)
+    ] = 0.0,
+    ambiguity: Annotated[
+        float, typer.Option(help="Chance that a caption drops attributes.", min=0, max=1)
+    ] = 0.0,
+) -> int:
+    """Render captioned scenes in Flickr30k's layout."""
+    from mmscale.data.synth import render
+
+    render(
+        out,
+        images,
+        seed,
+        size=size,
+        mispaired=mispaired,
+        duplicates=duplicates,
+        ambiguity=ambiguity,
+    )
+    _say(f"{images:,} images with 5 captions each in {out}")
+    return 0
+
+
+@app.command()
+def pack(
+    source: Annotated[Path, typer.Argument(help="A data set's folder, or a recipe from shards/.")],
+    out: Annotated[Path, typer.Option(help="Folder for the shards.")],
+    split: Annotated[str | None, typer.Option(help="Only this split, into OUT itself.")] = None,
+    samples_per_shard: Annotated[int, typer.Option(help="Images a shard.", min=1)] = 1000,
+    resize: Annotated[
+        int | None, typer.Option(help="Re-encode with this shortest side, pixels.", min=16)
+    ] = None,
+    max_pixels: Annotated[
+        int, typer.Option(help="Larger images are rejected.", min=1)
+    ] = 89_478_485,
+    workers: Annotated[int, typer.Option(help="Processes.", min=1)] = 2,
+    json_file: Json = None,
+) -> int:
+    """Write images and captions to tar shards with a manifest; goes on where it stopped."""
+    from dataclasses import asdict
+
+    from mmscale.data.pack import pack as run
+
+    results = run(
+        source,
+        out,
+        split,
+        samples_per_shard=samples_per_shard,
+        resize=resize,
+        max_pixels=max_pixels,
+        workers=workers,
+        progress=_progress("packed"),
+    )
+    for result in results:
+        _say(str(result))
+    _write(json_file, [{k: str(v) for k, v in asdict(result).items()} for result in results])
+    return 0
+
+
+@app.command()
+def index(
+    shards: Annotated[list[Path], typer.Argument(help="Tars in one folder (img2dataset layout).")],
+) -> int:
+    """Write a manifest for shards made elsewhere."""
+    from mmscale.data.verify import index as run
+
+    manifest = run(shards)
+    _say(f"manifest of {len(manifest.shards)} shards, {manifest.samples:,} images")
+    return 0
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A packed folder.")],
+    workers: Annotated[int, typer.Option(help="Processes.", min=1)] = 2,
+    json_file: Json = None,
+) -> int:
+    """Check every shard against its manifest; exit 4 if anything is wrong."""
+    from mmscale.data.verify import verify as run
+
+    faults = run(folder, workers=workers)
+    for fault in faults:
+        _say(fault)
+    _write(json_file, {"faults": faults})
+    _say(f"{len(faults)} faults" if faults else "every shard is what its manifest says")
+    return 4 if faults else 0
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(context: typer.Context) -> int:
+    """Train: CONFIG key=value ..., as mmscale/train.py."""
+    from mmscale.train import main as run
+
+    return run(context.args)
+
+
+@app.command("eval")
+def evaluate(run: Run, data: Data, json_file: Json = None) -> int:
+    """Recall of both directions on held-out pairs (Karpathy's protocol)."""
+    from mmscale.diagnostics.retrieval import recalls
+    from mmscale.dist.peers import Alone
+
+    figures = recalls(_pairs(run, data), Alone())
+    for name, value in figures.items():
+        _say(f"{name:>9} {value:,.2f}" if "_r" in name else f"{name:>9} {value:,.0f}")
+    _write(json_file, figures)
+    return 0
+
+
+@app.command()
+def embed(
+    run: Run, data: Data, out: Annotated[Path, typer.Option(help="The npz to write.")]
+) -> int:
+    """Write the embeddings of a set: image, text, image_ids, text_ids, backbone features."""
+    from mmscale.diagnostics.pairs import save_npz
+
+    pairs = _pairs(run, data)
+    save_npz(out, pairs)
+    _say(f"{len(pairs.image):,} images and {len(pairs.text):,} captions in {out}")
+    return 0
+
+
+@app.command()
+def doctor(
+    subject: Annotated[Path, typer.Argument(help="A run, a checkpoint, or an npz of embeddings.")],
+    data: Annotated[
+        str | None, typer.Option("--data", help="Held-out pairs; default the run's data.eval.")
+    ] = None,
+    json_file: Json = None,
+) -> int:
+    """Name what is wrong with an embedding space; exit 0 if healthy, 3 if not."""
+    from mmscale.diagnostics.doctor import diagnose
+    from mmscale.diagnostics.pairs import load_npz
+
+    pairs = load_npz(subject) if subject.is_file() else _pairs(subject, data)
+    diagnosis = diagnose(pairs).to_json()
+    _write(json_file, diagnosis)
+    _say(f"verdict: {diagnosis['verdict']} (confidence {diagnosis['confidence']:.2f})")
+    for title in ("also", "evidence", "causes", "remedies"):
+        entries = diagnosis[title]
+        if isinstance(entries, dict):
+            entries = [f"{name} = {value}" for name, value in entries.items()]
+        if entries:
+            _say(f"{title}:")
+        for entry in entries:
+            _say(f"  {entry}")
+    return 0 if diagnosis["verdict"] == "healthy" else 3
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def plan(
+    context: typer.Context,
+    world: Annotated[int, typer.Option(help="Ranks to plan for.", min=1)] = 1,
+) -> int:
+    """Check CONFIG key=value ... without training, and print the batch arithmetic."""
+    from mmscale.config.load import load_config
+    from mmscale.data.shards import open_shards
+    from mmscale.data.stream import plan_schedule
+    from mmscale.engine.plan import plan_batch
+
+    config = load_config(context.args)
+    batch = plan_batch(config, world)
+    shards = open_shards("data.train", config.data.train)
+    schedule = plan_schedule(config, [shard.captions for shard in shards.shards], batch.lanes)
+    steps = config.train.duration.steps(schedule.steps, batch.global_rows)
+    _say(f"batch: {batch}")
+    _say(f"data: {shards.samples:,} images in {len(shards.shards)} shards, {schedule.steps} steps an epoch")
+    _say(f"length: {steps:,} steps, {steps * batch.global_rows:,} pairs")
+    return 0
+
+
+def _pairs(run: Path, data: str | None) -> Any:
+    from mmscale.assembly import embed_set, load_trained
+    from mmscale.data.shards import open_shards
+    from mmscale.dist.peers import Alone
+
+    if not run.exists():
+        raise CheckpointError(f"{run}: no such run, checkpoint or npz; check the path")
+    trained = load_trained(run)
+    where = data or trained.config.data.eval
+    if where is None:
+        raise ConfigError(f"{run} was trained without data.eval; name the pairs with --data")
+    return embed_set(trained, open_shards("--data" if data else "data.eval", where), Alone())
+
+
+def _progress(verb: str) -> Any:
+    def tell(done: int, total: int) -> None:
+        sys.stderr.write(f"\r{verb} {done:,} of {total:,}" + ("\n" if done == total else ""))
+        sys.stderr.flush()
+
+    return tell
+
+
+def _write(path: Path | None, figures: Any) -> None:
+    if path is not None:
+        path.write_text(json.dumps(figures, indent=1), "utf-8")
+
+
+def _say(text: str) -> None:
+    typer.echo(text)
+
+
+if __name__ == "__main__":
+    main()

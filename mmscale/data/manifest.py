@@ -1,0 +1,188 @@
+"""The manifest of a packed folder: what its shards are, so that readers can seek and never guess.
+
+`pack` and `index` write it, the stream and `verify` read it. It is read as untrusted data.
+"""
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from mmscale.errors import DataError
+
+MANIFEST_NAME = "manifest.json"
+_FORMAT, _VERSION = "mmscale-manifest", 1
+_TAR_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar.
+
+    Attributes:
+        name: File name in the manifest's folder.
+        bytes: Size of the file.
+        sha256: Digest of the file, hex.
+        samples: Images in it.
+        offsets: Byte offset of each sample's first tar header.
+        captions: Captions of each sample.
+    """
+
+    name: str
+    bytes: int
+    sha256: str
+    samples: int
+    offsets: tuple[int, ...]
+    captions: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The shards of one folder, in their order.
+
+    Attributes:
+        split: Which split they hold; None for shards made elsewhere.
+        source: Name of the data set.
+        shards: The tars.
+        settings: Digest of what `pack` was asked for; None for shards made elsewhere.
+    """
+
+    split: str | None
+    source: str
+    shards: tuple[Shard, ...]
+    settings: str | None = None
+
+    @property
+    def samples(self) -> int:
+        """Images in all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def captions(self) -> int:
+        """Captions in all shards."""
+        return sum(sum(shard.captions) for shard in self.shards)
+
+    @property
+    def digest(self) -> str:
+        """Digest of the shards' digests, hex: changes when any byte of any shard does."""
+        return hashlib.sha256("\n".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder, checked.
+
+    Raises:
+        DataError: It is missing, unreadable or contradicts itself.
+    """
+    path = Path(folder) / MANIFEST_NAME
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{folder}: has no {MANIFEST_NAME}; write it with `mmscale index {folder}/*.tar`, "
+            "or finish `mmscale pack`"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise _malformed(path, f"cannot be read as JSON ({error})") from error
+    return _parse(path, content)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write a folder's manifest in one step: readers see the old one or the new one."""
+    content = {"format": _FORMAT, "version": _VERSION, **asdict(manifest)}
+    replace_file(Path(folder) / MANIFEST_NAME, json.dumps(content).encode() + b"\n")
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Give a file its content in one step that survives a kill and a power cut."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with aside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    publish(aside, path)
+
+
+def publish(aside: Path, path: Path) -> None:
+    """Move a finished file, already on disk, to its name."""
+    aside.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _malformed(path: Path, fault: str) -> DataError:
+    return DataError(f"{path}: {fault}; write it again with `mmscale index SHARDS...`")
+
+
+def _parse(path: Path, content: Any) -> Manifest:
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise _malformed(path, f'is not a manifest (no "format": "{_FORMAT}")')
+    if content.get("version") != _VERSION:
+        raise _malformed(path, f"has version {content.get('version')!r}, not {_VERSION}")
+    split, source, settings = (content.get(name) for name in ("split", "source", "settings"))
+    if not isinstance(source, str):
+        raise _malformed(path, f"source={source!r} is not a text")
+    for name, value in (("split", split), ("settings", settings)):
+        if value is not None and not isinstance(value, str):
+            raise _malformed(path, f"{name}={value!r} is neither null nor a text")
+    entries = content.get("shards")
+    if not isinstance(entries, list) or not entries:
+        raise _malformed(path, "lists no shards")
+    shards = tuple(_parse_shard(path, place, entry) for place, entry in enumerate(entries))
+    if len({shard.name for shard in shards}) < len(shards):
+        raise _malformed(path, "lists a shard twice")
+    return Manifest(split, source, shards, settings)
+
+
+def _parse_shard(path: Path, place: int, entry: Any) -> Shard:
+    where = f"shard {place}"
+    if not isinstance(entry, dict):
+        raise _malformed(path, f"{where} is not an object")
+    name = entry.get("name")
+    if not isinstance(name, str) or not _is_plain(name):
+        raise _malformed(path, f"{where}: name={name!r} is not a plain file name")
+    where = f"shard {name}"
+    digest = entry.get("sha256")
+    if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+        raise _malformed(path, f"{where}: sha256={digest!r} is not 64 hex digits")
+    size, samples = (_count(path, where, entry, field) for field in ("bytes", "samples"))
+    offsets, captions = (_counts(path, where, entry, field) for field in ("offsets", "captions"))
+    for field, values in (("offsets", offsets), ("captions", captions)):
+        if len(values) != samples:
+            raise _malformed(path, f"{where}: {len(values)} {field} for {samples} samples")
+    if any(offset % _TAR_BLOCK or offset >= size for offset in offsets):
+        raise _malformed(path, f"{where}: an offset is no tar block of its {size} bytes")
+    if any(after <= before for before, after in pairwise(offsets)):
+        raise _malformed(path, f"{where}: its offsets do not rise")
+    if 0 in captions:
+        raise _malformed(path, f"{where}: sample {captions.index(0)} has no caption")
+    return Shard(name, size, digest, samples, offsets, captions)
+
+
+def _is_plain(name: str) -> bool:
+    return bool(name) and not name.startswith(".") and not set(name) & {"/", "\\", "\0"}
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _count(path: Path, where: str, entry: dict[str, Any], field: str) -> int:
+    value = entry.get(field)
+    if not _is_count(value):
+        raise _malformed(path, f"{where}: {field}={value!r} is not a count")
+    return value
+
+
+def _counts(path: Path, where: str, entry: dict[str, Any], field: str) -> tuple[int, ...]:
+    values = entry.get(field)
+    if not isinstance(values, list) or not all(map(_is_count, values)):
+        raise _malformed(path, f"{where}: {field} is not a list of counts")
+    return tuple(values)

@@ -1,0 +1,80 @@
+"""From embedded pairs to a verdict: what is wrong, on which figures, why, and what to set."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from mmscale.diagnostics.geometry import PREFIX, health_figures
+from mmscale.diagnostics.pairing import pairing_figures
+from mmscale.diagnostics.pairs import Pairs
+from mmscale.diagnostics.verdicts import ORDER, RULES, Figures, Finding, too_few_samples
+
+HEALTHY = "healthy"
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What the doctor says.
+
+    Attributes:
+        verdict: The first name in `verdicts.ORDER` that holds; `healthy` if no other does.
+        also: The other names that hold, in the same order.
+        confidence: As in `Finding`: how sure the verdict is on its figures, not what caused it.
+        evidence: The figures that decided it, as under `health/`.
+        causes: In the order to check.
+        remedies: Words for the command line, `key=value`.
+    """
+
+    verdict: str
+    also: tuple[str, ...]
+    confidence: float
+    evidence: dict[str, float]
+    causes: tuple[str, ...]
+    remedies: tuple[str, ...]
+
+    @property
+    def healthy(self) -> bool:
+        """True where nothing that the doctor knows is wrong."""
+        return self.verdict == HEALTHY
+
+    def to_json(self) -> dict[str, Any]:
+        """The record of `mmscale doctor --json` and of a run's `doctor.json`."""
+        return {
+            "verdict": self.verdict,
+            "also": list(self.also),
+            "confidence": self.confidence,
+            "evidence": dict(self.evidence),
+            "causes": list(self.causes),
+            "remedies": list(self.remedies),
+        }
+
+
+def diagnose(pairs: Pairs) -> Diagnosis:
+    """The verdict on one set of pairs, the same each time for the same pairs.
+
+    `healthy` means that none of the failures in `verdicts.RULES` shows; it is no praise of the
+    recalls.
+    """
+    return judge(health_figures(pairs) | pairing_figures(pairs))
+
+
+def judge(health: Figures) -> Diagnosis:
+    """The verdict on figures under `health/`."""
+    figures = {name.removeprefix(PREFIX): value for name, value in health.items()}
+    few = too_few_samples(figures)
+    if few.holds:
+        # On so few rows no other figure is to be believed.
+        return _diagnosis("too_few_samples", (), few)
+    findings = {name: RULES[name](figures) for name in ORDER if name in RULES}
+    holding = [name for name, finding in findings.items() if finding.holds]
+    if holding:
+        return _diagnosis(holding[0], tuple(holding[1:]), findings[holding[0]])
+    names = ("auc_centred", "delta_z", "variance_image", "variance_text")
+    evidence = {name: figures[name] for name in names}
+    sure = min(finding.confidence for finding in findings.values())
+    return _diagnosis(HEALTHY, (), Finding(True, sure, evidence))
+
+
+def _diagnosis(verdict: str, also: tuple[str, ...], finding: Finding) -> Diagnosis:
+    return Diagnosis(
+        verdict, also, finding.confidence, finding.evidence, finding.causes, finding.remedies
+    )

@@ -1,0 +1,133 @@
+"""Figures of the shared space: do matched pairs stand out, and what do the two clouds look like.
+
+All from one image a row and its first caption, in float64. The trainer's probe, the evaluation and
+the doctor read the same dictionary.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from mmscale.diagnostics.pairs import Pairs, one_to_one, require_finite
+from mmscale.diagnostics.similarity import on_grid
+from mmscale.diagnostics.spectrum import tower_figures
+
+PREFIX = "health/"
+LARGEST_SAMPLE = 4096
+PROBE_ROWS = 256
+FEWEST_PAIRS = 4
+
+# Deviations of cosines below this are rounding of fp32 rows: nothing is measured on them.
+_RESOLUTION = 1e-8
+
+
+def health_figures(pairs: Pairs, limit: int = LARGEST_SAMPLE) -> dict[str, float]:
+    """Every figure under `health/`, those of one modality ending in `_image` or `_text`.
+
+    At most `limit` distinct images are compared. With fewer than `FEWEST_PAIRS` only their number,
+    `health/pairs`, is given.
+
+    Raises:
+        DataError: A row that is compared is not finite.
+    """
+    sample = one_to_one(pairs, limit)
+    require_finite(sample)
+    num, width = sample.image.shape
+    figures: dict[str, float] = {"pairs": float(num)}
+    if num >= FEWEST_PAIRS:
+        image, text = sample.image.double(), sample.text.double()
+        figures |= similarity_figures(on_grid(sample.image) @ on_grid(sample.text).T, width)
+        figures["gap"] = float((image.mean(dim=0) - text.mean(dim=0)).norm())
+        for name, rows in (("image", image), ("text", text)):
+            figures |= {f"{key}_{name}": value for key, value in tower_figures(rows).items()}
+    return {f"{PREFIX}{name}": value for name, value in figures.items()}
+
+
+def probe_figures(pairs: Pairs) -> dict[str, float]:
+    """`health_figures` of at most `PROBE_ROWS` pairs: some tens of milliseconds, in training."""
+    return health_figures(pairs, PROBE_ROWS)
+
+
+def similarity_figures(similarity: Float64[Tensor, "n n"], width: int) -> dict[str, float]:
+    """How far the diagonal (matched pairs) stands out of the rest.
+
+    Args:
+        similarity: Cosines; row i and column i belong together, all other cells do not.
+        width: Width of the space.
+
+    Returns:
+        `delta`: matched less unmatched mean. `delta_z`: the diagonal's mean against random pairings
+        of the same rows. `auc`: chance that a matched pair is more similar than an unmatched one;
+        `auc_centred`: the same without what each row and each column has in common.
+        `std_off_sqrt_d`: 1 if unmatched pairs are as similar as random directions. `row_share`,
+        `column_share`: of the similarity's variance, what only the image, only the caption decides.
+        Accuracies within this sample, ties lost.
+    """
+    num = len(similarity)
+    matched = similarity.diagonal()
+    off_mean, off_std = _off_diagonal(similarity)
+    delta = float(matched.mean()) - off_mean
+    spread = math.sqrt((float(matched.var(unbiased=False)) + off_std**2) / 2)
+    rivals = similarity.clone()
+    rivals.fill_diagonal_(-torch.inf)
+    return {
+        "matched": float(matched.mean()),
+        "unmatched": off_mean,
+        "delta": delta,
+        "d_prime": delta / spread if spread > _RESOLUTION else 0.0,
+        "std_off_sqrt_d": off_std * math.sqrt(width),
+        "auc": _auc(similarity),
+        "accuracy_i2t": float((matched > rivals.amax(dim=1)).double().mean()),
+        "accuracy_t2i": float((matched > rivals.amax(dim=0)).double().mean()),
+        "accuracy_chance": 1 / num,
+        **_centred_figures(similarity),
+    }
+
+
+def _centred_figures(similarity: Float64[Tensor, "n n"]) -> dict[str, float]:
+    """What is left of the diagonal once row and column means are taken out.
+
+    Over all pairings of the same rows the diagonal's mean has the variance sum(C^2) / (n^2 (n -
+    1)), C being the doubly centred cosines; the plain deviation of cells over sqrt(n) overstates
+    it.
+    """
+    num = len(similarity)
+    rows = similarity.mean(dim=1, keepdim=True)
+    columns = similarity.mean(dim=0, keepdim=True)
+    mean = similarity.mean()
+    centred = similarity - rows - columns + mean
+    deviation = float(centred.square().mean().sqrt())
+    variance = float((similarity - mean).square().mean())
+    measured = deviation > _RESOLUTION
+    shares = [float(part.var(unbiased=False)) / max(variance, 1e-300) for part in (rows, columns)]
+    varies = math.sqrt(variance) > _RESOLUTION
+    return {
+        "delta_z": float(centred.diagonal().mean()) / deviation * math.sqrt(num - 1)
+        if measured
+        else 0.0,
+        "auc_centred": _auc(centred) if measured else 0.5,
+        "row_share": shares[0] if varies else 0.0,
+        "column_share": shares[1] if varies else 0.0,
+    }
+
+
+def _off_diagonal(similarity: Float64[Tensor, "n n"]) -> tuple[float, float]:
+    """Mean and deviation of the cells beside the diagonal."""
+    num = len(similarity)
+    cells = num * (num - 1)
+    mean = float(similarity.sum() - similarity.diagonal().sum()) / cells
+    squares = (similarity - mean).square()
+    return mean, math.sqrt(max(0.0, float(squares.sum() - squares.diagonal().sum()) / cells))
+
+
+def _auc(similarity: Float64[Tensor, "n n"]) -> float:
+    """Share of (diagonal, other) cell pairs that the diagonal wins; a tie is half."""
+    num = len(similarity)
+    diagonal = similarity.diagonal().sort().values.contiguous()
+    not_above = torch.searchsorted(diagonal, similarity, right=True).sum()
+    below = torch.searchsorted(diagonal, similarity, right=False).sum()
+    won = num**3 - (float(not_above) + float(below)) / 2
+    # The diagonal against itself, ties half, is always n^2 / 2.
+    return (won - num**2 / 2) / (num**2 * (num - 1))

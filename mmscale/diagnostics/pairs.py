@@ -1,0 +1,235 @@
+"""Embedded image-caption pairs: what every diagnosis and every retrieval figure reads.
+
+In memory they come from the trainer or the evaluation; on disk they are an npz of plain arrays.
+"""
+
+import logging
+import zipfile
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from mmscale.errors import DataError
+
+# Rows rounded to bf16 or fp16 are off by less than this; more means that nobody normalised them.
+UNIT_TOLERANCE = 1e-2
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Unit rows of both modalities; an image and a caption belong together if their ids are equal.
+
+    Attributes:
+        image: Image embeddings.
+        text: Caption embeddings.
+        image_ids: Identity of each image row.
+        text_ids: The image id that each caption row belongs to.
+        backbone_image: Image tower outputs before the head, for the rows of `image`.
+        backbone_text: Text tower outputs before the head, for the rows of `text`.
+        logit_scale: 1/temperature at the time.
+    """
+
+    image: Float[Tensor, "n d"]
+    text: Float[Tensor, "m d"]
+    image_ids: Int64[Tensor, " n"]
+    text_ids: Int64[Tensor, " m"]
+    backbone_image: Float[Tensor, "n f"] | None = None
+    backbone_text: Float[Tensor, "m g"] | None = None
+    logit_scale: float | None = None
+
+
+def one_to_one(pairs: Pairs, limit: int | None = None) -> Pairs:
+    """Each distinct image with its first caption, row i with row i, ids distinct; on the CPU.
+
+    Images without a caption and captions without an image are left out. More than `limit` images
+    are thinned evenly over their order, so the same pairs give the same choice.
+    """
+    image_ids, text_ids = (ids.cpu().numpy() for ids in (pairs.image_ids, pairs.text_ids))
+    _, image_rows, text_rows = np.intersect1d(image_ids, text_ids, return_indices=True)
+    order = np.argsort(image_rows)
+    if limit is not None and len(order) > limit:
+        order = order[np.linspace(0, len(order) - 1, limit).round().astype(np.int64)]
+    images, texts = (torch.from_numpy(rows[order]) for rows in (image_rows, text_rows))
+    backbone = pairs.backbone_image, pairs.backbone_text
+    return replace(
+        pairs,
+        image=_take(pairs.image, images),
+        text=_take(pairs.text, texts),
+        image_ids=_take(pairs.image_ids, images),
+        text_ids=_take(pairs.text_ids, texts),
+        backbone_image=None if backbone[0] is None else _take(backbone[0], images),
+        backbone_text=None if backbone[1] is None else _take(backbone[1], texts),
+    )
+
+
+def distinct_rows(ids: Int64[Tensor, " n"]) -> Int64[Tensor, " distinct"]:
+    """The first row of each id, in row order."""
+    _, rows = np.unique(ids.cpu().numpy(), return_index=True)
+    return torch.from_numpy(np.sort(rows)).to(ids.device)
+
+
+def require_finite(pairs: Pairs) -> None:
+    """Refuse NaN and infinity, which every comparison would silently lose or win.
+
+    Raises:
+        DataError: An embedding is not finite.
+    """
+    for side, rows in (("image", pairs.image), ("text", pairs.text)):
+        bad = int((~rows.isfinite()).any(dim=1).sum())
+        if bad:
+            raise DataError(
+                f"{bad} of {len(rows)} {side} embeddings hold NaN or infinity, so nothing can be "
+                "measured on them; use an earlier checkpoint, or embed with engine.precision=fp32"
+            )
+
+
+def save_npz(path: Path, pairs: Pairs) -> None:
+    """Write what `load_npz` reads."""
+    arrays = {name: value for name, value in vars(pairs).items() if value is not None}
+    plain = {
+        name: value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+        for name, value in arrays.items()
+    }
+    with path.open("wb") as file:
+        np.savez(file, allow_pickle=False, **plain)
+
+
+def load_npz(path: Path) -> Pairs:
+    """Read `image` and `text` rows with their ids and what else is known of them.
+
+    Without ids row i belongs to row i; one array of ids serves both sides. Rows are divided by
+    their norms, with a warning where they were not unit rows; rows of zeros stay (a dead tower
+    gives them).
+
+    Raises:
+        DataError: The file is not such an npz, or its arrays do not fit together or are not finite.
+    """
+    arrays = _read(path)
+    for name in ("image", "text"):
+        if name not in arrays:
+            raise DataError(
+                f"{path} has no array `{name}`; it needs `image` [n d] and `text` [m d]"
+            )
+    image, text = _rows(path, arrays, "image"), _rows(path, arrays, "text")
+    if image.shape[1] != text.shape[1]:
+        raise DataError(
+            f"{path}: image rows are {image.shape[1]} wide and text rows {text.shape[1]}; "
+            "both must lie in the shared space"
+        )
+    image_ids, text_ids = _ids(path, arrays, len(image), len(text))
+    if not np.intersect1d(image_ids, text_ids).size:
+        raise DataError(
+            f"{path}: no text_ids entry occurs among image_ids, so no row has a partner"
+        )
+    return Pairs(
+        image=_unit(path, image, "image"),
+        text=_unit(path, text, "text"),
+        image_ids=torch.from_numpy(image_ids),
+        text_ids=torch.from_numpy(text_ids),
+        backbone_image=_backbone(path, arrays, "image", len(image)),
+        backbone_text=_backbone(path, arrays, "text", len(text)),
+        logit_scale=_logit_scale(path, arrays),
+    )
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with path.open("rb") as file:
+            content = np.load(file, allow_pickle=False)
+            if isinstance(content, np.ndarray):
+                raise DataError(
+                    f"{path} is a single array; an npz with `image` and `text` is needed"
+                )
+            return {name: content[name] for name in content.files}
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} is not an npz of plain arrays: {error}") from error
+
+
+def _rows(path: Path, arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
+    rows = arrays[name]
+    if rows.ndim != 2 or not rows.size or rows.dtype.kind != "f":
+        raise DataError(
+            f"{path}: `{name}` is {rows.dtype} of shape {rows.shape}; "
+            "it must be a matrix of floats with at least one row"
+        )
+    if not np.isfinite(rows).all():
+        bad = ~np.isfinite(rows).all(axis=1)
+        raise DataError(
+            f"{path}: {bad.sum()} of {len(rows)} rows of `{name}` hold NaN or infinity, "
+            f"the first is row {bad.argmax()}; embed again in fp32"
+        )
+    return rows
+
+
+def _unit(path: Path, rows: np.ndarray, name: str) -> Float[Tensor, "n d"]:
+    wide = rows.astype(np.float64)
+    # Scaled first, so that squares of large or tiny entries stay finite and nonzero.
+    wide /= np.where((peaks := np.abs(wide).max(axis=1, keepdims=True)) > 0, peaks, 1.0)
+    norms = np.linalg.norm(wide, axis=1, keepdims=True)
+    odd = int((np.abs(norms * peaks - 1) > UNIT_TOLERANCE).sum())
+    if odd:
+        zeros = int((norms == 0).sum())
+        _LOG.warning(
+            "%s: %d of %d rows of `%s` are not unit rows (%d are zeros); they are normalised here",
+            path,
+            odd,
+            len(rows),
+            name,
+            zeros,
+        )
+    return torch.from_numpy((wide / np.where(norms > 0, norms, 1.0)).astype(np.float32))
+
+
+def _ids(
+    path: Path, arrays: dict[str, np.ndarray], images: int, texts: int
+) -> tuple[np.ndarray, np.ndarray]:
+    given = {name: arrays[name] for name in ("image_ids", "text_ids") if name in arrays}
+    for name, ids in given.items():
+        rows = images if name == "image_ids" else texts
+        if ids.shape != (rows,) or ids.dtype.kind not in "iu":
+            raise DataError(
+                f"{path}: `{name}` is {ids.dtype} of shape {ids.shape}; "
+                f"it must be one integer for each of the {rows} rows"
+            )
+        if (ids.astype(np.uint64) >= 2**63).any():
+            raise DataError(f"{path}: `{name}` holds an id outside [0, 2^63)")
+    if len(given) < 2 and images != texts:
+        raise DataError(
+            f"{path}: {images} image rows and {texts} text rows need both `image_ids` and "
+            "`text_ids` to tell which belong together"
+        )
+    either = next(iter(given.values()), np.arange(images))
+    image_ids, text_ids = given.get("image_ids", either), given.get("text_ids", either)
+    return image_ids.astype(np.int64), text_ids.astype(np.int64)
+
+
+def _backbone(path: Path, arrays: dict[str, np.ndarray], side: str, rows: int) -> Tensor | None:
+    name = f"backbone_{side}"
+    if name not in arrays:
+        return None
+    features = _rows(path, arrays, name)
+    if len(features) != rows:
+        raise DataError(f"{path}: `{name}` has {len(features)} rows, `{side}` has {rows}")
+    return torch.from_numpy(features.astype(np.float32))
+
+
+def _logit_scale(path: Path, arrays: dict[str, np.ndarray]) -> float | None:
+    value = arrays.get("logit_scale")
+    if value is None:
+        return None
+    if value.size != 1 or value.dtype.kind not in "fiu" or not 0 < value.item() < float("inf"):
+        raise DataError(f"{path}: `logit_scale` must be one positive number (1 / temperature)")
+    return float(value.item())
+
+
+def _take(rows: Tensor, index: Tensor) -> Tensor:
+    return rows.detach()[index.to(rows.device)].cpu()

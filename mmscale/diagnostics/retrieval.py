@@ -1,0 +1,89 @@
+"""Retrieval recalls by the Karpathy protocol, shared out over ranks.
+
+A query is found at K if any candidate with its id is among the first K. Ties count against the
+model, so embeddings that are all the same find nothing at all.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from mmscale.contracts import Peers
+from mmscale.diagnostics.pairs import Pairs, distinct_rows, require_finite
+from mmscale.diagnostics.similarity import on_grid
+from mmscale.errors import DataError
+
+TOP = (1, 5, 10)
+
+
+def recalls(pairs: Pairs, peers: Peers) -> dict[str, float | int]:
+    """Recalls in both directions in percent, and how many images and captions were searched.
+
+    Every rank holds all rows, ranks its share of the queries, and returns the same figures. An
+    image whose id occurs in several rows is searched once, by its first row.
+
+    Args:
+        pairs: On the device that `peers` exchanges tensors on.
+        peers: The ranks that share the work.
+
+    Raises:
+        DataError: An image has no caption, a caption no image, or a row is not finite.
+    """
+    require_finite(pairs)
+    distinct = distinct_rows(pairs.image_ids)
+    images, image_ids = pairs.image[distinct], pairs.image_ids[distinct]
+    directions = {
+        "i2t": ((images, image_ids), (pairs.text, pairs.text_ids)),
+        "t2i": ((pairs.text, pairs.text_ids), (images, image_ids)),
+    }
+    if not bool(torch.isin(image_ids, pairs.text_ids).all()):
+        raise DataError("retrieval: an image has no caption with its id; leave such images out")
+    if not bool(torch.isin(pairs.text_ids, image_ids).all()):
+        raise DataError("retrieval: a caption has no image with its id; leave such captions out")
+    figures: dict[str, float | int] = {}
+    for name, ((queries, query_ids), (candidates, candidate_ids)) in directions.items():
+        mine = _share(len(queries), peers)
+        counts = recall_counts(queries[mine], candidates, query_ids[mine], candidate_ids)
+        found = peers.total(counts.double()) / len(queries)
+        figures |= {f"{name}_r{k}": 100 * float(v) for k, v in zip(TOP, found, strict=True)}
+    return figures | {"images": len(images), "captions": len(pairs.text)}
+
+
+def recall_counts(
+    queries: Float[Tensor, "q d"],
+    candidates: Float[Tensor, "c d"],
+    query_ids: Int64[Tensor, " q"],
+    candidate_ids: Int64[Tensor, " c"],
+    ks: Sequence[int] = TOP,
+    chunk: int = 256,
+) -> Int64[Tensor, " ks"]:
+    """How many queries have a candidate of their id among the first k, for each k.
+
+    The rank of a query is 1 + the number of wrong candidates at least as similar as its best right
+    one. A query without a right candidate is not found.
+
+    Args:
+        queries: Unit rows.
+        candidates: Unit rows.
+        query_ids: Identity of each query.
+        candidate_ids: Identity of each candidate; equal ids belong together.
+        ks: Lengths of the list that is looked at.
+        chunk: Queries compared at once; the counts do not depend on it.
+    """
+    columns = on_grid(candidates).T
+    limits = torch.tensor(ks, device=queries.device)
+    counts = torch.zeros(len(ks), dtype=torch.int64, device=queries.device)
+    for rows, ids in zip(torch.split(queries, chunk), torch.split(query_ids, chunk), strict=True):
+        similarity = on_grid(rows) @ columns
+        right = ids[:, None] == candidate_ids[None, :]
+        best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+        # Not "at least as similar", so that a NaN counts against the model too.
+        ahead = (~(similarity < best) & ~right).sum(dim=1, keepdim=True)
+        counts += ((ahead < limits) & right.any(dim=1, keepdim=True)).sum(dim=0)
+    return counts
+
+
+def _share(rows: int, peers: Peers) -> slice:
+    return slice(rows * peers.rank // peers.size, rows * (peers.rank + 1) // peers.size)

@@ -1,0 +1,24 @@
+"""Calls of a model without an engine around it: for evaluation, features and export."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmscale.dist.device import DevicePolicy
+
+
+class Inference:
+    """A model in evaluation mode on its device, in the precision of the policy."""
+
+    def __init__(self, model: nn.Module, policy: DevicePolicy):
+        self.device = policy.device
+        self._dtype = policy.dtype
+        self._model = model.to(policy.device).eval()
+
+    @torch.no_grad()
+    def call(self, mode: str, *inputs: Any) -> Any:
+        """Forward without a graph."""
+        enabled = self._dtype != torch.float32
+        with torch.autocast(self.device.type, self._dtype, enabled=enabled):
+            return self._model(mode, *inputs)

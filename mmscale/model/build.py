@@ -1,0 +1,59 @@
+"""From `model.*` to the module that trains and the input it wants. Called by assembly."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from mmscale.config.schema import ModelConfig
+from mmscale.contracts import InputSpec
+from mmscale.model.heads import Head
+from mmscale.model.inputs import join_inputs
+from mmscale.model.openclip_preset import build_whole_openclip
+from mmscale.model.presets import fill_preset, is_whole_openclip
+from mmscale.model.scale import LogitScale
+from mmscale.model.text import build_text
+from mmscale.model.two_tower import TwoTower
+from mmscale.model.vision import build_vision
+
+
+def build_model(
+    config: ModelConfig, image_size: int | None, seed: int
+) -> tuple[TwoTower, InputSpec]:
+    """The model on the CPU in fp32, equal on every rank, and what it wants to be fed.
+
+    Args:
+        config: `model`; its preset is filled here if it is not yet.
+        image_size: `data.image_size`, pixels; None takes the image tower's own.
+        seed: `run.seed`. Each part draws from its own stream, so that changing one part leaves the
+            first weights of the others as they were.
+
+    Raises:
+        ConfigError: A setting is wrong, or weights cannot be had.
+        CheckpointError: A weights file does not fit.
+    """
+    config = fill_preset(config)
+    if is_whole_openclip(config):
+        with drawing_from(seed, 0):
+            whole, pixels, tokens = build_whole_openclip(config, image_size)
+        return whole, join_inputs(pixels, tokens)
+    with drawing_from(seed, 0):
+        vision, pixels = build_vision(config.vision, image_size)
+    with drawing_from(seed, 1):
+        text, tokens = build_text(config.text)
+    heads = {}
+    for part, (modality, tower) in enumerate({"image": vision, "text": text}.items(), start=2):
+        with drawing_from(seed, part):
+            heads[modality] = Head(tower.width, config.embed_dim, config.head)
+    towers = {"vision": config.vision, "text": config.text}
+    frozen = frozenset(name for name, tower in towers.items() if tower.frozen)
+    model = TwoTower(vision, text, heads, LogitScale(config.logit_scale), frozen)
+    return model, join_inputs(pixels, tokens)
+
+
+@contextmanager
+def drawing_from(seed: int, part: int) -> Iterator[None]:
+    """Random numbers of one part of the model; the caller's generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed((seed * 8 + part) % 2**63)
+        yield

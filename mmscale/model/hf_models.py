@@ -1,0 +1,146 @@
+"""What image and text towers of Hugging Face share: config, class, weights; never remote code."""
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from mmscale.config.schema import TowerConfig
+from mmscale.errors import CheckpointError, ConfigError
+from mmscale.model.hub import hub_call
+from mmscale.model.sources import check_options, constructing
+from mmscale.model.weights import load_strictly, read_weights, refuse
+
+BRING = "point it at a folder that holds the model (hf:/path/to/folder)"
+# Tensors of older checkpoints that towers compute themselves, and task heads on top of the tower.
+SPARE = ("pooler.", "embeddings.position_ids", "cls.", "lm_head.", "classifier.")
+
+
+def model_folder(name: str, key: str) -> str:
+    """A local folder as its path, anything else as a name on the hub.
+
+    Raises:
+        ConfigError: The name is a path and nothing is there.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+        raise ConfigError(
+            f"{key}.name=hf:{name} is no folder: give one that holds config.json and the weights."
+        )
+    return name
+
+
+def read_config(name: str, key: str, part: str) -> PretrainedConfig:
+    """The model's own config; of a two-part model (CLIP), that of `part`.
+
+    Args:
+        name: Folder, or name on the hub.
+        key: `model.vision` or `model.text`.
+        part: `vision_config` or `text_config`.
+    """
+    with hub_call(f"{key}.name=hf:{name}", BRING, remote=not Path(name).is_dir()):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    return getattr(config, part, None) or config
+
+
+def read_json(folder: str, file: str) -> dict[str, Any]:
+    """A small file beside the model; empty where there is none."""
+    with hub_call(f"{file} of hf:{folder}", BRING, remote=not Path(folder).is_dir()):
+        found = cached_file(
+            folder,
+            file,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
+
+
+def override(config: PretrainedConfig, options: Mapping[str, Any], key: str, name: str) -> None:
+    """Set the user's options on the config; only those that it has."""
+    known = [option for option in config.to_dict() if not option.startswith("_")]
+    check_options(options, {*known, *config.attribute_map}, key, f"hf:{name}")
+    for option, value in options.items():
+        setattr(config, option, value)
+
+
+def build_model(
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    name: str,
+    tower: TowerConfig,
+    key: str,
+) -> PreTrainedModel:
+    """The tower in fp32 with the weights that `tower.weights` asks for.
+
+    Raises:
+        ConfigError: Options or weights cannot be had.
+        CheckpointError: The weights leave a tensor of the tower unset.
+    """
+    extra = without_pooler(model_class)
+    if tower.weights == "pretrained":
+        return _pretrained(model_class, config, name, key, extra)
+    with constructing(key, f"hf:{name}"):
+        model = model_class(config, **extra)
+    if tower.weights != "random":
+        tensors = read_weights(tower.weights, f"{key}.weights")
+        tensors = _without_prefix(tensors, model)
+        load_strictly(model, tensors, f"{key}.weights={tower.weights}", spare=SPARE)
+    return model
+
+
+def without_pooler(model_class: type[PreTrainedModel]) -> dict[str, bool]:
+    """Words that leave out an unused pooler, whose weights would get no gradient."""
+    takes = inspect.signature(model_class.__init__).parameters
+    return {"add_pooling_layer": False} if "add_pooling_layer" in takes else {}
+
+
+def class_for(config: PretrainedConfig, mapping: Mapping[Any, Any], name: str, key: str) -> Any:
+    """The model class that `mapping` has for this config."""
+    if type(config) not in mapping:
+        raise ConfigError(
+            f"{key}.name=hf:{name} is a {config.model_type} model, which cannot serve as this "
+            f"tower; choose an encoder."
+        )
+    found = mapping[type(config)]
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _pretrained(
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    name: str,
+    key: str,
+    extra: Mapping[str, bool],
+) -> PreTrainedModel:
+    load: Callable[..., Any] = model_class.from_pretrained
+    words = {"config": config, "dtype": torch.float32, "output_loading_info": True, **extra}
+    bring = f"{BRING}, set {key}.weights to a file, or to random to train it from scratch"
+    what = f"{key}.name=hf:{name} with pretrained weights"
+    with hub_call(what, bring, remote=not Path(name).is_dir()):
+        try:
+            model, report = load(name, ignore_mismatched_sizes=True, **words)
+        except (SafetensorError, AttributeError, KeyError) as error:
+            raise CheckpointError(
+                f"the weights of hf:{name} cannot be read into a {model_class.__name__}: {error}; "
+                f"fetch them again."
+            ) from error
+    missing = [f"{tensor} is missing" for tensor in sorted(report["missing_keys"])]
+    misshapen = [f"{tensor} has another shape" for tensor, *_ in report["mismatched_keys"]]
+    refuse([*missing, *misshapen], f"the pretrained weights of hf:{name}")
+    return model
+
+
+def _without_prefix(tensors: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """Names as the bare tower has them; task models put `bert.` or the like in front."""
+    prefix = f"{model.base_model_prefix}."
+    own = any(name.startswith(prefix) for name in model.state_dict())
+    return tensors if own else {n.removeprefix(prefix): tensor for n, tensor in tensors.items()}

@@ -1,0 +1,60 @@
+"""Calls that may reach the Hugging Face hub, made to fail within seconds and in one sentence.
+
+Its client retries a dead network for half a minute a file. Here one short probe, shared by all
+calls of the process, decides whether the hub is used or only what is already in the local cache.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from threading import Thread
+
+import httpx
+from huggingface_hub import constants
+
+from mmscale.errors import ConfigError
+
+PROBE_SECONDS = 4.0
+
+
+@cache
+def hub_reachable() -> bool:
+    """Whether the hub answers at all, asked once a process."""
+    answers: list[int] = []
+
+    def probe() -> None:
+        try:
+            answers.append(httpx.head(constants.ENDPOINT, timeout=PROBE_SECONDS).status_code)
+        except httpx.HTTPError:
+            return
+
+    # A name server that does not answer blocks longer than any timeout of the client.
+    thread = Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS + 1)
+    return bool(answers)
+
+
+@contextmanager
+def hub_call(setting: str, repair: str, remote: bool = True) -> Iterator[None]:
+    """Run a library's loading code; its failures become one ConfigError.
+
+    Args:
+        setting: What was asked for, such as `model.text.name=hf:NAME`.
+        repair: What the user can do without the hub.
+        remote: False where everything is on this machine, so that the hub is not even probed.
+
+    Raises:
+        ConfigError: Neither the hub nor the local cache gave what was asked for.
+    """
+    offline = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = offline or not remote or not hub_reachable()
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:240]
+        if remote and constants.HF_HUB_OFFLINE:
+            reason = f"{constants.ENDPOINT} cannot be reached and the local cache lacks it"
+        raise ConfigError(f"{setting} could not be loaded: {reason}; {repair}.") from error
+    finally:
+        constants.HF_HUB_OFFLINE = offline

@@ -1,0 +1,77 @@
+"""What each tower wants to be fed; together they make the `InputSpec` that `data` obeys."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mmscale.config.schema import VisionConfig
+from mmscale.contracts import InputSpec
+from mmscale.errors import ConfigError
+
+Triple = tuple[float, float, float]
+DEFAULT_CONTEXT = 77
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """Side of the square crop in pixels, normalisation for pixels in [0, 1], and resampling."""
+
+    image_size: int
+    mean: Triple
+    std: Triple
+    interpolation: str = "bicubic"
+
+    def override(self, config: VisionConfig) -> "ImageInput":
+        """With `model.vision.mean` and `model.vision.std` where they are set."""
+        mean = self.mean if config.mean is None else triple(config.mean)
+        std = self.std if config.std is None else triple(config.std)
+        return replace(self, mean=mean, std=std)
+
+
+@dataclass(frozen=True)
+class TextInput:
+    """Tokenizer, its padding and the most tokens of a caption."""
+
+    tokenize: Callable[[Sequence[str]], list[list[int]]]
+    pad_token: int
+    context_length: int
+
+
+def triple(value: float | Sequence[float]) -> Triple:
+    """One value for all channels, or one for each."""
+    red, green, blue = [value] * 3 if isinstance(value, int | float) else value
+    return float(red), float(green), float(blue)
+
+
+def join_inputs(image: ImageInput, text: TextInput) -> InputSpec:
+    """Both towers' wishes as the record that `data` gets."""
+    return InputSpec(
+        image_size=image.image_size,
+        mean=image.mean,
+        std=image.std,
+        interpolation=image.interpolation,
+        tokenize=text.tokenize,
+        pad_token=text.pad_token,
+        context_length=text.context_length,
+    )
+
+
+def agreed_size(image_size: int | None, options: dict[str, Any], option: str) -> int | None:
+    """`data.image_size` or the tower's own option of that meaning; both only if they are equal."""
+    chosen = options.get(option)
+    if image_size and chosen and image_size != chosen:
+        raise ConfigError(
+            f"data.image_size={image_size} and model.vision.options.{option}={chosen} disagree; "
+            f"set only data.image_size."
+        )
+    return image_size or chosen
+
+
+def agreed_context(asked: int | None, longest: int, name: str) -> int:
+    """Most tokens of a caption: what was asked for, else the tower's own up to 77."""
+    if asked and asked > longest:
+        raise ConfigError(
+            f"model.text.context_length={asked} is more than the {longest} tokens that {name} "
+            f"takes; lower it."
+        )
+    return asked or min(longest, DEFAULT_CONTEXT)

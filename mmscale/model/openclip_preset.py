@@ -1,0 +1,116 @@
+"""`model.preset=openclip:NAME`: a whole OpenCLIP model, its embeddings exactly its own.
+
+Both towers keep OpenCLIP's projections and no head follows. Its weights come from `model.weights`:
+`random`, one of OpenCLIP's tags, or a file.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from torch import nn
+
+from mmscale.config.schema import ModelConfig
+from mmscale.errors import CheckpointError, ConfigError
+from mmscale.model.hub import hub_call
+from mmscale.model.inputs import ImageInput, TextInput
+from mmscale.model.openclip_towers import (
+    OpenClipText,
+    OpenClipVision,
+    is_on_hub,
+    openclip_config,
+    openclip_pixels,
+    openclip_tokens,
+)
+from mmscale.model.presets import OPENCLIP
+from mmscale.model.scale import LogitScale
+from mmscale.model.two_tower import TwoTower
+from mmscale.model.weights import read_weights
+
+
+def build_whole_openclip(
+    config: ModelConfig, image_size: int | None
+) -> tuple[TwoTower, ImageInput, TextInput]:
+    """The model that a filled `model.preset=openclip:NAME` asks for.
+
+    Raises:
+        ConfigError: A setting contradicts the OpenCLIP model, or its weights cannot be had.
+        CheckpointError: A weights file does not fit.
+    """
+    name = str(config.preset).removeprefix(OPENCLIP)
+    whole = openclip_config(name, "model.preset")
+    _refuse_contradictions(config, name, whole["embed_dim"])
+    model = _create(name, config.weights, image_size, whole["text_cfg"])
+    pixels = openclip_pixels(model.visual.image_size, open_clip.get_model_preprocess_cfg(model))
+    tokens = openclip_tokens(name, config.text, whole["text_cfg"])
+    scale = LogitScale(config.logit_scale)
+    if config.weights != "random":
+        _take_scale(scale, model.logit_scale)
+    frozen = frozenset(part for part in ("vision", "text") if getattr(config, part).frozen)
+    two_tower = TwoTower(
+        OpenClipVision(model.visual, pixels.image_size),
+        OpenClipText(model.text, tokens.pad_token),
+        {"image": nn.Identity(), "text": nn.Identity()},
+        scale,
+        frozen,
+    )
+    return two_tower, pixels.override(config.vision), tokens
+
+
+def _refuse_contradictions(config: ModelConfig, name: str, width: int) -> None:
+    if config.embed_dim != width:
+        raise ConfigError(
+            f"model.embed_dim={config.embed_dim}, but OpenCLIP's {name} is {width} wide; leave "
+            f"model.embed_dim out, or name the towers (model.vision.name, model.text.name)."
+        )
+    for part in ("vision", "text"):
+        tower = getattr(config, part)
+        if tower.options or tower.weights not in ("pretrained", "random"):
+            raise ConfigError(
+                f"model.{part}.options and .weights do not go with model.preset=openclip:{name}, "
+                f"which is taken as it is: leave them out, or name the towers and no preset."
+            )
+    if config.head.standardize:
+        raise ConfigError(
+            f"model.head.standardize={config.head.standardize}, but model.preset=openclip:{name} "
+            f"has no head of ours; set it to 0."
+        )
+
+
+def _create(name: str, weights: str, image_size: int | None, text: Mapping[str, Any]) -> Any:
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    pretrained = None if weights == "random" else weights
+    if pretrained and pretrained not in tags:
+        if not Path(pretrained).expanduser().is_file():
+            raise ConfigError(
+                f"model.weights={weights} is neither `random`, a file, nor a tag of OpenCLIP's "
+                f"{name} ({', '.join(tags[:8]) or 'it has none'})."
+            )
+        read_weights(pretrained, "model.weights")
+    words: dict[str, Any] = {
+        "force_custom_text": True,
+        "pretrained_text": False,
+        "pretrained_image": False,
+    }
+    if image_size:
+        words["force_image_size"] = image_size
+    bring = "set model.weights to a file of its weights, or to random"
+    remote = pretrained in tags or is_on_hub(name) or "hf_model_name" in text
+    with hub_call(f"model.weights={weights} of openclip:{name}", bring, remote):
+        try:
+            return open_clip.create_model(name, pretrained=pretrained, **words)
+        except (RuntimeError, KeyError) as error:
+            if pretrained is None or pretrained in tags:
+                raise
+            raise CheckpointError(
+                f"model.weights={weights} does not fit OpenCLIP's {name}: "
+                f"{' '.join(str(error).split())[:400]}; give the weights of this model."
+            ) from error
+
+
+def _take_scale(scale: LogitScale, own: torch.Tensor) -> None:
+    with torch.no_grad():
+        scale.log_scale.copy_(own.reshape(1).clamp(0.0, math.inf))

@@ -1,0 +1,195 @@
+"""Towers of OpenCLIP configs, alone: `openclip:NAME` with `options` over the config's own keys.
+
+Each ends in its pooled feature: OpenCLIP's output projection is left out, because the model's own
+head takes its place. `model.preset=openclip:NAME` keeps the projections (`openclip_preset.py`).
+"""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import fields
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from open_clip.factory import get_model_config
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg, _build_text_tower, _build_vision_tower
+from open_clip.transformer import TextTransformer, VisionTransformer
+from torch import Tensor, nn
+
+from mmscale.config.schema import TextConfig, TowerConfig, VisionConfig
+from mmscale.errors import ConfigError
+from mmscale.model.hub import hub_call
+from mmscale.model.inputs import ImageInput, TextInput, agreed_context, agreed_size, triple
+from mmscale.model.openclip_tokens import read_tokenize
+from mmscale.model.sources import check_options, constructing, did_you_mean
+from mmscale.model.weights import load_strictly, read_weights
+from mmscale.model.width import Tower, output_width
+
+# Names of a text tower in a whole CLIP's weights, where nothing stands in front of them.
+TEXT_PARTS = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "cls_emb")
+PROJECTIONS = ("proj", "text_projection")
+
+
+class OpenClipVision(Tower):
+    """An OpenCLIP image tower."""
+
+    def __init__(self, trunk: nn.Module, image_size: int):
+        super().__init__()
+        self.trunk = trunk
+        self.width = output_width(self, torch.zeros(1, 3, image_size, image_size))
+
+    def forward(self, pixels: Float[Tensor, "b c h w"]) -> Float[Tensor, "b f"]:
+        return _pooled(self.trunk(pixels))
+
+
+class OpenClipText(Tower):
+    """An OpenCLIP text tower that takes rows trimmed to their longest caption.
+
+    Causal towers pooled at the end token see no padding, so trimming is exact. Those that attend to
+    padding, or append a token, get their rows padded back to the whole context.
+    """
+
+    def __init__(self, trunk: nn.Module, pad_token: int):
+        super().__init__()
+        self.trunk = trunk
+        self.pad_token = pad_token
+        self.whole_rows = 0
+        if isinstance(trunk, TextTransformer):
+            trunk.transformer.register_forward_pre_hook(_slice_mask, with_kwargs=True)
+            at_end = trunk.pool_type in ("argmax", "eos") and trunk.cls_emb is None
+            if trunk.attn_mask is None or not at_end:
+                self.whole_rows = trunk.context_length
+        tokens = torch.ones(1, 2, dtype=torch.int64)
+        self.width = output_width(self, tokens, torch.ones_like(tokens, dtype=torch.bool))
+
+    def forward(
+        self, tokens: Int64[Tensor, "b t"], mask: Bool[Tensor, "b t"]
+    ) -> Float[Tensor, "b f"]:
+        missing = max(self.whole_rows - tokens.shape[1], 0)
+        return _pooled(self.trunk(F.pad(tokens, (0, missing), value=self.pad_token)))
+
+
+def build_openclip_vision(
+    name: str, config: VisionConfig, image_size: int | None
+) -> tuple[Tower, ImageInput]:
+    """The image tower of an OpenCLIP config; `options` are keys of its `vision_cfg`."""
+    key = "model.vision"
+    whole = openclip_config(name, f"{key}.name")
+    if other := whole["vision_cfg"].get("timm_model_name"):
+        raise ConfigError(f"the image tower of {name} is timm's: set {key}.name=timm:{other}.")
+    size = agreed_size(image_size, dict(config.options), "image_size")
+    settings = _settings(whole["vision_cfg"], config, CLIPVisionCfg, key)
+    if size:
+        settings["image_size"] = size
+    with constructing(key, f"openclip:{name}"):
+        vision = CLIPVisionCfg(**settings)
+        trunk = _build_vision_tower(whole["embed_dim"], vision, whole.get("quick_gelu", False))
+    if isinstance(trunk, VisionTransformer):
+        trunk.proj = None
+    _fill(trunk, config, key, "visual.")
+    pixels = openclip_pixels(vision.image_size)
+    return OpenClipVision(trunk, pixels.image_size), pixels
+
+
+def build_openclip_text(name: str, config: TextConfig) -> tuple[Tower, TextInput]:
+    """The text tower of an OpenCLIP config; `options` are keys of its `text_cfg`."""
+    key = "model.text"
+    whole = openclip_config(name, f"{key}.name")
+    if other := whole["text_cfg"].get("hf_model_name"):
+        raise ConfigError(
+            f"the text tower of {name} is Hugging Face's: set {key}.name=hf:{other}, or a folder."
+        )
+    settings = _settings(whole["text_cfg"], config, CLIPTextCfg, key)
+    with constructing(key, f"openclip:{name}"):
+        text = CLIPTextCfg(**settings)
+        trunk = _build_text_tower(whole["embed_dim"], text, whole.get("quick_gelu", False))
+    trunk.text_projection = None
+    _fill(trunk, config, key, "text.")
+    tokens = openclip_tokens(name, config, settings)
+    return OpenClipText(trunk, tokens.pad_token), tokens
+
+
+def openclip_config(name: str, setting: str) -> dict[str, Any]:
+    """OpenCLIP's own configuration of a model, to change at will.
+
+    Raises:
+        ConfigError: OpenCLIP has no model of this name.
+    """
+    what = f"{setting}=openclip:{name}"
+    with hub_call(what, "give a name of open_clip.list_models()", remote=is_on_hub(name)):
+        config = get_model_config(name)
+    if config is None:
+        raise ConfigError(
+            f"{setting}=openclip:{name} is not a model of OpenCLIP"
+            f"{did_you_mean(name, open_clip.list_models())}."
+        )
+    return deepcopy(config)
+
+
+def is_on_hub(name: str) -> bool:
+    """Whether an OpenCLIP name is one of the hub's rather than built in."""
+    return name.startswith("hf-hub:")
+
+
+def openclip_pixels(
+    size: int | tuple[int, int], facts: Mapping[str, Any] | None = None
+) -> ImageInput:
+    """The input of an OpenCLIP image tower: CLIP's normalisation unless `facts` say otherwise."""
+    facts = facts or {}
+    return ImageInput(
+        image_size=size if isinstance(size, int) else size[0],
+        mean=triple(facts.get("mean") or open_clip.OPENAI_DATASET_MEAN),
+        std=triple(facts.get("std") or open_clip.OPENAI_DATASET_STD),
+        interpolation=facts.get("interpolation") or "bicubic",
+    )
+
+
+def openclip_tokens(name: str, config: TextConfig, text: Mapping[str, Any]) -> TextInput:
+    """The tokenizer of an OpenCLIP model, whose `text_cfg` is `text`."""
+    longest = text.get("context_length", CLIPTextCfg.context_length)
+    length = agreed_context(config.context_length, longest, f"openclip:{name}")
+    tokenize, pad_token = read_tokenize(name, length, text)
+    return TextInput(tokenize, pad_token, length)
+
+
+def _settings(
+    own: Mapping[str, Any], config: TowerConfig, record: type, key: str
+) -> dict[str, Any]:
+    known = [option.name for option in fields(record)]
+    check_options(config.options, known, key, str(config.name))
+    return {name: value for name, value in {**own, **config.options}.items() if name in known}
+
+
+def _fill(trunk: nn.Module, config: TowerConfig, key: str, prefix: str) -> None:
+    """Load a file of the tower alone, or the tower's part of a whole CLIP's."""
+    if config.weights == "random":
+        return
+    if config.weights == "pretrained":
+        raise ConfigError(
+            f"{key}.name={config.name} names an architecture without weights of its own: set "
+            f"{key}.weights to a file or to random, or model.preset={config.name} with "
+            f"model.weights set to one of OpenCLIP's tags."
+        )
+    tensors = read_weights(config.weights, f"{key}.weights")
+    mine = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    if not mine and any(name.startswith("visual.") for name in tensors):
+        mine = {name: tensor for name, tensor in tensors.items() if name.startswith(TEXT_PARTS)}
+    load_strictly(trunk, mine or tensors, f"{key}.weights={config.weights}", spare=PROJECTIONS)
+
+
+def _slice_mask(
+    module: nn.Module, args: tuple[Any, ...], words: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Cut OpenCLIP's causal mask, made for the whole context, to the rows at hand."""
+    mask = words.get("attn_mask")
+    if mask is not None:
+        length = args[0].shape[1]
+        words = {**words, "attn_mask": mask[..., :length, :length]}
+    return args, words
+
+
+def _pooled(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Configs with `output_tokens` give tokens besides."""
+    return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,68 @@
+"""Named pairs of towers, and how explicit settings win over them."""
+
+from typing import Any
+
+from mmscale.config.schema import ModelConfig
+from mmscale.errors import ConfigError
+from mmscale.model.openclip_towers import openclip_config
+from mmscale.model.sources import did_you_mean
+
+OPENCLIP = "openclip:"
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "small": {
+        "vision": {"name": "timm:vit_small_patch16_224"},
+        "text": {"name": "hf:microsoft/MiniLM-L12-H384-uncased"},
+        "embed_dim": 384,
+    },
+    "medium": {
+        "vision": {"name": "timm:vit_base_patch16_224"},
+        "text": {"name": "hf:flaubert/flaubert_small_cased"},
+        "embed_dim": 512,
+    },
+    "large": {
+        "vision": {"name": "timm:vit_base_patch16_224"},
+        "text": {"name": "hf:google-bert/bert-base-uncased"},
+        "embed_dim": 768,
+    },
+}
+
+
+def fill_preset(config: ModelConfig) -> ModelConfig:
+    """`config` with what its preset says and the user did not; filled again it stays the same.
+
+    Raises:
+        ConfigError: There is no such preset.
+    """
+    if config.preset is None:
+        return config
+    settings = _settings(config.preset)
+    words = config.model_dump(exclude_unset=True)
+    for tower in ("vision", "text"):
+        chosen = words.get(tower, {})
+        name = chosen.get("name") or settings[tower]["name"]
+        settings[tower] = {**chosen, "name": name}
+    return ModelConfig.model_validate({**words, **settings, **_explicit(words)})
+
+
+def is_whole_openclip(config: ModelConfig) -> bool:
+    """Whether a filled config asks for an OpenCLIP model as it is, with its own projections."""
+    preset = config.preset or ""
+    return preset.startswith(OPENCLIP) and config.vision.name == config.text.name == preset
+
+
+def _explicit(words: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in words.items() if name not in ("vision", "text")}
+
+
+def _settings(preset: str) -> dict[str, Any]:
+    if preset.startswith(OPENCLIP):
+        whole = openclip_config(preset.removeprefix(OPENCLIP), "model.preset")
+        towers = {"vision": {"name": preset}, "text": {"name": preset}}
+        return {**towers, "embed_dim": whole["embed_dim"]}
+    if preset not in PRESETS:
+        raise ConfigError(
+            f"model.preset={preset} does not exist{did_you_mean(preset, PRESETS)}: choose one of "
+            f"{', '.join(PRESETS)} or openclip:NAME."
+        )
+    return dict(PRESETS[preset])

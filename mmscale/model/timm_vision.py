@@ -1,0 +1,107 @@
+"""Image towers of timm: `timm:NAME` as `timm.create_model` knows it, without its classifier."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mmscale.config.schema import VisionConfig
+from mmscale.errors import ConfigError
+from mmscale.model.hub import hub_call
+from mmscale.model.inputs import ImageInput, agreed_size, triple
+from mmscale.model.sources import constructing, did_you_mean
+from mmscale.model.weights import load_strictly, read_weights, refuse
+from mmscale.model.width import Tower, output_width
+
+KEY = "model.vision"
+BRING = (
+    "set model.vision.weights to a file of its weights, or to random to train it from scratch; "
+    "or put the weights into the hub's local cache"
+)
+
+
+class TimmTower(Tower):
+    """A timm model that ends in its pooled features."""
+
+    def __init__(self, trunk: nn.Module, image_size: int):
+        super().__init__()
+        self.trunk = trunk
+        self.width = output_width(trunk, torch.zeros(1, 3, image_size, image_size))
+
+    def forward(self, pixels: Float[Tensor, "b c h w"]) -> Float[Tensor, "b f"]:
+        return self.trunk(pixels)
+
+
+def build_timm_vision(
+    name: str, config: VisionConfig, image_size: int | None
+) -> tuple[Tower, ImageInput]:
+    """`timm:NAME` with weights through timm's own hub code, from a file, or random."""
+    if not timm.is_model(name) and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        raise ConfigError(
+            f"model.vision.name=timm:{name} is not a model of timm {timm.__version__}"
+            f"{did_you_mean(name.split('.')[0], timm.list_models())}."
+        )
+    options = dict(config.options)
+    size = agreed_size(image_size, options, "img_size")
+    trunk = _create(name, options, size, pretrained=config.weights == "pretrained")
+    facts = trunk.pretrained_cfg
+    if config.weights not in ("pretrained", "random"):
+        origin = f"{KEY}.weights={config.weights}"
+        tensors = read_weights(config.weights, f"{KEY}.weights")
+        load_strictly(trunk, tensors, origin, spare=_classifiers(facts))
+    pixels = ImageInput(
+        image_size=size or facts["input_size"][-1],
+        mean=triple(facts["mean"]),
+        std=triple(facts["std"]),
+        interpolation="bilinear" if facts["interpolation"] == "bilinear" else "bicubic",
+    )
+    with constructing(KEY, f"timm:{name} at {pixels.image_size} pixels"):
+        return TimmTower(trunk, pixels.image_size), pixels
+
+
+def _create(name: str, options: Mapping[str, Any], image_size: int | None, pretrained: bool) -> Any:
+    """The model, told the image size if its constructor takes one; convolutional ones do not."""
+    start = torch.get_rng_state()
+    if image_size and "img_size" not in options:
+        try:
+            return _create(name, {**options, "img_size": image_size}, None, pretrained)
+        except ConfigError as error:
+            if f"{KEY}.options.img_size" not in str(error):
+                raise
+            torch.set_rng_state(start)
+    random = _create_random(name, options)
+    if not pretrained:
+        return random
+    torch.set_rng_state(start)
+    with hub_call(f"{KEY}.name=timm:{name} with pretrained weights", BRING):
+        loaded = timm.create_model(name, pretrained=True, num_classes=0, **options)
+    _refuse_untouched(random, loaded, f"the pretrained weights of timm:{name}")
+    return loaded
+
+
+def _create_random(name: str, options: Mapping[str, Any]) -> nn.Module:
+    with constructing(KEY, f"timm:{name}"):
+        return timm.create_model(name, pretrained=False, num_classes=0, **options)
+
+
+def _refuse_untouched(random: nn.Module, loaded: nn.Module, origin: str) -> None:
+    """Fail where `loaded` still holds the random start that `random`, of the same seed, has.
+
+    Without its classifier timm loads non-strictly: a block that the file lacks would stay random.
+    """
+    start = random.state_dict()
+    untouched = [
+        f"{name} is missing"
+        for name, tensor in loaded.state_dict().items()
+        if tensor.numel() > 1 and torch.equal(tensor, start[name]) and tensor.unique().numel() > 1
+    ]
+    refuse(untouched, origin)
+
+
+def _classifiers(facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """Prefixes of the classifier's tensors, which a tower has no use for."""
+    names = facts.get("classifier") or ()
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))

@@ -1,0 +1,111 @@
+"""Two towers, their heads and the logit scale, as one module whose parameters name their component.
+
+The engine wraps `TwoTower` and reaches everything through its `forward`, so that hooks of sharded
+parameters fire; `mode` says which part runs. Called by engine, checkpoint and diagnostics.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmscale.contracts import COMPONENTS, Embeddings
+
+
+class TwoTower(nn.Module):
+    """Image tower, text tower, heads and scale.
+
+    A frozen tower has no gradient, runs without a graph and stays in evaluation mode. A trained
+    tower keeps its BatchNorm statistics: they would depend on how the batch is cut.
+    """
+
+    def __init__(
+        self,
+        vision: nn.Module,
+        text: nn.Module,
+        heads: Mapping[str, nn.Module],
+        scale: nn.Module,
+        frozen: frozenset[str] = frozenset(),
+    ):
+        """Put the parts together.
+
+        Args:
+            vision: Pixels [b c h w] -> [b f].
+            text: Tokens and mask [b t] -> [b f].
+            heads: `image` and `text`, features to the shared width.
+            scale: () -> [1].
+            frozen: Which of `vision` and `text` keep their weights.
+        """
+        super().__init__()
+        self.vision = vision
+        self.text = text
+        self.head = nn.ModuleDict(dict(heads))
+        self.scale = scale
+        self.frozen = frozen
+        for name in frozen:
+            self.get_submodule(name).requires_grad_(False)
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for name in ("vision", "text"):
+            tower = self.get_submodule(name)
+            tower.train(mode and name not in self.frozen)
+            for module in tower.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def forward(self, mode: str, *inputs: Any) -> Any:
+        """Run one part of the model.
+
+        `image`: pixels -> features. `text`: tokens, mask -> features. `heads`: image features, text
+        features -> Embeddings of each and the scale. `both`: pixels, tokens, mask -> as `heads`.
+        """
+        match mode:
+            case "image":
+                return self._image(*inputs)
+            case "text":
+                return self._text(*inputs)
+            case "heads":
+                return self._heads(*inputs)
+            case "both":
+                pixels, tokens, mask = inputs
+                return self._heads(self._image(pixels), self._text(tokens, mask))
+        raise AssertionError(f"unknown mode {mode!r} of TwoTower.forward")
+
+    def _image(self, pixels: Float[Tensor, "b c h w"]) -> Float[Tensor, "b f"]:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and "vision" not in self.frozen):
+            return self.vision(pixels)
+
+    def _text(
+        self, tokens: Int64[Tensor, "b t"], mask: Bool[Tensor, "b t"]
+    ) -> Float[Tensor, "b f"]:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and "text" not in self.frozen):
+            return self.text(tokens, mask)
+
+    def _heads(
+        self, image: Float[Tensor, "b f"], text: Float[Tensor, "b g"]
+    ) -> tuple[Embeddings, Embeddings, Float[Tensor, "1"]]:
+        return self._embed("image", image), self._embed("text", text), self.scale()
+
+    def _embed(self, modality: str, raw: Float[Tensor, "b f"]) -> Embeddings:
+        projected = self.head[modality](raw)
+        wide = projected.to(torch.promote_types(projected.dtype, torch.float32))
+        return Embeddings(raw, projected, F.normalize(wide, dim=-1))
+
+
+def component_of(name: str) -> str:
+    """Component of a parameter or buffer by its name: `vision`, `text`, `head` or `scale`."""
+    component = name.split(".", 1)[0]
+    assert component in COMPONENTS, f"{name} belongs to none of {', '.join(COMPONENTS)}"
+    return component
+
+
+def no_decay(name: str, param: Tensor) -> bool:
+    """True for what weight decay must spare: norms, biases and other vectors, and the scale."""
+    return param.ndim <= 1 or name.endswith("bias") or component_of(name) == "scale"

@@ -1,0 +1,68 @@
+"""The lines of `metrics.jsonl` that training writes."""
+
+from typing import Any
+
+from mmscale.assembly import Training
+from mmscale.checkpoint.files import Progress
+from mmscale.contracts import Batch
+from mmscale.diagnostics.geometry import probe_figures
+from mmscale.diagnostics.pairs import Pairs
+from mmscale.engine.step import Update
+
+
+def training_line(
+    training: Training, progress: Progress, done: Update, seconds: float, waited: float
+) -> dict[str, Any]:
+    """What one update measured.
+
+    Args:
+        training: The run.
+        progress: After the update.
+        done: The update.
+        seconds: The whole step's time.
+        waited: Seconds of it spent waiting for data.
+    """
+    record, rows = done.record, training.plan.global_rows
+    norms = dict(record.grad_norm)
+    return {
+        "step": progress.step,
+        "samples": progress.step * rows,
+        "loss": record.loss,
+        **{f"loss/{name}": value for name, value in record.terms.items()},
+        "lr": record.lr,
+        "logit_scale": record.logit_scale,
+        "grad_norm": norms.pop("total"),
+        **{f"grad_norm_{part}": norm for part, norm in norms.items()},
+        "samples_per_second": rows / seconds,
+        "data_wait": waited / seconds,
+        "keys_digest": record.keys_digest,
+        "epoch": progress.position.epoch,
+        "damaged": progress.damaged,
+        "skipped": progress.step - progress.updates,
+    }
+
+
+def probe_line(
+    training: Training, progress: Progress, done: Update, batch: Batch
+) -> dict[str, Any]:
+    """Figures of the global batch's embeddings. Collective."""
+    ids = training.peers.columns(batch.image_ids)
+    image = training.peers.columns(done.image.unit)
+    text = training.peers.columns(done.text.unit)
+    pairs = Pairs(image, text, ids, ids, logit_scale=done.record.logit_scale)
+    return {"step": progress.step, **probe_figures(pairs)}
+
+
+def opening_lines(training: Training) -> list[str]:
+    """What is told before the first update."""
+    groups = [
+        f"{group['name']:>16}: lr {group['base_lr']:.3g}, weight decay {group['weight_decay']:.3g}"
+        for group in training.engine.groups
+    ]
+    steps = f"{training.total_steps:,} steps, {training.schedule.steps:,} an epoch"
+    resumed = training.start.step
+    return [
+        f"engine: {training.engine.label}",
+        *groups,
+        f"length: {steps}" + (f"; resumed after step {resumed:,}" if resumed else ""),
+    ]

@@ -1,0 +1,218 @@
+"""Train a dual encoder: the file that launchers start. Functions only; read it from the top.
+
+deepspeed mmscale/train.py CONFIG key=value ...      accelerate launch mmscale/train.py CONFIG ...
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmscale.config.load import load_config
+from mmscale.config.schema import Config
+from mmscale.errors import DataError, HaltError, TerminatedError, explained
+
+if TYPE_CHECKING:
+    from mmscale.assembly import Training
+    from mmscale.checkpoint.files import Progress
+    from mmscale.contracts import Batch, Position
+    from mmscale.diagnostics.pairs import Pairs
+    from mmscale.dist.signals import StopSignal
+    from mmscale.engine.step import Update
+    from mmscale.report.report import Report
+
+# Updates in a row that may be skipped because a gradient is not finite.
+MAX_SKIPPED = 5
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the words of a command line; returns the exit code."""
+    # A mistake in the configuration is told before torch is imported.
+    return explained(lambda: run(load_config(words)))
+
+
+def run(config: Config) -> int:
+    """Train as configured, on every rank that was started; all of them fail together."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from mmscale.dist.world import failing_together, leave, promised_world
+
+    world = promised_world()
+    with failing_together(world):
+        from mmscale.assembly import assemble
+        from mmscale.dist.signals import StopSignal
+        from mmscale.report.lines import opening_lines
+        from mmscale.report.report import Report
+
+        stop, built = StopSignal(), []
+        training = assemble(config, world, built.append, built.append)
+        _write_config(training)
+        with Report(config, world, training.total_steps, training.start.step) as report:
+            for line in (*built, *opening_lines(training)):
+                report.say(line)
+            progress = _loop(training, report, stop)
+            _finish(training, report, progress)
+        training.engine.close()
+    leave()
+    return 0
+
+
+def _loop(training: "Training", report: "Report", stop: "StopSignal") -> "Progress":
+    """Update until the run's length is reached; returns how far it came."""
+    from mmscale.assembly import save_checkpoint
+    from mmscale.engine.schedule import rate_factor
+    from mmscale.engine.step import update
+    from mmscale.report.lines import probe_line, training_line
+
+    config, progress, total = training.config, training.start, training.total_steps
+    warmup = _steps(training, config.optim.warmup)
+    skipped = 0
+    clock = time.perf_counter()
+    for batch, position, waited in _batches(training, progress.position, total - progress.step):
+        factor = rate_factor(progress.step, total, warmup, config.optim.schedule)
+        done = update(
+            training.engine,
+            training.objective,
+            training.peers,
+            batch,
+            training.plan.micro_rows,
+            config.optim.lr * factor,
+            factor,
+            stop.wanted,
+        )
+        progress = _advance(progress, position, done)
+        seconds = time.perf_counter() - clock
+        if _due(training, config.log.every, progress):
+            report.training(training_line(training, progress, done, seconds, waited))
+        skipped = _count_skipped(skipped, done, batch, progress)
+        _check_damage(training, report, batch, progress)
+        if _due(training, config.probe.every, progress):
+            report.probe(probe_line(training, progress, done, batch))
+        if progress.step < total:
+            if done.record.stop:
+                save_checkpoint(training, progress)
+                raise TerminatedError(f"told to stop; step {progress.step} is in a checkpoint")
+            if _due(training, config.eval.every, progress):
+                progress, _ = _evaluate(training, report, progress)
+            if _due(training, config.checkpoint.every, progress):
+                save_checkpoint(training, progress)
+        clock = time.perf_counter()
+    return progress
+
+
+def _batches(
+    training: "Training", position: "Position", count: int
+) -> Iterator[tuple["Batch", "Position", float]]:
+    """The next `count` batches on the device, the position after each, and the seconds waited."""
+    stream, device = training.stream.batches(position), training.policy.device
+    for _ in range(count):
+        start = time.perf_counter()
+        batch, position = next(stream)
+        on_device = replace(
+            batch,
+            image=batch.image.to(device),
+            tokens=batch.tokens.to(device),
+            mask=None if batch.mask is None else batch.mask.to(device),
+            image_ids=batch.image_ids.to(device),
+        )
+        yield on_device, position, time.perf_counter() - start
+
+
+def _advance(progress: "Progress", position: "Position", done: "Update") -> "Progress":
+    same_epoch = position.epoch == progress.position.epoch
+    return replace(
+        progress,
+        step=progress.step + 1,
+        updates=progress.updates + done.record.applied,
+        position=position,
+        damaged=(progress.damaged if same_epoch else 0) + done.record.damaged,
+    )
+
+
+def _steps(training: "Training", duration: Any) -> int:
+    """A duration in updates, cut to the run's length."""
+    steps = duration.steps(training.schedule.steps, training.plan.global_rows)
+    return max(1, min(steps, training.total_steps))
+
+
+def _due(training: "Training", every: Any, progress: "Progress") -> bool:
+    return every is not None and progress.step % _steps(training, every) == 0
+
+
+def _count_skipped(skipped: int, done: "Update", batch: "Batch", progress: "Progress") -> int:
+    if done.record.applied:
+        return 0
+    if skipped + 1 >= MAX_SKIPPED:
+        raise HaltError(
+            f"step {progress.step}: the gradient was not finite in {MAX_SKIPPED} updates in a row, "
+            f"lastly on {', '.join(batch.keys[:3])}...; lower optim.lr or set engine.precision=fp32"
+        )
+    return skipped + 1
+
+
+def _check_damage(
+    training: "Training", report: "Report", batch: "Batch", progress: "Progress"
+) -> None:
+    """Name what could not be decoded; end when it is more than the configuration allows."""
+    for line in batch.damaged:
+        report.warn(f"{line}; its row repeats another sample")
+    share, items = training.config.data.max_damaged, training.schedule.items
+    if progress.damaged > share * items:
+        last = f", lastly {batch.damaged[-1]}" if batch.damaged else ""
+        raise DataError(
+            f"{progress.damaged} rows of this epoch could not be decoded{last}, more than "
+            f"data.max_damaged={share} of {items} allows; run mmscale verify on data.train"
+        )
+
+
+def _evaluate(
+    training: "Training", report: "Report", progress: "Progress"
+) -> tuple["Progress", "Pairs | None"]:
+    from mmscale.assembly import evaluate
+
+    evaluated = evaluate(training)
+    if evaluated is None:
+        return progress, None
+    figures, pairs = evaluated
+    report.evaluation({"step": progress.step, **figures})
+    return replace(progress, metrics=figures), pairs
+
+
+def _finish(training: "Training", report: "Report", progress: "Progress") -> None:
+    """The last evaluation, checkpoint, diagnosis and page."""
+    from mmscale.assembly import save_checkpoint
+    from mmscale.diagnostics.doctor import diagnose
+    from mmscale.diagnostics.histogram import similarity_histogram
+    from mmscale.report.page import write_page
+
+    progress, pairs = _evaluate(training, report, progress)
+    if progress.step > training.start.step:
+        save_checkpoint(training, progress)
+    if not training.world.is_main:
+        return
+    run_dir = Path(training.config.run.dir)
+    closing: dict[str, Any] = {"step": progress.step, **progress.metrics}
+    if pairs is not None:
+        diagnosis = diagnose(pairs).to_json()
+        (run_dir / "doctor.json").write_text(json.dumps(diagnosis, indent=1), "utf-8")
+        (run_dir / "similarity.json").write_text(json.dumps(similarity_histogram(pairs)), "utf-8")
+        report.say(f"verdict: {diagnosis['verdict']} (confidence {diagnosis['confidence']:.2f})")
+        closing["verdict"] = diagnosis["verdict"]
+    report.finish(closing)
+    report.say(f"report: {write_page(run_dir)}")
+
+
+def _write_config(training: "Training") -> None:
+    from mmscale.config.yaml import write_yaml
+
+    if training.world.is_main:
+        run_dir = Path(training.config.run.dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_yaml(run_dir / "config.yaml", training.config.model_dump(mode="json"))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,178 @@
+"""Rules of the house that no linter knows."""
+
+import ast
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from pydantic import BaseModel
+
+from mmscale.config.load import PRESETS, load_config
+from mmscale.config.schema import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "mmscale"
+TEXT_LIMIT_BYTES = 1_000_000
+# Not installed everywhere, or imported by launchers before us.
+FOREIGN = {"datasets", "distributed", "evaluate", "tokenizers", "wandb", "webdataset"}
+# Roots of folders that exist on one machine only.
+MACHINE_PATHS = re.compile(r"(?<![\w.~$}-])/(?:work|home|root|Users)/\w")
+VAGUE_NAMES = {"utils.py", "helpers.py", "common.py", "misc.py"}
+
+
+def tracked() -> list[Path]:
+    """Files that git knows or would add, as they are in the working folder."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    paths = (ROOT / name for name in listed.stdout.split("\0") if name)
+    return [path for path in paths if path.is_file()]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def settings(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted path and field of every setting, inside lists and unions too."""
+    for name, field in model.model_fields.items():
+        yield prefix + name, field
+        for section in _sections(field.annotation):
+            yield from settings(section, f"{prefix}{name}.")
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _sections(inner)
+
+
+def test_no_module_shadows_another_when_a_file_of_the_package_is_launched():
+    ours = {path.stem for path in PACKAGE.glob("*.py")}
+    ours |= {path.name for path in PACKAGE.iterdir() if any(path.glob("*.py"))}
+    # The package itself is installed, and so are the checkout's other folders in some layouts.
+    installed = {
+        name
+        for name, owners in importlib.metadata.packages_distributions().items()
+        if set(owners) != {"mmscale"}
+    }
+    taken = sys.stdlib_module_names | installed | FOREIGN
+    assert not ours & taken
+
+
+def test_every_setting_is_documented():
+    paths = dict(settings(Config))
+    assert "loss.terms.weight" in paths, "the walk reaches settings inside lists"
+    assert not [path for path, field in paths.items() if not field.description]
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_preset_loads(preset):
+    config = load_config([preset.stem, "data.train=somewhere"])
+    assert config.data.train == "somewhere"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.stem)
+def test_deepspeed_files_leave_the_rest_to_the_run(path):
+    file = json.loads(path.read_text("utf-8"))
+    assert set(file) <= {
+        "zero_optimization",
+        "zero_force_ds_cpu_optimizer",
+        "communication_data_type",
+    }
+    if sys.platform == "linux":
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+        known = {f.alias or name for name, f in DeepSpeedZeroConfig.model_fields.items()}
+        assert set(file["zero_optimization"]) <= known
+
+
+def test_commands_of_the_readme_are_in_the_makefile():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    assert {"demo", "test", "test-slow", "check", "setup"} <= targets
+    pages = [path for path in tracked() if path.suffix == ".md"]
+    # In code only: prose also says "make sure".
+    named = {
+        target
+        for page in pages
+        for code in re.findall(r"```.*?```|`[^`\n]+`", page.read_text("utf-8"), re.DOTALL)
+        for target in re.findall(r"\bmake ([a-z-]+)", code)
+    }
+    assert named <= targets
+
+
+def test_tracked_files_are_small_and_hold_no_data():
+    large = {str(p): p.stat().st_size for p in tracked() if p.stat().st_size > TEXT_LIMIT_BYTES}
+    assert not large
+    assert not [path for path in tracked() if ".tar" in path.suffixes]
+
+
+def test_tracked_files_name_no_folder_of_one_machine():
+    found = []
+    for path in tracked():
+        if path == Path(__file__).resolve():
+            continue
+        try:
+            text = path.read_text("utf-8")
+        except UnicodeDecodeError:
+            continue
+        found += [f"{path.relative_to(ROOT)}: {m.group()}" for m in MACHINE_PATHS.finditer(text)]
+    assert not found
+
+
+def test_no_file_is_named_for_nothing():
+    assert not [path for path in tracked() if path.name in VAGUE_NAMES]
+
+
+@pytest.mark.skipif(not (PACKAGE / "train.py").exists(), reason="no train.py")
+def test_train_py_is_short_and_holds_functions_only():
+    source = (PACKAGE / "train.py").read_text("utf-8")
+    assert len(source.splitlines()) <= 250
+    assert not [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]
+
+
+def test_train_py_is_imported_only_by_cli_and_lab():
+    importers = {
+        path.relative_to(PACKAGE).parts[0]
+        for path in PACKAGE.rglob("*.py")
+        if "mmscale.train" in set(imports(path))
+    }
+    assert importers <= {"cli.py", "lab"}
+
+
+@pytest.mark.parametrize("library", ["deepspeed", "accelerate"])
+def test_a_training_library_is_imported_only_in_its_engine(library):
+    importers = {
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*.py")
+        if any(name.split(".")[0] == library for name in imports(path))
+    }
+    assert importers <= {f"engine/{library}.py"}
+
+
+def test_constraints_pin_every_direct_dependency():
+    lines = (ROOT / "tools" / "constraints.txt").read_text("utf-8").splitlines()
+    pins = {line.split("==")[0] for line in lines if not line.startswith("#")}
+    assert all(re.fullmatch(r"#.*|[a-z0-9.-]+==\S+", line) for line in lines)
+    project = importlib.metadata.requires("mmscale") or []
+    wanted = {
+        re.split(r"[ <>=!~;\[(]", line)[0].lower().replace("_", "-")
+        for line in project
+        if 'extra == "oracle"' not in line
+    }
+    assert wanted <= pins

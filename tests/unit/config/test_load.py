@@ -1,0 +1,132 @@
+"""A wrong word is one sentence with the path, the rule and the repair."""
+
+import subprocess
+import sys
+
+import pytest
+
+from mmscale.config.deepspeed import fill, read_deepspeed
+from mmscale.config.duration import Duration
+from mmscale.config.load import load_config, validate
+from mmscale.config.yaml import parse_scalar
+from mmscale.errors import ConfigError
+
+MINIMAL = {"data": {"train": "shards"}}
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["train.epochs=3"], ["train.epochs is not a setting", "train.duration='3 epochs'"]),
+        (["data.batchsize=64"], ["data.batchsize", "train.global_batch_size"]),
+        (["optim.lr=abc"], ["optim.lr='abc'", "a number", "optim.lr=0.0005"]),
+        (["data.lanez=3"], ["data.lanez", "did you mean data.lanes"]),
+        (["data.lanes=x"], ["data.lanes='x'", "'auto' or a whole number"]),
+        (["optim.lr=-1"], ["optim.lr=-1", "greater than 0"]),
+        (["train.duration=5"], ["train.duration=5", "with its unit"]),
+        (["loss.terms=[{kind: foo}]"], ["loss.terms.0", "infonce"]),
+        (["--lr=3"], ["--lr=3", "key=value"]),
+        (["nowhere.yaml"], ["nowhere.yaml", "neither a file nor a preset"]),
+        (["dmeo"], ["dmeo", "did you mean demo"]),
+        (["data.feature_cache=x", "data.augment=none"], ["data.feature_cache", "frozen"]),
+        (
+            ["engine.kind=accelerate", "engine.deepspeed=ds_configs/zero1.json"],
+            ["engine.kind=accelerate contradicts"],
+        ),
+        (["data.crop_scale=[0.9,0.2]"], ["data.crop_scale", "must rise"]),
+    ],
+)
+def test_wrong_words(words, parts):
+    with pytest.raises(ConfigError) as caught:
+        load_config(["demo", *words])
+    message = str(caught.value)
+    assert caught.value.exit_code == 2
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+
+
+def test_every_fault_is_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        load_config(["demo", "optim.lr=abc", "train.epochs=3", "data.workers=-1"])
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_no_config_lists_the_presets():
+    with pytest.raises(ConfigError, match=r"demo.*flickr8k"):
+        load_config([])
+
+
+def test_numbers_are_numbers_and_words_are_words():
+    assert parse_scalar("3e-4") == 3e-4
+    assert parse_scalar("1e5") == 1e5
+    assert parse_scalar("off") == "off"
+    assert parse_scalar("no") == "no"
+    assert parse_scalar("true") is True
+    assert parse_scalar("null") is None
+    assert parse_scalar("300 steps") == "300 steps"
+    assert load_config(["demo", "optim.lr=3e-4"]).optim.lr == 3e-4
+    assert load_config(["demo", "log.wandb=off"]).log.wandb == "off"
+
+
+def test_later_words_win_and_launcher_flags_are_ignored(tmp_path):
+    first = tmp_path / "first.yaml"
+    first.write_text("data: {train: a, workers: 3}\noptim: {lr: 1e-3}\n")
+    config = load_config(["--local_rank=1", str(first), "optim.lr=2e-3"])
+    assert (config.data.train, config.data.workers, config.optim.lr) == ("a", 3, 2e-3)
+
+
+def test_a_key_given_twice_is_refused(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("data: {train: a}\ndata: {train: b}\n")
+    with pytest.raises(ConfigError, match="twice"):
+        load_config([str(path)])
+
+
+def test_yaml_cannot_build_objects(tmp_path):
+    path = tmp_path / "evil.yaml"
+    path.write_text("data: !!python/object/apply:os.system ['touch /tmp/pwned']\n")
+    with pytest.raises(ConfigError, match="constructor"):
+        load_config([str(path)])
+
+
+def test_a_dump_reads_back_as_itself():
+    config = load_config(["demo"])
+    assert validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [("300 steps", 300), ("2 epochs", 20), ("0.25 epochs", 3), ("1k samples", 16), ("1 step", 1)],
+)
+def test_durations(text, steps):
+    duration = Duration.parse(text)
+    assert duration.steps(steps_per_epoch=10, global_batch_size=64) == steps
+    assert Duration.parse(str(duration)) == duration
+
+
+def test_torch_is_not_imported_to_tell_a_mistake():
+    code = (
+        "import sys; from mmscale.train import main; code = main(['demo', 'optim.lr=abc']); "
+        "sys.exit(9 if 'torch' in sys.modules else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "optim.lr" in done.stderr
+
+
+def test_deepspeed_contradictions_name_both_values():
+    with pytest.raises(ConfigError, match=r"gradient_clipping=5 contradicts the run's 1\.0"):
+        fill({"gradient_clipping": 5}, {"gradient_clipping": 1.0}, "x.json")
+    assert fill({"a": {"b": "auto"}}, {"a.b": 3}, "x.json") == {"a": {"b": 3}}
+
+
+def test_deepspeed_file_is_found_in_the_checkout(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_deepspeed("ds_configs/zero2.json")["zero_optimization"]["stage"] == 2
+    with pytest.raises(ConfigError, match="no such file"):
+        read_deepspeed("ds_configs/zero9.json")
+    bad = tmp_path / "zero0.json"
+    bad.write_text('{"zero_optimization": {"stage": 0}}')
+    with pytest.raises(ConfigError, match="must be 1, 2 or 3"):
+        read_deepspeed(str(bad))

@@ -1,0 +1,212 @@
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mmscale.data.sources import image_id_of, read_source
+from mmscale.data.synth import render
+from mmscale.errors import DataError
+
+SHARDS = Path(__file__).parents[3] / "shards"
+
+
+def add_images(folder, *names):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        Image.new("RGB", (8, 8), (len(name), 0, 0)).save(folder / name)
+
+
+def by_key(source):
+    return {record.key: record for record in source.records}
+
+
+def reasons(source):
+    return {rejection.key: rejection.reason for rejection in source.rejected}
+
+
+@pytest.fixture
+def flickr8k(tmp_path):
+    add_images(tmp_path / "images", "1_a.jpg", "2_b.jpg", "3_c.jpg", "4_d.jpg")
+    (tmp_path / "Flickr8k.token.txt").write_text(
+        "1_a.jpg#1\tA second caption .\n1_a.jpg#0\tA first caption .\n"
+        "2_b.jpg#0\tAnother dog .\n3_c.jpg#0\t \n4_d.jpg#0\tA cat .\n"
+        "2258277193_586949ec62.jpg.1#0\tPeople waiting .\n"
+        "no tab here\n"
+    )
+    (tmp_path / "Flickr_8k.trainImages.txt").write_text("1_a.jpg\n3_c.jpg\n9_z.jpg\n")
+    (tmp_path / "Flickr_8k.devImages.txt").write_text("2_b.jpg\n")
+    return tmp_path
+
+
+def test_flickr8k_token_file_with_split_lists(flickr8k):
+    source = read_source(flickr8k)
+    records = by_key(source)
+    assert source.name == "flickr8k"
+    assert {key: record.split for key, record in records.items()} == {"1_a": "train", "2_b": "val"}
+    assert records["1_a"].captions == ("A first caption .", "A second caption .")
+    assert records["1_a"].image.is_file()
+    assert source.unlisted == 1
+
+
+def test_lines_that_cannot_be_used_are_named(flickr8k):
+    found = reasons(read_source(flickr8k))
+    assert "not the name of an image" in found["2258277193_586949ec62.jpg.1"]
+    assert found["Flickr8k.token.txt:7"] == "is not NAME#i<TAB>caption"
+    assert found["3_c#0"] == "empty caption"
+    assert found["3_c"] == "no caption"
+    assert found["9_z"] == "no caption"
+
+
+def test_gzipped_token_file_without_lists_is_all_train(tmp_path):
+    add_images(tmp_path / "flickr30k-images", "10.jpg")
+    with gzip.open(tmp_path / "results_20130124.token.gz", "wb") as file:
+        file.write("10.jpg#0\tZwei Männer\u2028im Hof\r\n".encode())
+    source = read_source(tmp_path)
+    assert source.name == "flickr30k"
+    assert by_key(source)["10"].captions == ("Zwei Männer\u2028im Hof",)
+    assert source.splits == ("train",)
+
+
+def test_karpathy_before_csv_before_token(tmp_path):
+    render(tmp_path, 12, seed=0)
+    name = json.loads((tmp_path / "dataset_flickr30k.json").read_text())["images"][0]["filename"]
+    (tmp_path / "results.csv").write_text(
+        f"image_name| comment_number| comment\n{name}| 0| From the table .\n"
+        f"{name}| 1   Without a bar .\n"
+    )
+    key = name.removesuffix(".jpg")
+    karpathy = read_source(tmp_path)
+    assert karpathy.splits == ("train", "val", "test")
+    assert len(by_key(karpathy)[key].captions) == 5
+    assert by_key(karpathy)[key].label is not None
+    (tmp_path / "dataset_flickr30k.json").unlink()
+    assert by_key(read_source(tmp_path))[key].captions == ("From the table .", "Without a bar .")
+    (tmp_path / "results.csv").unlink()
+    assert len(read_source(tmp_path).records) == 12
+
+
+def test_plain_csv_with_quotes_splits_and_ids(tmp_path):
+    add_images(tmp_path / "images", "a.v1.png", "b.jpg")
+    (tmp_path / "captions.csv").write_text(
+        'image,caption,split,image_id\na.v1.png,"A dog, running",train,7\n'
+        "a.v1.png,The same dog,train,7\nb.jpg,A cat,validation,8\n"
+    )
+    records = by_key(read_source(tmp_path))
+    assert records["a_v1"].captions == ("A dog, running", "The same dog")
+    assert (records["a_v1"].image_id, records["b"].image_id) == (7, 8)
+    assert records["b"].split == "val"
+
+
+def test_ids_that_are_not_unique_are_not_used(tmp_path):
+    add_images(tmp_path / "images", "a.jpg", "b.jpg")
+    (tmp_path / "captions.csv").write_text("image,caption,image_id\na.jpg,A,7\nb.jpg,B,7\n")
+    assert [record.image_id for record in read_source(tmp_path).records] == [None, None]
+
+
+def test_coco_annotations(tmp_path):
+    add_images(tmp_path / "val2017", "000000000042.jpg")
+    (tmp_path / "annotations").mkdir()
+    content = {
+        "images": [{"id": 42, "file_name": "000000000042.jpg"}],
+        "annotations": [{"image_id": 42, "caption": "A bus ."}],
+    }
+    (tmp_path / "annotations" / "captions_val2017.json").write_text(json.dumps(content))
+    (record,) = read_source(tmp_path).records
+    assert (record.split, record.image_id, record.captions) == ("val", 42, ("A bus .",))
+
+
+def test_a_name_that_leaves_the_folder_is_rejected(tmp_path):
+    add_images(tmp_path / "images", "a.jpg")
+    add_images(tmp_path, "secret.jpg")
+    (tmp_path / "captions.csv").write_text("image,caption\na.jpg,A\n../secret.jpg,B\n")
+    source = read_source(tmp_path)
+    assert [record.key for record in source.records] == ["a"]
+    assert [r.reason for r in source.rejected] == ["its file name leaves the folder of images"]
+
+
+def test_one_key_for_two_images_is_rejected(tmp_path):
+    add_images(tmp_path / "images", "a.jpg", "a.png")
+    (tmp_path / "captions.csv").write_text("image,caption\na.jpg,A\na.png,B\n")
+    source = read_source(tmp_path)
+    assert by_key(source)["a"].captions == ("A",)
+    assert reasons(source) == {"a": "another image has this key"}
+
+
+def test_an_image_in_two_splits_is_an_error(flickr8k):
+    (flickr8k / "testImages.txt").write_text("1_a.jpg\n")
+    with pytest.raises(DataError, match=r"1_a is in \w+ and in \w+"):
+        read_source(flickr8k)
+
+
+def test_a_recipe_names_the_parts(tmp_path):
+    data = tmp_path / "data"
+    add_images(data / "pictures", "a.jpg", "b.jpg")
+    (data / "words.token").write_text("a.jpg#0\tA dog .\nb.jpg#0\tA cat .\n")
+    (data / "held_out").write_text("b\n")
+    (data / "rest").write_text("a\n")
+    recipe = tmp_path / "pets.yaml"
+    recipe.write_text(
+        "name: pets\nroot: data\nimages: pictures\ncaptions: [absent.json, words.token]\n"
+        "splits: {train: rest, test: held_out}\n"
+    )
+    source = read_source(recipe)
+    assert {key: (r.split, r.source) for key, r in by_key(source).items()} == {
+        "a": ("train", "pets"),
+        "b": ("test", "pets"),
+    }
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["!!python/object/apply:os.getcwd []", "unknown: 1", "[a]", "root: nowhere", "name: [x]"],
+)
+def test_a_wrong_recipe_is_refused(tmp_path, text):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(text)
+    with pytest.raises(DataError, match=r"r\.yaml"):
+        read_source(recipe)
+
+
+@pytest.mark.parametrize("name", ["flickr8k", "flickr30k"])
+def test_shipped_recipes_ask_for_their_data(name, tmp_path):
+    recipe = tmp_path / f"{name}.yaml"
+    recipe.write_bytes((SHARDS / f"{name}.yaml").read_bytes())
+    with pytest.raises(DataError, match="unpack the data there"):
+        read_source(recipe)
+    folder = tmp_path / "originals" / name
+    render(folder, 12, seed=0)
+    if name == "flickr8k":
+        (folder / "dataset_flickr30k.json").rename(folder / "dataset_flickr8k.json")
+    source = read_source(recipe)
+    assert (source.name, len(source.records)) == (name, 12)
+
+
+def test_a_folder_without_a_known_layout_says_what_was_looked_for(tmp_path):
+    with pytest.raises(DataError, match=r"results_20130124\.token"):
+        read_source(tmp_path)
+
+
+def test_captions_without_images_say_where_images_were_looked_for(tmp_path):
+    (tmp_path / "token.txt").write_text("a.jpg#0\tA dog .\n")
+    with pytest.raises(DataError, match="none of the 1 images"):
+        read_source(tmp_path)
+
+
+def test_hashed_ids_fit_in_63_bits_and_differ_by_source():
+    ids = {image_id_of(source, str(key)) for source in ("a", "b") for key in range(1000)}
+    assert len(ids) == 2000
+    assert all(0 <= number < 2**63 for number in ids)
+    assert max(ids) > 2**62
+
+
+def test_real_flickr8k():
+    folder = Path(os.environ.get("MMSCALE_TEST_DATA", "")) / "flickr8k-mini"
+    if "MMSCALE_TEST_DATA" not in os.environ or not folder.is_dir():
+        pytest.skip("MMSCALE_TEST_DATA names no folder that holds flickr8k-mini")
+    source = read_source(folder)
+    counts = {s: sum(r.split == s for r in source.records) for s in source.splits}
+    assert counts == {"train": 6000, "val": 1000}
+    assert all(len(record.captions) == 5 for record in source.records)

@@ -1,0 +1,149 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from faulty_embeddings import MODES, healthy, isotropic, load_features, rotated, shuffled
+
+from mmscale.config.load import load_config
+from mmscale.diagnostics.doctor import diagnose, judge
+from mmscale.diagnostics.pairs import Pairs, one_to_one
+from mmscale.diagnostics.verdicts import ORDER, RULES
+from mmscale.errors import DataError
+
+SIZES = [(128, 64), (128, 256), (128, 768), (512, 64), (512, 768), (2048, 256)]
+
+
+@pytest.mark.parametrize(("verdict", "make"), MODES.values(), ids=MODES)
+def test_each_mode_is_named(verdict, make):
+    for num, width in SIZES:
+        for seed in range(2 if num < 2048 else 1):
+            diagnosis = diagnose(make(num, width, seed))
+            assert diagnosis.verdict == verdict, (num, width, seed, diagnosis)
+            assert 0.5 <= diagnosis.confidence <= 1
+
+
+def _subsample(pairs: Pairs, rows: np.ndarray) -> Pairs:
+    chosen = torch.from_numpy(rows)
+    return Pairs(*(t[chosen] for t in (pairs.image, pairs.text, pairs.image_ids, pairs.text_ids)))
+
+
+@pytest.mark.parametrize("num", [64, 128])
+@pytest.mark.parametrize(
+    ("name", "verdict"),
+    [("features_clip.npy", "healthy"), ("features_clip_random.npy", "unaligned")],
+)
+def test_real_features_and_their_parts(real_data, name, verdict, num):
+    pairs = load_features(real_data, name)
+    assert diagnose(pairs).verdict == verdict
+    parts = (np.random.default_rng(seed).permutation(500)[:num] for seed in range(200))
+    wrong = sum(diagnose(_subsample(pairs, rows)).verdict != verdict for rows in parts)
+    assert wrong <= 2
+
+
+@pytest.mark.parametrize("num", [1, 3, 31])
+def test_too_few_samples(num):
+    diagnosis = diagnose(healthy(0.2)(num, 32, 0))
+    assert diagnosis.verdict == "too_few_samples"
+    assert diagnosis.also == ()
+    assert f"{num} distinct images" in diagnosis.causes[0]
+
+
+def test_five_captions_do_not_make_more_images():
+    pairs = healthy(0.2)(20, 32, 0)
+    five = replace(pairs, text=pairs.text.repeat(5, 1), text_ids=pairs.text_ids.repeat(5))
+    assert diagnose(five).verdict == "too_few_samples"
+
+
+def test_the_dead_side_is_named():
+    for side, component in (("image", "vision"), ("text", "text")):
+        diagnosis = diagnose(MODES[f"dead {side} tower"][1](128, 64, 0))
+        assert f"The {side} tower" in diagnosis.causes[0]
+        assert f"optim.lr_scale.{component}=0.1" in diagnosis.remedies
+        assert diagnosis.also == ("unaligned",)
+
+
+def test_a_tower_of_zeros_is_dead():
+    pairs = replace(healthy(0.5)(64, 32, 0), text=torch.zeros(64, 32))
+    assert diagnose(pairs).verdict == "dead_tower"
+
+
+def test_without_features_shuffled_and_unaligned_are_one():
+    for make in (shuffled, rotated, isotropic):
+        diagnosis = diagnose(make(256, 64, 0))
+        assert diagnosis.verdict == "unaligned"
+        assert "shuffled" in diagnosis.causes[0]
+        assert "cannot be told apart" in diagnosis.causes[0]
+
+
+def test_features_turn_the_causes():
+    pairs = isotropic(256, 64, 0)
+    features = healthy(0.5)(256, 96, 1)
+    paired = replace(pairs, backbone_image=features.image, backbone_text=features.text)
+    broken = replace(paired, backbone_text=features.text.roll(1, dims=0))
+    assert "the pairs are right" in diagnose(paired).causes[0]
+    assert "the pairs are shuffled" in diagnose(broken).causes[0]
+    assert "backbone_cka_z" in diagnose(paired).evidence
+
+
+def test_json_is_the_contracts():
+    content = json.loads(json.dumps(diagnose(isotropic(128, 64, 0)).to_json()))
+    assert list(content) == ["verdict", "also", "confidence", "evidence", "causes", "remedies"]
+    assert content["evidence"].keys() >= {"auc_centred", "delta_z"}
+    assert all(isinstance(value, float) for value in content["evidence"].values())
+
+
+def test_every_remedy_is_a_setting_that_loads(tmp_path):
+    remedies = {word for _, make in MODES.values() for word in diagnose(make(128, 64, 0)).remedies}
+    assert remedies
+    run = tmp_path / "run.yaml"
+    run.write_text("data: {train: shards}")
+    for word in remedies:
+        load_config([str(run), word])
+
+
+def test_rules_have_a_place_in_the_order():
+    assert set(RULES) < set(ORDER)
+    assert ORDER[0] == "too_few_samples"
+    assert ORDER[-1] == "healthy"
+
+
+def test_a_narrow_cone_that_tells_its_inputs_apart_is_not_dead():
+    figures = {
+        "health/pairs": 500.0,
+        "health/variance_image": 0.03,
+        "health/variance_text": 0.5,
+        "health/auc_centred": 0.95,
+        "health/delta_z": 40.0,
+        "health/cka_z": 50.0,
+        "health/row_share": 0.1,
+        "health/column_share": 0.8,
+        "health/std_off_sqrt_d": 1.0,
+    }
+    assert judge(figures).verdict == "healthy"
+    assert judge(figures | {"health/variance_image": 0.001}).verdict == "dead_tower"
+    assert judge(figures | {"health/variance_text": 0.02}).verdict == "complete_collapse"
+
+
+def test_nan_is_refused():
+    pairs = isotropic(64, 16, 0)
+    pairs.image[0, 0] = torch.inf
+    with pytest.raises(DataError, match="image embeddings"):
+        diagnose(pairs)
+
+
+def test_one_to_one_keeps_features_beside_their_rows():
+    pairs = isotropic(40, 8, 0)
+    doubled = Pairs(
+        pairs.image,
+        pairs.text.flip(0),
+        pairs.image_ids,
+        pairs.text_ids.flip(0),
+        backbone_image=pairs.image * 2,
+        backbone_text=pairs.text.flip(0) * 3,
+    )
+    sample = one_to_one(doubled)
+    assert torch.equal(sample.text, pairs.text)
+    assert torch.equal(sample.backbone_image, pairs.image * 2)
+    assert torch.equal(sample.backbone_text, pairs.text * 3)
