@@ -243,7 +243,7 @@ class Checkpoint:
         Raises:
             CheckpointError: The model is another; names the first differing tensors.
         """
-        own = dict(model.named_parameters()) | dict(model.named_buffers())
+        own = model.state_dict()
         theirs = {name: tuple(entry["shape"]) for name, entry in self.tensors.items()}
         faults = [
             f"{name} is {list(theirs[name])} there, {list(own[name].shape)} here"

@@ -177,7 +177,7 @@ def captions_of(sample: FoundSample) -> list[str]:
     """Captions of a sample: those of its json, else its text; empty where it has none."""
     fields = _fields(sample)
     captions = fields.get("captions") if fields else None
-    if captions is None and sample.text is not None:
+    if not captions and sample.text is not None:
         try:
             captions = [sample.text.decode()]
         except UnicodeDecodeError:
@@ -198,9 +198,6 @@ def fault_of(sample: FoundSample) -> str | None:
         return "has a json that is not an object"
     if not captions_of(sample):
         return "has an empty caption or none"
-    image_id = (_fields(sample) or {}).get("image_id", 0)
-    if not isinstance(image_id, int) or isinstance(image_id, bool) or not 0 <= image_id < 2**63:
-        return f"has image_id={image_id!r}, which is no integer in [0, 2^63)"
     return None
 
 

@@ -18,7 +18,13 @@ from mmscale.contracts import NamedTensor, World
 from mmscale.dist.device import DevicePolicy
 from mmscale.dist.peers import average_gradients
 from mmscale.dist.world import check_world
-from mmscale.engine.optimizer import build_optimizer, parameter_groups, set_rates, trained_parts
+from mmscale.engine.optimizer import (
+    build_optimizer,
+    parameter_groups,
+    persistent_buffers,
+    set_rates,
+    trained_parts,
+)
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -82,7 +88,7 @@ class AccelerateEngine:
             if parameter.requires_grad:
                 moments = {key: state[parameter][key] for key in _MOMENTS if key in state[parameter]}
             yield NamedTensor(name, parameter.detach(), moments)
-        for name, buffer in self.module.named_buffers():
+        for name, buffer in persistent_buffers(self.module):
             yield NamedTensor(name, buffer, {})
 
     def restore(self, moments: Callable[[str], dict[str, Tensor]], updates: int) -> None:

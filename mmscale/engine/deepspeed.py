@@ -18,7 +18,13 @@ from mmscale.config.schema import Config
 from mmscale.contracts import NamedTensor, World
 from mmscale.dist.device import DevicePolicy
 from mmscale.dist.world import check_world
-from mmscale.engine.optimizer import build_optimizer, parameter_groups, set_rates, trained_parts
+from mmscale.engine.optimizer import (
+    build_optimizer,
+    parameter_groups,
+    persistent_buffers,
+    set_rates,
+    trained_parts,
+)
 from mmscale.engine.plan import BatchPlan
 from mmscale.errors import LaunchError
 
@@ -67,7 +73,8 @@ class DeepSpeedEngine:
             buffer.zero_()
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        self._engine.set_gradient_accumulation_boundary(last)
+        # ZeRO-3 with offload hands a gradient to the host only in a boundary backward (0.19.8).
+        self._engine.set_gradient_accumulation_boundary(last or self._stage == 3)
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def component_norms(self) -> Float[Tensor, " components"]:
@@ -90,6 +97,8 @@ class DeepSpeedEngine:
 
     def tensors(self) -> Iterator[NamedTensor]:
         utils = self._deepspeed.utils
+        if self._updates:
+            self._link_moments()
         for name, parameter in self._engine.module.named_parameters():
             if not parameter.requires_grad:
                 yield NamedTensor(name, self._whole(parameter), {})
@@ -99,7 +108,7 @@ class DeepSpeedEngine:
                 for key in (_MOMENTS if self._updates else ())
             }
             yield NamedTensor(name, utils.safe_get_full_fp32_param(parameter), moments)
-        for name, buffer in self._engine.module.named_buffers():
+        for name, buffer in persistent_buffers(self.module):
             yield NamedTensor(name, buffer, {})
 
     def restore(self, moments: Callable[[str], dict[str, Tensor]], updates: int) -> None:
@@ -117,8 +126,7 @@ class DeepSpeedEngine:
                 "step": torch.tensor(float(updates)),
                 **{key: torch.zeros_like(flat) for key in _MOMENTS},
             }
-        if self._stage != 3:
-            zero._lazy_init_hp_params_optimizer_state()
+        self._link_moments()
         for name, parameter in self._engine.module.named_parameters():
             for key, value in moments(name).items() if parameter.requires_grad else ():
                 self._set_moment(parameter, value.to(self.device), key)
@@ -131,6 +139,16 @@ class DeepSpeedEngine:
 
         stack = parameter_offload.FWD_MODULE_STACK
         stack[:] = [module for module in stack if module is not root]
+
+    def _link_moments(self) -> None:
+        """Let ZeRO 1 and 2 find each parameter's moments.
+
+        They link them after the first group's first update, when the other groups have none yet
+        (deepspeed 0.19.8), and never again.
+        """
+        if self._stage != 3:
+            self._zero._hp_optimizer_states_linked = False
+            self._zero._lazy_init_hp_params_optimizer_state()
 
     def _gradient(self, parameter: nn.Parameter) -> list[Tensor]:
         """This rank's piece of a parameter's averaged gradient; empty where it holds none."""

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmscale.config.schema import OptimConfig
 from mmscale.contracts import COMPONENTS
@@ -61,3 +61,8 @@ def trained_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
             parts[component_of(name)].append(parameter)
     return parts
 
+
+def persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Buffers that belong to a checkpoint; the others follow from the architecture."""
+    kept = model.state_dict().keys()
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in kept]

@@ -97,7 +97,7 @@ def _text_input(folder: str, trunk: PreTrainedModel, config: TextConfig) -> Text
     what = f"the tokenizer of {KEY}.name=hf:{folder}"
     with hub_call(what, f"{BRING} and its tokenizer", remote=not Path(folder).is_dir()):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    rows = trunk.get_input_embeddings().num_embeddings
+    rows: Any = trunk.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise ConfigError(
             f"the tokenizer of hf:{folder} has {len(tokenizer)} tokens and the model embeds "

@@ -5,7 +5,7 @@ parameters fire; `mode` says which part runs. Called by engine, checkpoint and d
 """
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,7 @@ class TwoTower(nn.Module):
             self.get_submodule(name).requires_grad_(False)
         self.train()
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "TwoTower":
         super().train(mode)
         for name in ("vision", "text"):
             tower = self.get_submodule(name)

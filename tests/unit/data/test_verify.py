@@ -120,7 +120,7 @@ def test_a_key_in_two_shards_is_named(tmp_path):
 IMG2DATASET = [
     ("000.jpg", picture()),
     ("000.txt", b"A dog"),
-    ("000.json", json.dumps({"url": "http://example.org", "width": 8}).encode()),
+    ("000.json", json.dumps({"url": "http://example.org", "image_id": "x7"}).encode()),
     ("001.jpg", picture()),
     ("001.cls", b"3"),
     ("001.txt", b"A cat"),

@@ -1,0 +1,51 @@
+# Run `make help` for the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(abspath $(VENV))/bin
+# Newer than what it was made from: nothing to install.
+STAMP := $(VENV)/.mmscale-installed
+
+# The launchers and ninja are looked up on the path.
+export PATH := $(BIN):$(PATH)
+
+DEMO_RUN := runs/demo
+DEMO_DATA := runs/demo-data
+
+.PHONY: help setup demo test test-slow check
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP)  ## make the environment (VENV=dir puts it elsewhere)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"mmscale needs Python 3.11 or newer and {sys.executable} is {v[0]}.{v[1]}: make setup PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): pyproject.toml tools/constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -c tools/constraints.txt -e ".[dev,wandb]"
+	touch $@
+
+demo: setup  ## render pairs, pack, train, evaluate, diagnose: runs/demo/report.html
+	rm -rf $(DEMO_RUN) $(DEMO_DATA)
+	$(BIN)/mmscale synth --out $(DEMO_DATA)/synthetic --images 6000 --seed 0
+	$(BIN)/mmscale pack $(DEMO_DATA)/synthetic --out $(DEMO_DATA)/packed
+	$(BIN)/mmscale train demo run.dir=$(DEMO_RUN) run.resume=never run.overwrite=true \
+		data.train=$(DEMO_DATA)/packed/train data.eval=$(DEMO_DATA)/packed/val
+	$(BIN)/mmscale doctor $(DEMO_RUN)
+
+test: setup  ## the default suite: unit, real ranks, real launches
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: setup  ## what takes minutes
+	$(BIN)/python -m pytest -m slow
+
+check: setup  ## format, lint, layers, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy

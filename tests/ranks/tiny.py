@@ -1,0 +1,131 @@
+"""A tiny dual encoder and fixed rows: what the tests with real processes train."""
+
+from typing import Any
+
+import torch
+
+from mmscale.config.load import validate
+from mmscale.config.schema import Config
+from mmscale.contracts import Batch, World
+from mmscale.dist.device import choose
+from mmscale.dist.peers import connect
+from mmscale.engine.plan import plan_batch
+from mmscale.engine.step import update
+from mmscale.loss.objective import Objective
+from mmscale.model.build import build_model
+
+ROWS = 12
+
+
+def tiny_config(**settings: Any) -> Config:
+    """Two transformers of a few thousand parameters, without dropout."""
+    text = {"width": 32, "heads": 2, "layers": 1, "context_length": 16, "vocab_size": 99}
+    vision = {"width": 32, "layers": 1, "head_width": 16, "patch_size": 8, "image_size": 16}
+    nested: dict[str, Any] = {
+        "data": {"train": "unused"},
+        "model": {
+            "vision": {"name": "openclip:ViT-B-32", "weights": "random", "options": vision},
+            "text": {"name": "openclip:ViT-B-32", "weights": "random", "options": text},
+            "embed_dim": 16,
+        },
+        "train": {"global_batch_size": ROWS},
+        "optim": {"lr": 1e-2, "clip_norm": 0.5},
+    }
+    for path, value in settings.items():
+        place = nested
+        *parts, leaf = path.split("__")
+        for part in parts:
+            place = place.setdefault(part, {})
+        place[leaf] = value
+    return validate(nested)
+
+
+def joint_batch(seed: int = 0, dtype: torch.dtype = torch.float32) -> Batch:
+    """All rows of a global batch; two images have several captions."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(1, 98, (ROWS, 10), generator=generator)
+    tokens[:, -1] = 98  # the largest id ends a caption
+    return Batch(
+        image=torch.randn(ROWS, 3, 16, 16, generator=generator, dtype=dtype),
+        tokens=tokens,
+        mask=torch.ones_like(tokens, dtype=torch.bool),
+        image_ids=torch.tensor([7, 7, 1, 2, 3, 3, 3, 4, 5, 6, 8, 7]),
+        keys=[f"{seed}-{row}#0" for row in range(ROWS)],
+        captions=["a caption"] * ROWS,
+    )
+
+
+def share(batch: Batch, rank: int, world: int) -> Batch:
+    """A rank's neighbouring rows."""
+    size = ROWS // world
+    rows = slice(rank * size, (rank + 1) * size)
+    return Batch(
+        image=batch.image[rows],
+        tokens=batch.tokens[rows],
+        mask=batch.mask[rows],
+        image_ids=batch.image_ids[rows],
+        keys=batch.keys[rows],
+        captions=batch.captions[rows],
+    )
+
+
+def build_engine(config: Config, world: World, kind: str, dtype: torch.dtype = torch.float32):
+    """The engine of `config` in a process that has joined its peers."""
+    model, _ = build_model(config.model, None, 0)
+    policy, plan = choose(config.engine), plan_batch(config, world.size)
+    model = model.to(dtype).train()
+    if kind == "accelerate":
+        from mmscale.engine.accelerate import AccelerateEngine
+
+        return AccelerateEngine(model, config, policy, world)
+    from mmscale.engine.deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(model, config, plan, policy, world)
+
+
+def weights(engine: Any) -> dict[str, torch.Tensor]:
+    """Every tensor of the engine, whole."""
+    return {tensor.name: tensor.value.detach().clone() for tensor in engine.tensors()}
+
+
+def train(
+    rank: int,
+    world_size: int,
+    kind: str,
+    micro: int,
+    steps: int,
+    settings: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """Some updates; returns losses, gradients before the last update, and the weights after it."""
+    torch.set_num_threads(1)
+    config = tiny_config(**settings)
+    world = World(rank, world_size, rank, "test")
+    engine = build_engine(config, world, kind, dtype)
+    peers = connect(world)
+    objective = Objective(config, peers)
+    records, gradients = [], {}
+    apply = engine.apply
+
+    def keep_gradients(factor: float, norm: float) -> None:
+        gradients.update(read_gradients(engine, kind))
+        apply(factor, norm)
+
+    engine.apply = keep_gradients
+    for step in range(steps):
+        batch = share(joint_batch(step, dtype), rank, world_size)
+        records.append(update(engine, objective, peers, batch, micro, 1e-2, 1.0, False).record)
+    result = {"records": records, "gradients": gradients, "weights": weights(engine)}
+    engine.close()
+    return result
+
+
+def read_gradients(engine: Any, kind: str) -> dict[str, torch.Tensor]:
+    """The averaged gradient of every trained parameter, whole."""
+    if kind == "accelerate":
+        named = engine.module.named_parameters()
+        return {n: p.grad.detach().clone() for n, p in named if p.requires_grad}
+    from deepspeed.utils import safe_get_full_grad
+
+    named = engine._engine.module.named_parameters()
+    return {n: safe_get_full_grad(p).detach().clone() for n, p in named if p.requires_grad}
