@@ -51,5 +51,5 @@ def _towers_digest(model: nn.Module, spec: InputSpec) -> str:
     for name, tensor in model.state_dict().items():
         if name.startswith(("vision.", "text.")):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

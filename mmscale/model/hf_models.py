@@ -2,7 +2,8 @@
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from mmscale.config.schema import TowerConfig
@@ -125,7 +127,7 @@ def _pretrained(
     words = {"config": config, "dtype": torch.float32, "output_loading_info": True, **extra}
     bring = f"{BRING}, set {key}.weights to a file, or to random to train it from scratch"
     what = f"{key}.name=hf:{name} with pretrained weights"
-    with hub_call(what, bring, remote=not Path(name).is_dir()):
+    with hub_call(what, bring, remote=not Path(name).is_dir()), _quiet():
         try:
             model, report = load(name, ignore_mismatched_sizes=True, **words)
         except (SafetensorError, AttributeError, KeyError) as error:
@@ -137,6 +139,21 @@ def _pretrained(
     misshapen = [f"{tensor} has another shape" for tensor, *_ in report["mismatched_keys"]]
     refuse([*missing, *misshapen], f"the pretrained weights of hf:{name}")
     return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back transformers' progress bar and load report: `refuse` says what matters in it."""
+    level = logging.get_verbosity()
+    bar = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _without_prefix(tensors: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:

@@ -52,7 +52,7 @@ def hub_call(setting: str, repair: str, remote: bool = True) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:240]
+        reason = " ".join(str(error).split())[:240].rstrip(".")
         if remote and constants.HF_HUB_OFFLINE:
             reason = f"{constants.ENDPOINT} cannot be reached and the local cache lacks it"
         raise ConfigError(f"{setting} could not be loaded: {reason}; {repair}.") from error

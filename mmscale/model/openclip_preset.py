@@ -4,8 +4,10 @@ Both towers keep OpenCLIP's projections and no head follows. Its weights come fr
 `random`, one of OpenCLIP's tags, or a file.
 """
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,7 @@ def _create(name: str, weights: str, image_size: int | None, text: Mapping[str, 
                 f"{name} ({', '.join(tags[:8]) or 'it has none'})."
             )
         read_weights(pretrained, "model.weights")
+        pretrained = str(Path(pretrained).expanduser())
     words: dict[str, Any] = {
         "force_custom_text": True,
         "pretrained_text": False,
@@ -97,9 +100,12 @@ def _create(name: str, weights: str, image_size: int | None, text: Mapping[str, 
     }
     if image_size:
         words["force_image_size"] = image_size
-    bring = "set model.weights to a file of its weights, or to random"
     remote = pretrained in tags or is_on_hub(name) or "hf_model_name" in text
-    with hub_call(f"model.weights={weights} of openclip:{name}", bring, remote):
+    what = f"model.weights={weights} of openclip:{name}"
+    bring = "set model.weights to a file of its weights, or to random"
+    if "hf_model_name" in text:
+        bring = f"its text tower is hf:{text['hf_model_name']}, bring that into the local cache"
+    with hub_call(what, bring, remote), _quiet():
         try:
             return open_clip.create_model(name, pretrained=pretrained, **words)
         except (RuntimeError, KeyError) as error:
@@ -109,6 +115,17 @@ def _create(name: str, weights: str, image_size: int | None, text: Mapping[str, 
                 f"model.weights={weights} does not fit OpenCLIP's {name}: "
                 f"{' '.join(str(error).split())[:400]}; give the weights of this model."
             ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back OpenCLIP's log lines, which repeat our errors and set up the root logger."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _take_scale(scale: LogitScale, own: torch.Tensor) -> None:

@@ -59,8 +59,8 @@ def constructing(key: str, owner: str) -> Iterator[None]:
     """Tell a library's refusal of its constructor options as the setting that caused it."""
     try:
         yield
-    except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+    except (TypeError, ValueError, AssertionError, RuntimeError, LookupError) as error:
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         unknown = re.search(r"unexpected keyword argument '(\w+)'", reason)
         if unknown:
             raise ConfigError(

@@ -1,6 +1,7 @@
 """Image towers of timm: `timm:NAME` as `timm.create_model` knows it, without its classifier."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import timm
@@ -17,6 +18,7 @@ from mmscale.model.weights import load_strictly, read_weights, refuse
 from mmscale.model.width import Tower, output_width
 
 KEY = "model.vision"
+HUB = ("hf-hub:", "hf_hub:")
 BRING = (
     "set model.vision.weights to a file of its weights, or to random to train it from scratch; "
     "or put the weights into the hub's local cache"
@@ -39,7 +41,7 @@ def build_timm_vision(
     name: str, config: VisionConfig, image_size: int | None
 ) -> tuple[Tower, ImageInput]:
     """`timm:NAME` with weights through timm's own hub code, from a file, or random."""
-    if not timm.is_model(name) and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+    if not timm.is_model(name) and not name.startswith((*HUB, "local-dir:")):
         raise ConfigError(
             f"model.vision.name=timm:{name} is not a model of timm {timm.__version__}"
             f"{did_you_mean(name.split('.')[0], timm.list_models())}."
@@ -78,27 +80,29 @@ def _create(name: str, options: Mapping[str, Any], image_size: int | None, pretr
     torch.set_rng_state(start)
     with hub_call(f"{KEY}.name=timm:{name} with pretrained weights", BRING):
         loaded = timm.create_model(name, pretrained=True, num_classes=0, **options)
-    _refuse_untouched(random, loaded, f"the pretrained weights of timm:{name}")
+    untouched = _untouched(random, loaded, partial(_create_random, name, options))
+    refuse(
+        [f"{tensor} is missing" for tensor in untouched], f"the pretrained weights of timm:{name}"
+    )
     return loaded
 
 
 def _create_random(name: str, options: Mapping[str, Any]) -> nn.Module:
-    with constructing(KEY, f"timm:{name}"):
+    what = f"{KEY}.name=timm:{name}"
+    with hub_call(what, BRING, remote=name.startswith(HUB)), constructing(KEY, f"timm:{name}"):
         return timm.create_model(name, pretrained=False, num_classes=0, **options)
 
 
-def _refuse_untouched(random: nn.Module, loaded: nn.Module, origin: str) -> None:
-    """Fail where `loaded` still holds the random start that `random`, of the same seed, has.
+def _untouched(random: nn.Module, loaded: nn.Module, another: Callable[[], nn.Module]) -> list[str]:
+    """Tensors of `loaded` that still hold the random start that `random`, of the same seed, has.
 
     Without its classifier timm loads non-strictly: a block that the file lacks would stay random.
+    `another` builds the model from other random numbers; what is equal there was never random.
     """
     start = random.state_dict()
-    untouched = [
-        f"{name} is missing"
-        for name, tensor in loaded.state_dict().items()
-        if tensor.numel() > 1 and torch.equal(tensor, start[name]) and tensor.unique().numel() > 1
-    ]
-    refuse(untouched, origin)
+    same = [name for name, value in loaded.state_dict().items() if torch.equal(value, start[name])]
+    other = another().state_dict() if same else start
+    return [name for name in same if not torch.equal(other[name], start[name])]
 
 
 def _classifiers(facts: Mapping[str, Any]) -> tuple[str, ...]:

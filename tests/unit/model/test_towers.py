@@ -13,8 +13,13 @@ from transformers import (
     CLIPModel,
     CLIPTextConfig,
     CLIPVisionConfig,
+    DistilBertConfig,
+    FlaubertConfig,
+    GPT2Config,
     ResNetConfig,
     ResNetModel,
+    RobertaConfig,
+    T5Config,
     ViTConfig,
     ViTModel,
 )
@@ -26,6 +31,13 @@ from mmscale.model.vision import build_vision
 from tests.unit.model.tiny import CLIP_TEXT, CONVNEXT, padded
 
 CAPTIONS = ["a dog", "two red circle sits under the large green square", "the small cat runs"]
+SIZES = {
+    "hidden_size": 20,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+TOKENS = {"vocab_size": 50, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
 OPENCLIP_VIT = {"width": 48, "layers": 1, "head_width": 16, "patch_size": 16}
 
 
@@ -56,16 +68,16 @@ def test_width_of_image_tower_is_what_it_gives(name, options, width):
 
 @pytest.mark.parametrize("kind", ["vit", "resnet", "clip"])
 def test_hugging_face_image_tower(tmp_path, kind):
-    sizes = {"hidden_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision = {**sizes, "intermediate_size": 32, "image_size": 32, "patch_size": 16}
+    vision = {**SIZES, "image_size": 32, "patch_size": 16}
     if kind == "vit":
         ViTModel(ViTConfig(**vision)).save_pretrained(tmp_path)
     elif kind == "resnet":
         config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 20], depths=[1, 1])
         ResNetModel(config).save_pretrained(tmp_path)
     else:
-        text = CLIPTextConfig(**sizes, intermediate_size=32, vocab_size=50)
-        CLIPModel(CLIPConfig(text, CLIPVisionConfig(**vision))).save_pretrained(tmp_path)
+        text = CLIPTextConfig(**SIZES, **TOKENS)
+        whole = CLIPConfig(text_config=text, vision_config=CLIPVisionConfig(**vision))
+        CLIPModel(whole).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"model\.vision\.mean"):
         build_vision(VisionConfig(name=f"hf:{tmp_path}"), 32)
     (tmp_path / "preprocessor_config.json").write_text(
@@ -103,7 +115,7 @@ def test_hugging_face_text_reads_the_folder(bert_folder):
     rows = tokens.tokenize(CAPTIONS)
     assert rows[0][0] == 2
     assert rows[0][-1] == 3
-    assert [len(row) for row in rows] == [4, 10, 6]
+    assert [len(row) for row in rows] == [4, 11, 6]
     assert not any("pooler" in name for name, _ in tower.named_parameters())
     short = build_text(TextConfig(name=f"hf:{bert_folder}", context_length=5))[1]
     assert [len(row) for row in short.tokenize(CAPTIONS)] == [4, 5, 5]
@@ -124,6 +136,31 @@ def test_options_change_a_random_hugging_face_tower(bert_folder):
 @pytest.mark.parametrize("pooling", ["auto", "cls", "mean"])
 def test_trimmed_rows_give_the_features_of_padded_ones(bert_folder, pooling):
     check_trimming(TextConfig(name=f"hf:{bert_folder}", pooling=pooling))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RobertaConfig(**SIZES, **TOKENS, max_position_embeddings=32),
+        DistilBertConfig(dim=20, n_layers=1, n_heads=2, hidden_dim=32, vocab_size=50),
+        FlaubertConfig(
+            emb_dim=20, n_layers=1, n_heads=2, vocab_size=50, max_position_embeddings=32
+        ),
+        T5Config(d_model=20, d_ff=32, d_kv=10, num_layers=1, num_heads=2, vocab_size=50),
+        CLIPTextConfig(**SIZES, **TOKENS, max_position_embeddings=32),
+        GPT2Config(n_embd=20, n_layer=1, n_head=2, n_positions=32, vocab_size=50),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_families_of_text_towers(bert_folder, config):
+    config.save_pretrained(bert_folder)
+    settings = TextConfig(name=f"hf:{bert_folder}", weights="random")
+    tower, text = build_text(settings)
+    assert tower.width == 20
+    rows = text.tokenize(CAPTIONS)
+    tower(*padded(rows, max(map(len, rows)), text.pad_token)).pow(3).sum().backward()
+    assert [name for name, param in tower.named_parameters() if param.grad is None] == []
+    check_trimming(settings)
 
 
 @pytest.mark.parametrize("extra", [{}, {"no_causal_mask": True}, {"embed_cls": True}])

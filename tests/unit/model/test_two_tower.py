@@ -137,7 +137,6 @@ def test_explicit_settings_win_over_a_preset():
         build_model(ModelConfig(), None, seed=0)
 
 
-@pytest.mark.slow
 def test_an_openclip_preset_is_the_openclip_model(tmp_path):
     peer = open_clip.create_model("ViT-S-32-alt", pretrained=None, force_image_size=64).eval()
     path = tmp_path / "weights.pt"

@@ -1,0 +1,1 @@
+"""Grids of whole runs: experiments, search, benchmarks against peers."""
