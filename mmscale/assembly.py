@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: the assembly that training and the verbs share."""
+"""From a configuration to the parts of a run: what training and the verbs share."""
 
 import os
 from collections.abc import Callable
@@ -34,7 +34,7 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The pairs that a run is evaluated on; `table` holds their features where towers are frozen."""
+    """The pairs that a run is evaluated on; `table`: their features, where towers are frozen."""
 
     shards: ShardSet
     spec: InputSpec
@@ -169,7 +169,7 @@ def _features(
     """Cached features of the training set, and the held-out pairs."""
     held_out = open_shards("data.eval", config.data.eval) if config.data.eval else None
     if config.data.feature_cache is None:
-        return None, held_out and HeldOut(held_out, spec, None)
+        return None, HeldOut(held_out, spec, None) if held_out else None
     cache = FeatureCache(Path(config.data.feature_cache), model, spec)
 
     def table(which: ShardSet) -> FeatureTable:
@@ -179,11 +179,16 @@ def _features(
 
         return cache.table(which, peers, make)
 
-    return table(shards), held_out and HeldOut(held_out, spec, table(held_out))
+    return table(shards), HeldOut(held_out, spec, table(held_out)) if held_out else None
 
 
 def encode_set(
-    config: Config, call: Call, device: torch.device, shards: ShardSet, spec: InputSpec, peers: Peers
+    config: Config,
+    call: Call,
+    device: torch.device,
+    shards: ShardSet,
+    spec: InputSpec,
+    peers: Peers,
 ) -> FeatureTable:
     """A set through the towers with the run's settings. Collective."""
     data = config.data

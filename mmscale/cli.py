@@ -215,8 +215,9 @@ def plan(
     schedule = plan_schedule(config, [shard.captions for shard in shards.shards], batch.lanes)
     steps = config.train.duration.steps(schedule.steps, batch.global_rows)
     _say(f"batch: {batch}")
-    _say(f"data: {shards.samples:,} images in {len(shards.shards)} shards, {schedule.steps} steps an epoch")
-    _say(f"length: {steps:,} steps, {steps * batch.global_rows:,} pairs")
+    _say(f"data: {shards.samples:,} images in {len(shards.shards)} shards")
+    pairs = steps * batch.global_rows
+    _say(f"length: {steps:,} steps, {schedule.steps:,} an epoch, {pairs:,} pairs in all")
     return 0
 
 

@@ -7,7 +7,7 @@ width. `scale` is 1/temperature everywhere.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -149,8 +149,9 @@ class StepRecord:
     stop: bool
 
 
+@runtime_checkable
 class Peers(Protocol):
-    """The ranks whose rows are contrasted together. Convention of the gradients: `dist/peers.py`."""
+    """The ranks that contrast together. Convention of the gradients: `dist/peers.py`."""
 
     rank: int
     size: int
@@ -184,6 +185,7 @@ class NamedTensor:
     moments: dict[str, Tensor]
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Holds the model, shards it or not, and applies updates; two implementations.
 
@@ -203,7 +205,7 @@ class Engine(Protocol):
     groups: list[dict[str, Any]]
 
     def call(self, mode: str, *inputs: Any) -> Any:
-        """Forward through the engine in its precision; `mode` is a mode of the model's forward."""
+        """Forward through the engine in its precision; `mode` as in the model's forward."""
 
     def open_window(self) -> None:
         """Forget every gradient of the window before."""
@@ -212,10 +214,10 @@ class Engine(Protocol):
         """Accumulate gradients; with `last` they become final and are averaged over ranks."""
 
     def component_norms(self) -> Float[Tensor, " components"]:
-        """This rank's share of each component's squared gradient norm; the ranks' sum is the square."""
+        """This rank's share of each component's squared gradient norm; ranks add up."""
 
     def apply(self, factor: float, total_norm: float) -> None:
-        """Clip a gradient of norm `total_norm`, update with each rate at `factor` times its base."""
+        """Clip a gradient of norm `total_norm`; update, each rate `factor` times its base."""
 
     def discard(self) -> None:
         """End the window without an update."""

@@ -47,7 +47,8 @@ def run(config: Config) -> int:
         from mmscale.report.lines import opening_lines
         from mmscale.report.report import Report
 
-        stop, built = StopSignal(), []
+        stop = StopSignal()
+        built: list[str] = []
         training = assemble(config, world, built.append, built.append)
         _write_config(training)
         with Report(config, world, training.total_steps, training.start.step) as report:

@@ -1,4 +1,4 @@
-"""The one checkpoint format: a folder of safetensors, a file a rank, and `state.json`.
+"""The one checkpoint format: safetensors, a file a rank, and `state.json`.
 
 Tensors are whole and named, each held by one rank's file, so world, ZeRO stage and engine may
 change between save and load. A folder is written aside and renamed when everything is on disk.
@@ -116,7 +116,7 @@ def _own_share(
         }
         if owner == world.rank:
             # A copy: the file must hold this moment, whatever the engine does with its memory.
-            mine |= {name: v.detach().to("cpu", copy=True).contiguous() for name, v in parts.items()}
+            mine |= {k: v.detach().to("cpu", copy=True).contiguous() for k, v in parts.items()}
     return mine, shapes
 
 
@@ -189,8 +189,8 @@ class Checkpoint:
             state = json.loads((folder / "state.json").read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"{folder}: not a checkpoint (state.json: {error}); name a run folder or one of its "
-                "checkpoints/step-NNNNNNNN"
+                f"{folder}: not a checkpoint (state.json: {error}); name a run folder or one of "
+                "its checkpoints/step-NNNNNNNN"
             ) from error
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise CheckpointError(f"{folder}: state.json does not describe a {FORMAT}")
@@ -254,8 +254,8 @@ class Checkpoint:
         faults += [f"{name} is unknown here" for name in theirs if name not in own]
         if faults:
             raise CheckpointError(
-                f"{self.folder}: a checkpoint of another architecture: {len(faults)} tensors differ "
-                f"({'; '.join(faults[:5])}); build the model that it was saved from"
+                f"{self.folder}: a checkpoint of another architecture: {len(faults)} tensors "
+                f"differ ({'; '.join(faults[:5])}); build the model that it was saved from"
             )
         with torch.no_grad():
             for name, tensor in own.items():

@@ -33,8 +33,8 @@ def starting_point(config: Config, world: World, warn: Any) -> Checkpoint | None
     holds_run = bool(step_folders(run_dir)) or (run_dir / "metrics.jsonl").exists()
     if holds_run and not config.run.overwrite:
         raise ConfigError(
-            f"run.resume=never, but run.dir={run_dir} holds a run; set run.overwrite=true to replace "
-            "it, or another run.dir"
+            f"run.resume=never, but run.dir={run_dir} holds a run; set run.overwrite=true to "
+            "replace it, or another run.dir"
         )
     barrier()
     if holds_run and world.is_main:
@@ -75,8 +75,8 @@ def require_same_run(checkpoint: Checkpoint, config: Config, lanes: int) -> None
     """
     before, now = flatten(validate(checkpoint.config)), flatten(config)
     faults = [
-        f"{key}={now[key]} differs from the {before[key]} that {checkpoint.folder} was trained with; "
-        "put it back, or start another run.dir"
+        f"{key}={now[key]} differs from the {before[key]} that {checkpoint.folder} was trained "
+        "with; put it back, or start another run.dir"
         for key in now
         if before[key] != now[key]
         and not key.startswith(MAY_DIFFER)

@@ -1,4 +1,4 @@
-"""From command-line words to a frozen `Config`: YAML files and presets, then `key=value`, later wins.
+"""From command-line words to a frozen `Config`: files and presets, then `key=value`; later wins.
 
 Torch is not imported on this way, so that a mistake is told at once.
 """
@@ -106,10 +106,8 @@ def _read_word(word: str) -> dict[str, Any]:
     if word in preset_names():
         return read_yaml(PRESETS / f"{word}.yaml")
     close = difflib.get_close_matches(word, preset_names(), 1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    raise ConfigError(
-        f"{word}: neither a file nor a preset ({', '.join(preset_names())}){hint or '; check the name'}"
-    )
+    hint = f"did you mean {close[0]}?" if close else "check the name"
+    raise ConfigError(f"{word}: neither a file nor a preset ({', '.join(preset_names())}); {hint}")
 
 
 def _merge(into: dict[str, Any], update: dict[str, Any]) -> None:
@@ -175,7 +173,8 @@ def _sentence(path: str, value: Any, rules: list[str], known: dict[str, Any]) ->
     if "missing" in rules:
         return f"{path} is not set: it has no default{about}; add {path}=VALUE"
     wanted = " or ".join(dict.fromkeys(rules))
-    return f"{path}={value!r} must be {wanted}{about}; write for example {path}={_example(path, known)}"
+    example = f"write for example {path}={_example(path, known)}"
+    return f"{path}={value!r} must be {wanted}{about}; {example}"
 
 
 def _example(path: str, known: dict[str, Any]) -> str:

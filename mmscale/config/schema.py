@@ -44,11 +44,11 @@ class DataConfig(Section):
     workers: Annotated[int, Field(ge=0)] = 2
     """Decoding processes a rank; 0 decodes in the training process."""
     lanes: Literal["auto"] | Positive = "auto"
-    """Independent sub-streams an epoch is cut into; must divide the batch, the world must divide it."""
+    """Sub-streams that an epoch is cut into; must divide the batch, the world must divide it."""
     shuffle_buffer: Positive = 8192
     """Raw samples held for shuffling, over all lanes and ranks together."""
     captions: Literal["random", "first", "flat"] | Positive = "random"
-    """Captions an image an epoch: one at `random`, the `first`, each its own row (`flat`), or k rows."""
+    """Rows an image an epoch: one `random` caption, the `first`, every one (`flat`), or k."""
     image_size: Positive | None = None
     """Side of the square input in pixels; default the image tower's own."""
     augment: Literal["none", "crop"] = "crop"
@@ -58,7 +58,7 @@ class DataConfig(Section):
     max_damaged: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of an epoch's rows that may be undecodable before the run ends with exit 4."""
     feature_cache: str | None = None
-    """Folder for the outputs of frozen towers, computed once; needs frozen towers and `augment=none`."""
+    """Folder that keeps frozen towers' outputs; needs both towers frozen and `augment=none`."""
 
 
 class TowerConfig(Section):
@@ -207,9 +207,9 @@ class EngineConfig(Section):
     """What runs the updates, where, and in which precision."""
 
     kind: Literal["auto", "deepspeed", "accelerate"] = "auto"
-    """`auto`: DeepSpeed if `engine.deepspeed` is set or its launcher started us, else accelerate."""
+    """`auto`: DeepSpeed if `engine.deepspeed` is set or its launcher runs, else accelerate."""
     deepspeed: str | None = None
-    """A DeepSpeed JSON with ZeRO and communication choices; looked up here, then in the checkout."""
+    """A DeepSpeed JSON with ZeRO choices; looked up here, then in the checkout."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 where the device computes it fast, else fp32."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"

@@ -73,7 +73,7 @@ class FeatureTable:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in _TENSORS}
                 texts = json.loads((file.metadata() or {})["texts"])
-        except Exception as error:  # noqa: BLE001 - safetensors has no exception of its own family
+        except Exception as error:
             raise DataError(f"{path}: not a feature cache ({error}); remove the file") from error
         return cls(**tensors, **texts)
 

@@ -1,4 +1,4 @@
-"""Every image of a set once, with all its captions, in manifest order: for evaluation and caches."""
+"""Every image of a set once, with its captions, in manifest order: for evaluation and caches."""
 
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -71,6 +71,4 @@ class SampleBatches(Dataset):
 
     def loader(self, workers: int) -> DataLoader:
         """Batches in order, decoded by `workers` processes."""
-        return DataLoader(
-            self, batch_size=None, num_workers=workers, generator=torch.Generator()
-        )
+        return DataLoader(self, batch_size=None, num_workers=workers, generator=torch.Generator())

@@ -68,7 +68,9 @@ def open_shards(setting: str, where: str | list[str]) -> ShardSet:
         picked += chosen
         digests.append(manifest.digest)
     if not picked:
-        raise DataError(f"{setting}={where}: no shard matches; name a folder that mmscale pack wrote")
+        raise DataError(
+            f"{setting}={where}: no shard matches; name a folder that mmscale pack wrote"
+        )
     for path, shard in picked:
         _check_size(path, shard)
     paths, shards = zip(*picked, strict=True)
@@ -85,15 +87,16 @@ def _match(setting: str, pattern: str) -> tuple[Manifest, list[tuple[Path, Shard
     found = sorted({Path(path) for part in expanded for path in glob.glob(part)})  # noqa: PTH207
     if not found:
         raise DataError(
-            f"{setting}={pattern}: no shard matches; name a folder that mmscale pack wrote, or tars "
-            "such as 'shards/train-{000000..000028}.tar'"
+            f"{setting}={pattern}: no shard matches; name a folder that mmscale pack wrote, or "
+            "tars such as 'shards/train-{000000..000028}.tar'"
         )
     manifest = read_manifest(found[0].parent)
     listed = {shard.name: shard for shard in manifest.shards}
     unknown = [path for path in found if path.name not in listed or path.parent != found[0].parent]
     if unknown:
         raise DataError(
-            f"{unknown[0]}: not in the manifest of {found[0].parent}; run mmscale index on the shards"
+            f"{unknown[0]}: not in the manifest of {found[0].parent}; run mmscale index on "
+            "the shards"
         )
     return manifest, [(path, listed[path.name]) for path in found]
 
@@ -108,8 +111,8 @@ def _check_size(path: Path, shard: Shard) -> None:
         ) from error
     if size != shard.bytes:
         raise DataError(
-            f"{path}: {size} bytes, its manifest says {shard.bytes}; restore the shard or pack again "
-            "(mmscale verify names every fault)"
+            f"{path}: {size} bytes, its manifest says {shard.bytes}; restore the shard or pack "
+            "again (mmscale verify names every fault)"
         )
 
 
@@ -163,7 +166,7 @@ def parse_sample(content: bytes, where: str) -> Sample:
             [{"url": where, "stream": io.BytesIO(content)}], select_files=_wanted
         )
         members = next(group_by_keys(files), None)
-    except Exception as error:  # noqa: BLE001 - whatever a damaged tar makes tarfile raise
+    except Exception as error:
         raise DamagedSampleError(f"{where}: not a tar member ({error})") from error
     if members is None:
         raise DamagedSampleError(f"{where}: holds no image, txt or json member")

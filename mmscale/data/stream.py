@@ -1,4 +1,4 @@
-"""The training stream: lanes to rows to batches, the same ordered rows at every world and worker count.
+"""The training stream: the same ordered rows at every world and worker count.
 
 `TrainStream.batches(position)` is what the loop iterates. Workers decode whole lane shares; the
 training process puts a batch together from its lanes' shares in lane order.
@@ -226,7 +226,7 @@ class _Turns(IterableDataset):
         self, lanes: list[Lane | None], epoch: int, step: int, reader: SampleReader
     ) -> Iterator[Share | None]:
         count = self._schedule.lane_items
-        streams = [lane and lane.items(step * count) for lane in lanes]
+        streams = [None if lane is None else lane.items(step * count) for lane in lanes]
         for at in range(step, self._schedule.steps):
             for lane, items in zip(lanes, streams, strict=True):
                 if lane is None or items is None:
@@ -271,7 +271,7 @@ class _Turns(IterableDataset):
     def _nearest(
         self, lane: Lane, place: int, epoch: int, reader: SampleReader, reason: str
     ) -> list[tuple[Tensor, str, str, int]]:
-        """Rows of the nearest earlier good sample of the lane; of the first later one at its start."""
+        """Rows of the nearest earlier good sample of the lane, or of the first later one."""
         items = list(lane.items())
         for item in [*reversed(items[:place]), *items[place + 1 :]]:
             try:
@@ -279,5 +279,6 @@ class _Turns(IterableDataset):
             except DamagedSampleError:
                 continue
         raise DataError(
-            f"no sample of a whole lane of data.train can be used, the first {reason}; run mmscale verify"
+            f"no sample of a whole lane of data.train can be used, the first {reason}; "
+            "run mmscale verify"
         )

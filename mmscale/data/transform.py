@@ -38,7 +38,7 @@ def decode(content: bytes, where: str) -> UInt8[Tensor, "3 h w"]:
             return torch.from_numpy(np.array(header.convert("RGB"))).permute(2, 0, 1).contiguous()
     except DamagedSampleError:
         raise
-    except Exception as error:  # noqa: BLE001 - decoders raise whatever they like on damage
+    except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DamagedSampleError(f"{where}: undecodable image ({reason})") from error
 

@@ -43,11 +43,13 @@ class Group:
 
     def columns(self, rows: Tensor) -> Tensor:
         if rows.dtype.is_floating_point:
-            return _Columns.apply(rows, self.rank, self.size)
+            columns: Tensor = _Columns.apply(rows, self.rank, self.size)
+            return columns
         return _gather(rows, self.size)
 
     def total(self, value: Tensor) -> Tensor:
-        return _Total.apply(value)
+        total: Tensor = _Total.apply(value)
+        return total
 
     def logsumexp(self, value: Tensor) -> Tensor:
         top = value.detach().clone()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -45,14 +46,15 @@ def promised_world(environ: Mapping[str, str] = os.environ) -> World:
         size, rank = int(environ[size_name]), int(environ.get(rank_name, "0"))
         if not 0 <= rank < size:
             raise LaunchError(
-                f"{rank_name}={rank} is not below {size_name}={size}; start the ranks with one launcher"
+                f"{rank_name}={rank} is not below {size_name}={size}; start the ranks with one "
+                "launcher"
             )
         local = int(environ.get(local_name, "0"))
         return World(rank, size, local, _launcher(environ))
     if "MASTER_ADDR" in environ:
         raise LaunchError(
-            f"MASTER_ADDR={environ['MASTER_ADDR']} promises a world of at least 2 ranks, but without "
-            "WORLD_SIZE this process sees a world of 1; start several CPU ranks with "
+            f"MASTER_ADDR={environ['MASTER_ADDR']} promises a world of at least 2 ranks, but "
+            "without WORLD_SIZE this process sees a world of 1; start several CPU ranks with "
             "torchrun --nproc_per_node N, or unset MASTER_ADDR"
         )
     return World()
@@ -128,7 +130,7 @@ def failing_together(world: World) -> Iterator[None]:
         ) from error
 
 
-def _publish(world: World, error: BaseException) -> dict | None:
+def _publish(world: World, error: BaseException) -> dict[str, Any] | None:
     """Post this failure unless one is posted already; return the first."""
     if _store is None or world.size == 1:
         return None

@@ -73,7 +73,9 @@ class AccelerateEngine:
     def apply(self, factor: float, total_norm: float) -> None:
         set_rates(self._optimizer.param_groups, factor)
         if self._clip is not None and total_norm > self._clip:
-            gradients = [p.grad for part in self._parts.values() for p in part if p.grad is not None]
+            gradients = [
+                p.grad for part in self._parts.values() for p in part if p.grad is not None
+            ]
             torch._foreach_mul_(gradients, self._clip / (total_norm + 1e-6))
         self._optimizer.step()
 
@@ -86,7 +88,9 @@ class AccelerateEngine:
         for name, parameter in self.module.named_parameters():
             moments = {}
             if parameter.requires_grad:
-                moments = {key: state[parameter][key] for key in _MOMENTS if key in state[parameter]}
+                moments = {
+                    key: state[parameter][key] for key in _MOMENTS if key in state[parameter]
+                }
             yield NamedTensor(name, parameter.detach(), moments)
         for name, buffer in persistent_buffers(self.module):
             yield NamedTensor(name, buffer, {})

@@ -150,13 +150,15 @@ class DeepSpeedEngine:
             self._zero._hp_optimizer_states_linked = False
             self._zero._lazy_init_hp_params_optimizer_state()
 
-    def _gradient(self, parameter: nn.Parameter) -> list[Tensor]:
+    def _gradient(self, parameter: Any) -> list[Tensor]:
         """This rank's piece of a parameter's averaged gradient; empty where it holds none."""
         if self._stage == 3:
             piece = parameter._z3_optimizer.get_local_fp32_grad_for_param(parameter)
             return [] if piece is None else [piece]
         mapping = parameter._hp_mapping
-        return [] if mapping is None else [mapping.get_lp_grad_fragment(parameter._index_in_param_group)]
+        if mapping is None:
+            return []
+        return [mapping.get_lp_grad_fragment(parameter._index_in_param_group)]
 
     def _whole(self, parameter: nn.Parameter) -> Tensor:
         if self._stage != 3:
@@ -164,7 +166,7 @@ class DeepSpeedEngine:
         with self._deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
 
-    def _set_moment(self, parameter: nn.Parameter, value: Tensor, key: str) -> None:
+    def _set_moment(self, parameter: Any, value: Tensor, key: str) -> None:
         if self._stage != 3:
             self._deepspeed.utils.safe_set_full_optimizer_state(parameter, value, key)
             return
@@ -206,8 +208,8 @@ def _import(policy: DevicePolicy) -> Any:
         import deepspeed
     except ImportError as error:
         raise LaunchError(
-            f"engine.kind=deepspeed: deepspeed cannot be imported ({error}); install it (Linux only) "
-            "or set engine.kind=accelerate"
+            f"engine.kind=deepspeed: deepspeed cannot be imported ({error}); install it (Linux "
+            "only) or set engine.kind=accelerate"
         ) from error
     # Compiling this op takes a minute and a compiler; only DeepSpeed's inference uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -134,7 +134,8 @@ def _gather(
     count = shards.samples
     images = image.new_zeros(count, image.shape[1])
     ids, good = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.bool)
-    keys, captions = [""] * count, [()] * count
+    keys = [""] * count
+    captions: list[tuple[str, ...]] = [()] * count
     for part in everyone:
         places = torch.tensor(part["places"], dtype=torch.long)
         images[places], ids[places] = part["image"], torch.tensor(part["ids"], dtype=torch.long)

@@ -42,7 +42,9 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     return list(groups.values())
 
 
-def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, fused: bool) -> torch.optim.AdamW:
+def build_optimizer(
+    groups: list[dict[str, Any]], config: OptimConfig, fused: bool
+) -> torch.optim.AdamW:
     """AdamW over the groups."""
     return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=fused)
 

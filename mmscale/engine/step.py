@@ -1,4 +1,4 @@
-"""One update: rows to loss to gradient to weights, agreed on by all ranks in one small reduction."""
+"""One update: rows to loss to gradient to weights, agreed on in one small reduction."""
 
 import hashlib
 import math
@@ -83,7 +83,7 @@ def _agree(
     scale: float,
     stop: bool,
 ) -> StepRecord:
-    """The one small reduction: losses, norms, keys, damage and the wish to stop, summed over ranks."""
+    """The one small reduction: losses, norms, keys, damage and the wish to stop."""
     names = list(loss.terms)
     values = [loss.total.detach(), *loss.terms.values()]
     numbers = torch.cat(

@@ -57,7 +57,7 @@ def chance(image_ids: Int64[Tensor, " n"]) -> float:
 
 
 def floor(image_ids: Int64[Tensor, " n"]) -> float:
-    """Smallest InfoNCE of these ids at an unbounded scale: mean of ln(number of positives), nats."""
+    """InfoNCE of these ids at best: the mean of ln(number of positives), nats."""
     _, inverse, counts = image_ids.unique(return_inverse=True, return_counts=True)
     return float(counts[inverse].double().log().mean())
 

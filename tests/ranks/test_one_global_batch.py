@@ -73,8 +73,18 @@ def test_zero_in_float32(joint, stage, chunks):
 
 
 def test_without_gathering_the_result_is_another(joint_wide):
-    """The proof above can fail: cutting the batch without `negatives.gather` changes the gradient."""
+    """The proof above can fail: a batch cut without `negatives.gather` has another gradient."""
     settings = {"negatives__gather": False}
     result = run_on_ranks(2, _rank, 2, "accelerate", ROWS // 2, settings, torch.float64)[0]
     with pytest.raises(AssertionError):
         assert_same(result, joint_wide, 1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_zero3_offload_in_float32(joint, chunks):
+    """DeepSpeed 0.19.8 loses a head's gradient on its way to the host unless told otherwise."""
+    settings = {"engine__deepspeed": "ds_configs/zero3_offload.json"}
+    micro = ROWS // 2 // chunks
+    for result in run_on_ranks(2, _rank, 2, "deepspeed", micro, settings, torch.float32):
+        assert_same(result, joint, 1e-5)

@@ -129,5 +129,3 @@ def test_random_captions_follow_from_epoch_and_key_alone():
     picks = {(key, epoch): plan.pick(key, 5, epoch, 0) for key in "abcdefgh" for epoch in range(5)}
     assert picks == {at: plan.pick(at[0], 5, at[1], 0) for at in picks}
     assert len({tuple(pick) for pick in picks.values()}) == 5
-
-

@@ -1,0 +1,1 @@
+"""Every setting, and how words become a frozen configuration."""

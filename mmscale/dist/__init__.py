@@ -1,0 +1,1 @@
+"""Ranks, the one gather and its reductions, devices and signals."""

@@ -1,0 +1,1 @@
+"""Two engines behind one protocol, one update step, and the arithmetic of batches and rates."""

@@ -1,0 +1,1 @@
+"""Losses, a file a family, and the objective that sums them."""

@@ -1,0 +1,1 @@
+"""Towers by name, heads, the logit scale, and the two-tower module."""
