@@ -37,7 +37,9 @@ def main(words: Sequence[str]) -> int:
 
 def run(config: Config) -> int:
     """Train as configured, on every rank that was started; all of them fail together."""
+    # Before torch: workers fork, and OpenMP threads that spin starve a decoding worker of its core.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from mmscale.dist.world import failing_together, leave, promised_world
 
     world = promised_world()

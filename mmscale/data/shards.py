@@ -5,7 +5,6 @@ Only images, `.txt` and `.json` are looked at; every other member is passed over
 
 import glob
 import io
-import json
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,10 @@ from typing import BinaryIO
 import braceexpand
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from mmscale.data.lanes import seeded
 from mmscale.data.manifest import Manifest, Shard, read_manifest
+from mmscale.data.members import IMAGE_SUFFIXES, describe_members, image_of
 from mmscale.errors import DataError
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _OPEN_FILES = 64
 
 
@@ -171,28 +169,14 @@ def parse_sample(content: bytes, where: str) -> Sample:
     if members is None:
         raise DamagedSampleError(f"{where}: holds no image, txt or json member")
     key = str(members["__key__"])
-    image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
+    image = image_of(members)
     if image is None:
-        raise DamagedSampleError(f"{where} {key}: holds no image")
-    captions, image_id = _describe(members, f"{where} {key}")
-    return Sample(key, image, captions, image_id)
+        raise DamagedSampleError(f"{where} {key}: has no image")
+    description = describe_members(key, members)
+    if description.fault:
+        raise DamagedSampleError(f"{where} {key}: {description.fault}")
+    return Sample(key, image, description.captions, description.image_id)
 
 
 def _wanted(name: str) -> bool:
     return name.rsplit(".", 1)[-1].lower() in (*IMAGE_SUFFIXES, "txt", "json")
-
-
-def _describe(members: dict, where: str) -> tuple[tuple[str, ...], int]:
-    """Captions and image id; shards made elsewhere may have neither in their json."""
-    try:
-        fields = json.loads(members.get("json", b"{}"))
-        captions = fields.get("captions") or [members["txt"].decode("utf-8")]
-        image_id = fields.get("image_id")
-        source = fields.get("source", "")
-    except (KeyError, ValueError, AttributeError) as error:
-        raise DamagedSampleError(f"{where}: has no readable captions ({error})") from error
-    if not all(isinstance(caption, str) and caption.strip() for caption in captions):
-        raise DamagedSampleError(f"{where}: has an empty caption")
-    if not isinstance(image_id, int) or not 0 <= image_id < 2**63:
-        image_id = seeded(source, members["__key__"])
-    return tuple(captions), image_id

@@ -1,54 +1,19 @@
-"""Shards looked at from outside: the manifest of tars made elsewhere, the faults of packed ones.
-
-Nothing is extracted to disk, nothing is unpickled; members other than images, `.txt` and `.json`
-are passed over unread.
-"""
+"""Shards looked at from outside: the manifest of tars made elsewhere, the faults of packed ones."""
 
 import hashlib
 import io
-import json
-import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from mmscale.data.manifest import MANIFEST_NAME, Manifest, Shard, read_manifest, write_manifest
+from mmscale.data.members import image_of
 from mmscale.data.pool import map_ordered
+from mmscale.data.walk import DamagedShardError, FoundSample, walk_shard
 from mmscale.errors import DataError
-
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-# A caption or description longer than this is no caption.
-_TEXT_BYTES = 16 * 2**20
-_TAR_BLOCK = 512
-
-
-class DamagedShardError(Exception):
-    """A file that cannot be walked as a tar to its end."""
-
-
-@dataclass
-class FoundSample:
-    """One sample as it lies in a tar.
-
-    Attributes:
-        key: Name that its members share.
-        offset: Byte offset of its first tar header.
-        suffixes: Endings of its members, in their order.
-        image: Encoded image, or None.
-        text: Content of its `.txt`, or None.
-        description: Content of its `.json`, or None.
-    """
-
-    key: str
-    offset: int
-    suffixes: list[str] = field(default_factory=list)
-    image: bytes | None = None
-    text: bytes | None = None
-    description: bytes | None = None
 
 
 def verify(
@@ -137,68 +102,20 @@ def describe_shard(path: Path) -> tuple[Shard, list[str]]:
                 faults.append(f"{path}: sample {sample.key} {fault}")
                 continue
             offsets.append(sample.offset)
-            captions.append(len(captions_of(sample)))
+            captions.append(len(sample.description.captions))
     except (OSError, DamagedShardError) as error:
         raise DataError(f"{path}: {error}; fetch or pack the shard again") from error
     size, digest = _digest(path)
     return Shard(path.name, size, digest, len(offsets), tuple(offsets), tuple(captions)), faults
 
 
-def walk_shard(path: Path) -> Iterator[FoundSample]:
-    """Samples of a tar in their order; neighbouring members with one key are one sample.
-
-    Raises:
-        DamagedShardError: It is not a whole, uncompressed tar.
-    """
-    sample: FoundSample | None = None
-    for member, read in _members(path):
-        key, dot, suffix = _split_name(member.name)
-        if not dot or not member.isreg():
-            continue
-        if sample is None or sample.key != key:
-            if sample is not None:
-                yield sample
-            sample = FoundSample(key, member.offset)
-        suffix = suffix.lower()
-        sample.suffixes.append(suffix)
-        if suffix in IMAGE_SUFFIXES and sample.image is None:
-            sample.image = read(member)
-        elif suffix in ("txt", "json") and member.size <= _TEXT_BYTES:
-            content = read(member)
-            if suffix == "txt":
-                sample.text = content
-            else:
-                sample.description = content
-    if sample is not None:
-        yield sample
-
-
-def captions_of(sample: FoundSample) -> list[str]:
-    """Captions of a sample: those of its json, else its text; empty where it has none."""
-    fields = _fields(sample)
-    captions = fields.get("captions") if fields else None
-    if not captions and sample.text is not None:
-        try:
-            captions = [sample.text.decode()]
-        except UnicodeDecodeError:
-            return []
-    if not isinstance(captions, list) or not captions:
-        return []
-    sound = all(isinstance(caption, str) and caption.strip() for caption in captions)
-    return captions if sound else []
-
-
 def fault_of(sample: FoundSample) -> str | None:
     """What makes a sample useless, short of decoding its image."""
-    if sample.image is None:
+    if image_of(sample.members) is None:
         return "has no image"
     if len(set(sample.suffixes)) < len(sample.suffixes):
         return "has a member twice"
-    if sample.description is not None and _fields(sample) is None:
-        return "has a json that is not an object"
-    if not captions_of(sample):
-        return "has an empty caption or none"
-    return None
+    return sample.description.fault
 
 
 def image_fault(content: bytes) -> str | None:
@@ -248,13 +165,13 @@ def _check_samples(path: Path, listed: set[int], found: _Found) -> None:
         # What index left out is not in the manifest, so nobody reads it.
         if fault and sample.offset not in listed:
             continue
-        if fault is None and sample.image is not None:
-            fault = image_fault(sample.image)
+        if fault is None and (image := image_of(sample.members)) is not None:
+            fault = image_fault(image)
         if fault:
             found.faults.append(f"{path}: sample {sample.key} {fault}")
         found.keys.append(sample.key)
         found.offsets.append(sample.offset)
-        found.captions.append(len(captions_of(sample)))
+        found.captions.append(len(sample.description.captions))
 
 
 def _compare(path: Path, shard: Shard, found: _Found) -> None:
@@ -273,56 +190,6 @@ def _compare(path: Path, shard: Shard, found: _Found) -> None:
                     f"{path}: sample {key} {name} {value}, the manifest says {claim}"
                 )
                 break
-
-
-def _members(
-    path: Path,
-) -> Iterator[tuple[tarfile.TarInfo, Callable[[tarfile.TarInfo], bytes]]]:
-    """Members of a plain tar with a function that reads one."""
-    try:
-        with tarfile.open(path, "r:") as tar:
-
-            def read(member: tarfile.TarInfo) -> bytes:
-                try:
-                    file = tar.extractfile(member)
-                    return file.read() if file else b""
-                except tarfile.TarError as error:
-                    raise DamagedShardError(f"ends inside {member.name}") from error
-
-            while (member := tar.next()) is not None:
-                yield member, read
-                # Else every header of the shard stays in memory.
-                tar.members.clear()  # type: ignore[attr-defined]
-            end = tar.offset
-    except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
-        raise DamagedShardError(f"is not a whole, plain tar ({error})") from error
-    _check_end(path, end)
-
-
-def _check_end(path: Path, end: int) -> None:
-    # tarfile takes a damaged header in mid-file for the end and says nothing.
-    with path.open("rb") as file:
-        file.seek(end)
-        block = file.read(_TAR_BLOCK)
-    if len(block) < _TAR_BLOCK or any(block):
-        raise DamagedShardError(f"has a damaged tar header, or ends early, at byte {end}")
-
-
-def _split_name(name: str) -> tuple[str, str, str]:
-    """A member's key and ending: as WebDataset does, at the first dot of the file name."""
-    folder, slash, file = name.rpartition("/")
-    stem, dot, suffix = file.partition(".")
-    return f"{folder}{slash}{stem}", dot if stem else "", suffix
-
-
-def _fields(sample: FoundSample) -> dict[str, Any] | None:
-    if sample.description is None:
-        return None
-    try:
-        fields = json.loads(sample.description)
-    except (ValueError, RecursionError):
-        return None
-    return fields if isinstance(fields, dict) else None
 
 
 def _digest(path: Path) -> tuple[int, str]:

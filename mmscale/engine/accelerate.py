@@ -45,7 +45,7 @@ class AccelerateEngine:
         self._clip = config.optim.clip_norm
         self._parts = trained_parts(model)
         self.groups = parameter_groups(model, config.optim)
-        optimizer = build_optimizer(self.groups, config.optim, fused=policy.device.type == "cuda")
+        optimizer = build_optimizer(self.groups, config.optim, fused=policy.device.type != "mps")
         self._optimizer = self._accelerator.prepare_optimizer(optimizer)
 
     def call(self, mode: str, *inputs: Any) -> Any:

@@ -50,7 +50,7 @@ class DeepSpeedEngine:
         self.module = model.to(policy.device)
         self._parts = trained_parts(model)
         self.groups = parameter_groups(model, config.optim)
-        optimizer = build_optimizer(self.groups, config.optim, fused=policy.device.type == "cuda")
+        optimizer = build_optimizer(self.groups, config.optim, fused=policy.device.type != "mps")
         # ZeRO-3 makes its first optimizer states by an update on zero gradients: at rate 0 it
         # changes no weight, and the count that it leaves is put back below.
         set_rates(optimizer.param_groups, 0.0)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mmscale.data.manifest import read_manifest
-from mmscale.data.pack import pack
+from mmscale.data.pack import PackResult, pack
 from mmscale.data.synth import render
 from mmscale.data.verify import verify
 from mmscale.errors import ConfigError, DataError
@@ -281,3 +281,13 @@ def test_real_flickr8k(tmp_path):
     (result,) = pack(folder, tmp_path, split="val")
     assert (result.samples, result.captions, result.rejected) == (1000, 5000, 0)
     assert verify(tmp_path) == []
+
+
+def test_a_result_reads_well():
+    result = PackResult("train", Path("packed/train"), 6, 6000, 30000, rejected=3, kept=1)
+    assert str(result) == (
+        "train: 6,000 images, 30,000 captions in 6 shards at packed/train "
+        "(3 rejected: see rejected.txt; 1 shard of an earlier run kept)"
+    )
+    result = PackResult("val", Path("packed/val"), 1, 1, 5, rejected=0, kept=0)
+    assert str(result) == "val: 1 image, 5 captions in 1 shard at packed/val"

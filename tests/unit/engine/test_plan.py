@@ -29,7 +29,7 @@ def test_arithmetic_is_printed():
         ({"total": 1000}, 3, "1000 is not a multiple of 3 ranks; nearest: 999 or 1002"),
         ({"total": 1000, "micro": 64}, 1, "nearest: 960 or 1024"),
         ({"total": 64, "lanes": 5}, 1, "nearest: 4 or 8"),
-        ({"total": 64, "lanes": 2}, 4, "nearest: 4 or 8"),
+        ({"total": 64, "lanes": 2}, 4, "multiple of 4 ranks; nearest: 4"),
         ({"total": 64, "captions": 5}, 1, "nearest: 60 or 65"),
     ],
 )

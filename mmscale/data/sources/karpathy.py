@@ -1,0 +1,25 @@
+"""Karpathy's JSON files: captions, splits and ids in one."""
+
+from pathlib import Path
+
+from mmscale.data.sources.listing import Entry, Listing, number_of, read_json
+from mmscale.data.sources.records import Rejection
+
+
+def read_karpathy(file: Path) -> Listing:
+    """A Karpathy file; images without what is needed are faults."""
+    content = read_json(file)
+    listing = Listing(file, str(content.get("dataset") or file.stem.removeprefix("dataset_")), [])
+    for place, image in enumerate(content["images"]):
+        try:
+            folder, name = image.get("filepath"), image["filename"]
+            name = f"{folder}/{name}" if folder else f"{name}"
+            captions = [sentence["raw"] for sentence in image["sentences"]]
+            split = image["split"]
+        except (KeyError, TypeError, AttributeError) as error:
+            reason = f"no filename, split or sentences with raw text ({error})"
+            listing.faults.append(Rejection(f"{file.name}: image {place}", reason))
+            continue
+        image_id, label = number_of(image.get("cocoid")), number_of(image.get("label"))
+        listing.entries.append(Entry(name, captions, split, image_id, label))
+    return listing

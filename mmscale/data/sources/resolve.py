@@ -1,0 +1,96 @@
+"""Entries of a caption file made into records: every name, caption and id checked, images found."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mmscale.data.sources.listing import Entry, Listing
+from mmscale.data.sources.names import is_inside, key_of
+from mmscale.data.sources.recipe import Recipe
+from mmscale.data.sources.records import Record, Rejection
+from mmscale.errors import DataError
+
+# A tar header holds 100 bytes of name; the longest ending is `.jpeg`.
+_KEY_BYTES = 90
+
+
+def resolve(
+    recipe: Recipe, listing: Listing, records: list[Record], rejected: list[Rejection]
+) -> None:
+    """Append the record of every entry, or why it has none, to the lists.
+
+    Raises:
+        DataError: No image is where it should be.
+    """
+    folder = _image_folder(recipe, listing)
+    seen = {record.key for record in records}
+    for entry in listing.entries:
+        split = entry.split or ""
+        fault = _fault_of(entry, split)
+        key = key_of(entry.name)
+        captions = []
+        for place, caption in enumerate(entry.captions if fault is None else []):
+            if reason := _caption_fault(caption):
+                rejected.append(Rejection(f"{key}#{place}", reason, split))
+            else:
+                captions.append(caption.strip())
+        if fault is None and not captions:
+            fault = "no caption"
+        if fault is None and key in seen:
+            fault = "another image has this key"
+        if fault is not None:
+            rejected.append(Rejection(key, fault, split))
+            continue
+        seen.add(key)
+        image = folder / entry.name
+        name = recipe.name or listing.source
+        records.append(
+            Record(key, image, tuple(captions), split, name, entry.image_id, entry.label)
+        )
+
+
+def _image_folder(recipe: Recipe, listing: Listing) -> Path:
+    candidates = recipe.images or listing.image_folders
+    base = recipe.root
+    names = [entry.name for entry in listing.entries if is_inside(entry.name)]
+    for candidate in candidates:
+        inner = Path(candidate).name
+        for folder in (base / candidate, base / candidate / inner, listing.file.parent / candidate):
+            if folder.is_dir() and any((folder / name).is_file() for name in names):
+                return folder
+    raise DataError(
+        f"{base}: none of the {len(names)} images that {listing.file.name} names lies in "
+        f"{', '.join(candidates)}; put them there, or name "
+        "their folder in a recipe (images: FOLDER)"
+    )
+
+
+def _fault_of(entry: Entry, split: str) -> str | None:
+    if not is_inside(entry.name):
+        return "its file name leaves the folder of images"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", split):
+        return f"split {split!r} is not a name"
+    if len(key_of(entry.name).encode(errors="replace")) > _KEY_BYTES:
+        return f"its name is longer than {_KEY_BYTES} bytes"
+    return None
+
+
+def _caption_fault(caption: Any) -> str | None:
+    if not isinstance(caption, str):
+        return "caption is not a text"
+    if not caption.strip():
+        return "empty caption"
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        return "caption is not Unicode"
+    return None
+
+
+def with_sound_ids(records: list[Record]) -> list[Record]:
+    """The source's own ids where every image has one of its own, else none."""
+    own = {record.image_id for record in records}
+    if None not in own and len(own) == len(records):
+        return records
+    return [replace(record, image_id=None) for record in records]

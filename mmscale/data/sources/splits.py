@@ -1,0 +1,77 @@
+"""Which split an image is of: what its caption file says, else the split lists beside it."""
+
+import re
+from pathlib import Path
+
+from mmscale.data.sources.listing import Listing, read_lines
+from mmscale.data.sources.names import key_of, stem_of
+from mmscale.data.sources.recipe import Recipe
+from mmscale.data.sources.records import Rejection
+from mmscale.errors import DataError
+
+_SPLIT_LIST = re.compile(
+    r"(?:Flickr_?(?:8|30)k[._])?(train|dev|val|test)[_\d]*(?:images)?\.txt", re.IGNORECASE
+)
+_SPLIT_NAMES = {
+    "dev": "val",
+    "valid": "val",
+    "validation": "val",
+    "restval": "train",
+    "training": "train",
+}
+
+
+def split_lists(recipe: Recipe, listings: list[Listing]) -> dict[str, str]:
+    """Split of each image's stem, from the split lists; empty where there are none.
+
+    Raises:
+        DataError: An image is in two splits, or a list cannot be read.
+    """
+    lists: dict[str, str] = {}
+    for name, file in _find_lists(recipe, listings):
+        split = _SPLIT_NAMES.get(name, name)
+        for where, line in read_lines(file):
+            stem = stem_of(line.strip()) if line is not None else None
+            if stem is not None and lists.setdefault(stem, split) != split:
+                raise DataError(
+                    f"{where}: {stem} is in {split} and in {lists[stem]}; "
+                    "an image may be in one split"
+                )
+    return lists
+
+
+def _find_lists(recipe: Recipe, listings: list[Listing]) -> list[tuple[str, Path]]:
+    if recipe.splits is not None:
+        return [
+            (split, recipe.root / file) for split, files in recipe.splits.items() for file in files
+        ]
+    # Caption files that tell splits know better.
+    if any(entry.split is not None for listing in listings for entry in listing.entries):
+        return []
+    return [
+        (match[1].lower(), file)
+        for folder in dict.fromkeys((recipe.root, listings[0].file.parent))
+        for file in sorted(folder.iterdir())
+        if (match := _SPLIT_LIST.fullmatch(file.name))
+    ]
+
+
+def apply_splits(listing: Listing, lists: dict[str, str]) -> int:
+    """Give every entry its split, keep those that have one; how many have none."""
+    kept, unlisted = [], 0
+    for entry in listing.entries:
+        split = lists.get(stem_of(entry.name)) if lists else (entry.split or "train")
+        if split is None:
+            unlisted += 1
+            continue
+        entry.split = _SPLIT_NAMES.get(split, split) if isinstance(split, str) else ""
+        kept.append(entry)
+    listing.entries = kept
+    return unlisted
+
+
+def undescribed(listings: list[Listing], lists: dict[str, str]) -> list[Rejection]:
+    """Images that a split list names and no caption file describes."""
+    described = {stem_of(entry.name) for listing in listings for entry in listing.entries}
+    missing = (item for item in lists.items() if item[0] not in described)
+    return [Rejection(key_of(stem), "no caption", split) for stem, split in missing]

@@ -1,0 +1,91 @@
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mmscale.data.members import TEXT_BYTES, describe_members, image_id_of
+from mmscale.data.shards import DamagedSampleError, SampleReader, open_shards, parse_sample
+from mmscale.data.verify import index, walk_shard
+
+
+def picture(colour):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+SAMPLES = {
+    "own": {"txt": b"one", "json": b'{"captions": ["two", "three"], "image_id": 7}'},
+    "elsewhere": {"txt": "größer".encode(), "json": b'{"url": "http://x", "source": "web"}'},
+    "text": {"txt": b"only text"},
+    "boolean": {"txt": b"a", "json": b'{"image_id": true}'},
+    "negative": {"txt": b"a", "json": b'{"image_id": -1}'},
+    "large": {"txt": b"a", "json": json.dumps({"image_id": 2**63}).encode()},
+    "empty_list": {"txt": b"a", "json": b'{"captions": []}'},
+    "surrogate": {"txt": b"a", "json": b'{"source": "\\ud800"}'},
+    "too_long": {"txt": b"a", "json": b" " * TEXT_BYTES + b'{"captions": ["b", "c"]}'},
+}
+USELESS = {
+    "nothing": {},
+    "blank": {"txt": b"  "},
+    "not_utf8": {"txt": b"\xff"},
+    "not_a_list": {"txt": b"a", "json": b'{"captions": "a text"}'},
+    "not_texts": {"txt": b"a", "json": b'{"captions": ["a", 3]}'},
+    "not_an_object": {"txt": b"a", "json": b"[]"},
+    "not_json": {"txt": b"a", "json": b"{"},
+}
+
+
+def write(path, samples):
+    # Two images: everyone must choose the same.
+    images = {"png": picture("red"), "jpg": picture("blue")}
+    with tarfile.open(path, "w") as tar:
+        for key, members in samples.items():
+            for suffix, content in {**images, **members}.items():
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("elsewhere") / "0.tar"
+    write(path, SAMPLES)
+    return path
+
+
+def test_manifest_and_reader_agree_on_every_sample(shard):
+    manifest = index([shard])
+    reader = SampleReader(open_shards("data.train", str(shard.parent)))
+    for place, found in enumerate(walk_shard(shard)):
+        sample = reader.read(0, place)
+        assert sample.key == found.key
+        assert sample.captions == found.description.captions
+        assert sample.image_id == found.description.image_id
+        assert sample.image == picture("blue")
+        assert len(sample.captions) == manifest.shards[0].captions[place]
+
+
+def test_captions_and_identity_fall_back():
+    own = describe_members("own", SAMPLES["own"])
+    assert (own.captions, own.image_id) == (("two", "three"), 7)
+    elsewhere = describe_members("elsewhere", SAMPLES["elsewhere"])
+    assert elsewhere.captions == ("größer",)
+    assert elsewhere.image_id == image_id_of("web", "elsewhere")
+    for key in ("text", "boolean", "negative", "large"):
+        assert describe_members(key, SAMPLES[key]).image_id == image_id_of("", key)
+    assert 0 <= image_id_of("web", "k") < 2**63
+    assert image_id_of("", "k") != image_id_of("web", "k")
+
+
+@pytest.mark.parametrize("key", USELESS)
+def test_manifest_and_reader_refuse_the_same_samples(key, tmp_path):
+    path = tmp_path / "0.tar"
+    write(path, {key: USELESS[key]})
+    (found,) = walk_shard(path)
+    assert found.description.fault
+    with pytest.raises(DamagedSampleError, match=found.description.fault):
+        parse_sample(path.read_bytes(), path.name)
