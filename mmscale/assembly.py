@@ -28,6 +28,7 @@ from mmscale.engine.plan import BatchPlan, plan_batch
 from mmscale.engine.standardize import fit_heads
 from mmscale.loss.objective import Objective
 from mmscale.model.build import build_model
+from mmscale.model.presets import fill_preset
 
 Tell = Callable[[str], None]
 
@@ -72,6 +73,7 @@ def assemble(config: Config, world: World, tell: Tell, warn: Tell) -> Training:
         tell: Takes a line about what was built.
         warn: Takes a line about what was mended.
     """
+    config = config.model_copy(update={"model": fill_preset(config.model)})
     plan = plan_batch(config, world.size)
     policy = choose(config.engine, world.local_rank)
     kind = engine_kind(config, world)

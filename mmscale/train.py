@@ -53,7 +53,7 @@ def run(config: Config) -> int:
         built: list[str] = []
         training = assemble(config, world, built.append, built.append)
         _write_config(training)
-        with Report(config, world, training.total_steps, training.start.step) as report:
+        with Report(training.config, world, training.total_steps, training.start.step) as report:
             for line in (*built, *opening_lines(training)):
                 report.say(line)
             progress = _loop(training, report, stop)

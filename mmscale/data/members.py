@@ -31,12 +31,12 @@ class Description:
     fault: str | None
 
 
-def image_of(members: Mapping[str, bytes]) -> bytes | None:
+def image_of(members: Mapping[str, Any]) -> bytes | None:
     """The encoded image of a sample, given as the content of its members by ending."""
     return next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
 
 
-def describe_members(key: str, members: Mapping[str, bytes]) -> Description:
+def describe_members(key: str, members: Mapping[str, Any]) -> Description:
     """Captions and identity of a sample, given as the content of its members by ending."""
     text, description = (_text(members, suffix) for suffix in ("txt", "json"))
     parsed = {} if description is None else _parse(description)
@@ -61,7 +61,7 @@ def image_id_of(source: str, key: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def _text(members: Mapping[str, bytes], suffix: str) -> bytes | None:
+def _text(members: Mapping[str, Any], suffix: str) -> bytes | None:
     content = members.get(suffix)
     return content if content is not None and len(content) <= TEXT_BYTES else None
 

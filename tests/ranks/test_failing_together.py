@@ -21,7 +21,11 @@ from tests.ranks.tiny import ROWS, build_engine, joint_batch, share, tiny_config
 ROOT = Path(__file__).resolve().parents[2]
 CAUSE = "shard-000003.tar: cannot be read; restore the shard"
 SECONDS = 30.0
-ENGINES = [("accelerate", None), ("deepspeed", 2), ("deepspeed", 3)]
+ENGINES = [
+    ("accelerate", None),
+    ("deepspeed", 3),
+    pytest.param("deepspeed", 2, marks=pytest.mark.slow),
+]
 
 
 def _train_until(kind: str, stage: str, failing: int, how: str) -> int:
@@ -58,7 +62,8 @@ def _fail(how: str) -> None:
 def _ends(kind: str, stage: int | None, failing: int, how: str) -> list[tuple[int, str]]:
     """Exit code and stderr of two ranks started by hand, within the time that they have."""
     port = str(free_port())
-    program = f"from tests.ranks.test_failing_together import main; main({kind!r}, {stage!r}, {failing}, {how!r})"
+    call = f"main({kind!r}, {stage!r}, {failing}, {how!r})"
+    program = f"from tests.ranks.test_failing_together import main; {call}"
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", program],

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tarfile
 import time
 from collections.abc import Callable

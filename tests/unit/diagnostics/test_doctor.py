@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from faulty_embeddings import MODES, healthy, isotropic, load_features, rotated, shuffled
+from tests.unit.diagnostics.faulty_embeddings import MODES, healthy, isotropic, load_features, rotated, shuffled
 
 from mmscale.config.load import load_config
 from mmscale.diagnostics.doctor import diagnose, judge

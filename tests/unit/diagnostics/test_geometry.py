@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from faulty_embeddings import as_pairs, dead, healthy, isotropic, joint_collapse, load_features
+from tests.unit.diagnostics.faulty_embeddings import as_pairs, dead, healthy, isotropic, joint_collapse, load_features
 from torch.nn.functional import normalize
 
 from mmscale.diagnostics.geometry import health_figures, probe_figures

@@ -2,7 +2,7 @@ import json
 from dataclasses import replace
 
 import torch
-from faulty_embeddings import healthy, isotropic, joint_collapse
+from tests.unit.diagnostics.faulty_embeddings import healthy, isotropic, joint_collapse
 
 from mmscale.diagnostics.histogram import LARGEST_SAMPLE, similarity_histogram
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from faulty_embeddings import dead, healthy, load_features, rotated, shuffled
+from tests.unit.diagnostics.faulty_embeddings import dead, healthy, load_features, rotated, shuffled
 
 from mmscale.diagnostics.pairing import cka, pairing_figures
 

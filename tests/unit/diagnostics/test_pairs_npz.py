@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from faulty_embeddings import isotropic
+from tests.unit.diagnostics.faulty_embeddings import isotropic
 
 from mmscale.diagnostics.pairs import Pairs, load_npz, save_npz
 from mmscale.errors import DataError

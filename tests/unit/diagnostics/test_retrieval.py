@@ -3,7 +3,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from faulty_embeddings import healthy, isotropic, joint_collapse, load_features
+from tests.unit.diagnostics.faulty_embeddings import healthy, isotropic, joint_collapse, load_features
 
 from mmscale.diagnostics.pairs import Pairs
 from mmscale.diagnostics.retrieval import recall_counts, recalls

@@ -1,0 +1,156 @@
+"""One checkpoint format: what two sharded ranks save, every other engine goes on from exactly."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmscale.checkpoint.files import Checkpoint, Progress, save
+from mmscale.contracts import Position, World
+from mmscale.dist.device import choose
+from mmscale.dist.peers import connect
+from mmscale.dist.world import join
+from mmscale.engine.plan import plan_batch
+from mmscale.engine.step import update
+from mmscale.loss.objective import Objective
+from mmscale.model.build import build_model
+from tests.ranks import tiny
+from tests.ranks.launch import run_on_ranks
+
+UPDATES = 3
+STAGES = (1, 2, 3)
+
+
+def _config(stage):
+    """Stage 0 is the engine without sharding."""
+    return tiny.tiny_config(
+        **({"engine__deepspeed": f"ds_configs/zero{stage}.json"} if stage else {})
+    )
+
+
+def _world():
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    join(World(), "gloo", 60, alone_too=True)
+    return World(rank, size, rank, "test")
+
+
+def _snapshot(engine):
+    """Master weights and moments by name, whole, on the CPU."""
+    return {
+        f"{kind}/{tensor.name}": value.detach().clone().float()
+        for tensor in engine.tensors()
+        for kind, value in {"value": tensor.value, **tensor.moments}.items()
+    }
+
+
+def _update(engine, config, world, step):
+    objective, peers = Objective(config, connect(world)), connect(world)
+    batch = tiny.share(tiny.joint_batch(step), world.rank, world.size)
+    rows = tiny.ROWS // world.size
+    return update(engine, objective, peers, batch, rows, 1e-2, 1.0, False).record
+
+
+def _save_each(folder, stages):
+    """For each stage: some updates, a checkpoint, one more update; what was saved, and then."""
+    world = _world()
+    return {stage: _train_and_save(Path(folder, str(stage)), stage, world) for stage in stages}
+
+
+def _train_and_save(folder, stage, world):
+    config = _config(stage)
+    engine = _engine(build_model(config.model, None, 0)[0], config, stage, world)
+    for step in range(UPDATES):
+        _update(engine, config, world, step)
+    progress = Progress(UPDATES, UPDATES, Position(0, UPDATES * tiny.ROWS), lanes=4)
+    state = _snapshot(engine)
+    random = {"cpu": torch.get_rng_state()}
+    save(folder, progress, config.model_dump(mode="json"), engine.tensors(), random, world, 1)
+    record = _update(engine, config, world, UPDATES)
+    after = _snapshot(engine)
+    engine.close()
+    return state, record.loss, after
+
+
+def _go_on_from_each(folders, stages):
+    """For each checkpoint and stage: the restored state, the next update's loss, the state then."""
+    world = _world()
+    return {
+        (folder.name, stage): _go_on(folder, stage, world) for folder in folders for stage in stages
+    }
+
+
+def _go_on(folder, stage, world):
+    config = _config(stage)
+    checkpoint = Checkpoint(folder / "checkpoints" / f"step-{UPDATES:08d}")
+    # Another seed: every weight must come from the checkpoint.
+    model, _ = build_model(config.model, None, 1)
+    checkpoint.load_weights(model)
+    engine = _engine(model, config, stage, world)
+    engine.restore(checkpoint.moments, checkpoint.progress.updates)
+    state = _snapshot(engine)
+    record = _update(engine, config, world, UPDATES)
+    after = _snapshot(engine)
+    engine.close()
+    return state, record.loss, after
+
+
+def _engine(model, config, stage, world):
+    policy, plan = choose(config.engine), plan_batch(config, world.size)
+    if stage:
+        from mmscale.engine.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(model.train(), config, plan, policy, world)
+    from mmscale.engine.accelerate import AccelerateEngine
+
+    return AccelerateEngine(model.train(), config, policy, world)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One folder a checkpoint, named by the stage that saved it; 0: one device."""
+    return tmp_path_factory.mktemp("saved")
+
+
+@pytest.fixture(scope="module")
+def saved(folder):
+    """What each checkpoint should hold, and how its run went on."""
+    alone = run_on_ranks(1, _save_each, folder, [0])[0]
+    return alone | run_on_ranks(2, _save_each, folder, STAGES)[0]
+
+
+@pytest.fixture(scope="module")
+def sharded(folder, saved):
+    """Two new ranks that go on from each checkpoint with each stage."""
+    return run_on_ranks(2, _go_on_from_each, [folder / str(stage) for stage in saved], STAGES)
+
+
+@pytest.fixture(scope="module")
+def alone(folder, saved):
+    """One device that goes on from each checkpoint."""
+    return run_on_ranks(1, _go_on_from_each, [folder / str(stage) for stage in saved], [0])
+
+
+def _assert_goes_on(wanted, got):
+    (state, loss, after), (got_state, got_loss, got_after) = wanted, got
+    trained = {name.removeprefix("exp_avg/") for name in state if name.startswith("exp_avg/")}
+    assert {f"value/{name}" for name in trained} == {n for n in state if n.startswith("value/")}
+    assert set(got_state) == set(state)
+    assert [name for name in state if not torch.equal(got_state[name], state[name])] == []
+    assert got_loss == pytest.approx(loss, rel=1e-5)
+    whole = torch.stack([value.double().norm() for value in after.values()]).norm()
+    for name, value in after.items():
+        assert (got_after[name].double() - value.double()).norm() / whole < 1e-5, name
+
+
+@pytest.mark.parametrize("before", [0, *STAGES])
+def test_one_device_goes_on_exactly(saved, alone, before):
+    for rank in alone:
+        _assert_goes_on(saved[before], rank[str(before), 0])
+
+
+@pytest.mark.parametrize("before", [0, *STAGES])
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_of_every_stage_go_on_exactly(saved, sharded, before, stage):
+    for rank in sharded:
+        _assert_goes_on(saved[before], rank[str(before), stage])
