@@ -11,7 +11,6 @@ from mmscale.errors import CheckpointError, ConfigError, explained
 
 app = typer.Typer(
     help="Distributed trainer for image-text dual encoders.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -28,6 +27,9 @@ def main() -> None:
 
 def _invoke() -> int:
     # Outside click's own error handling a verb's exit code is whatever it returns.
+    if not sys.argv[1:]:
+        app(["--help"], standalone_mode=False)
+        return 2
     try:
         return app(standalone_mode=False) or 0
     except typer.Exit as leave:
@@ -145,6 +147,15 @@ def train(context: typer.Context) -> int:
     return run(context.args)
 
 
+@app.command()
+def schema() -> int:
+    """Print the JSON schema of the configuration, for editors that complete YAML."""
+    from mmscale.config.schema import Config
+
+    _say(json.dumps(Config.model_json_schema(), indent=1))
+    return 0
+
+
 @app.command("eval")
 def evaluate(run: Run, data: Data, json_file: Json = None) -> int:
     """Recall of both directions on held-out pairs (Karpathy's protocol)."""
@@ -190,7 +201,7 @@ def doctor(
     for title in ("also", "evidence", "causes", "remedies"):
         entries = diagnosis[title]
         if isinstance(entries, dict):
-            entries = [f"{name} = {value}" for name, value in entries.items()]
+            entries = [f"{name} = {value:.4g}" for name, value in entries.items()]
         if entries:
             _say(f"{title}:")
         for entry in entries:

@@ -20,9 +20,10 @@ INTRODUCTION = """\
 # Every setting
 
 Written by `tools/write_settings.py` from `mmscale/config/schema.py`; a test fails when it is out of
-date. A setting is a line of a YAML file (`train: {duration: 5 epochs}`) or a word of a command
-(`train.duration="5 epochs"`). Files and preset names come first or anywhere; the later word wins.
-A *duration* is a number with its unit: `300 steps`, `5 epochs`, `1M samples`.
+date. A setting is an entry of a YAML file (`train: {duration: 5 epochs}`) or a word of a command
+(`train.duration="5 epochs"`). Where two of them say different things, the later one wins.
+A *duration* is a number with its unit: `300 steps`, `5 epochs`, `1M samples`. A path with `[]` is
+a setting of each entry of a list.
 """
 NAMES = {str: "text", int: "whole number", float: "number", bool: "true, false"}
 BOUNDS = {Gt: (">", "gt"), Ge: (">=", "ge"), Lt: ("<", "lt"), Le: ("<=", "le")}
@@ -37,7 +38,7 @@ def page() -> str:
             for path, setting in settings(field.annotation, f"{name}.")
         )
         parts.append(
-            f"## {name}\n\n{described(field)}\n\n"
+            f"## {name}\n\n{field.annotation.__doc__}\n\n"
             f"| setting | type | default | meaning |\n|---|---|---|---|\n{rows}\n"
         )
     return "\n".join(parts)
@@ -72,7 +73,7 @@ def type_name(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(type_name(arg) for arg in inner)
     if origin is list or (origin is tuple and inner[-1] is Ellipsis):
-        return "list of terms" if is_section(inner[0]) else f"list of {type_name(inner[0])}s"
+        return "list of mappings" if is_section(inner[0]) else f"list of {type_name(inner[0])}"
     if origin is tuple:
         return f"list of {len(inner)} {type_name(inner[0])}s"
     if origin is dict:

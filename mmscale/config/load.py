@@ -196,7 +196,7 @@ def _unknown(path: str, value: Any, known: dict[str, Any]) -> str:
         near = difflib.get_close_matches(leaf, leaves, 1, 0.75)
         meant = close[0] if close else leaves[near[0]] if near else None
     if meant is None:
-        return f"{path} is not a setting; remove it (mmscale train --help lists the settings)"
+        return f"{path} is not a setting; remove it (docs/settings.md lists them all)"
     if meant == "train.duration" and isinstance(value, (int, float)):
         unit = "steps" if "step" in leaf.lower() else "epochs"
         return f"{path} is not a setting; did you mean train.duration='{value} {unit}'?"

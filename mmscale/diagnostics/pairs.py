@@ -151,7 +151,9 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} is not an npz of plain arrays: {error}") from error
+        # numpy's own message recommends unpickling, which we never do.
+        reason = "it holds none" if "allow_pickle" in str(error) else error
+        raise DataError(f"{path} is not an npz of plain arrays: {reason}") from error
 
 
 def _rows(path: Path, arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
