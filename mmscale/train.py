@@ -7,10 +7,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mmscale.config.load import load_config
 from mmscale.config.schema import Config
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from mmscale.dist.signals import StopSignal
     from mmscale.engine.step import Update
     from mmscale.report.report import Report
+
+Batches: TypeAlias = "Generator[tuple[Batch, Position, float], None, None]"
 
 # Updates in a row that may be skipped because a gradient is not finite.
 MAX_SKIPPED = 5
@@ -56,14 +59,18 @@ def run(config: Config) -> int:
         with Report(training.config, world, training.total_steps, training.start.step) as report:
             for line in (*built, *opening_lines(training)):
                 report.say(line)
-            progress = _loop(training, report, stop)
+            # Closed, so that decoding processes end here and not when their loader is collected.
+            with closing(_batches(training)) as batches:
+                progress = _loop(training, report, stop, batches)
             _finish(training, report, progress)
         training.engine.close()
     leave()
     return 0
 
 
-def _loop(training: "Training", report: "Report", stop: "StopSignal") -> "Progress":
+def _loop(
+    training: "Training", report: "Report", stop: "StopSignal", batches: "Batches"
+) -> "Progress":
     """Update until the run's length is reached; returns how far it came."""
     from mmscale.assembly import save_checkpoint
     from mmscale.engine.schedule import rate_factor
@@ -74,7 +81,7 @@ def _loop(training: "Training", report: "Report", stop: "StopSignal") -> "Progre
     warmup = _steps(training, config.optim.warmup)
     skipped = 0
     clock = time.perf_counter()
-    for batch, position, waited in _batches(training, progress.position, total - progress.step):
+    for batch, position, waited in batches:
         factor = rate_factor(progress.step, total, warmup, config.optim.schedule)
         done = update(
             training.engine,
@@ -106,12 +113,11 @@ def _loop(training: "Training", report: "Report", stop: "StopSignal") -> "Progre
     return progress
 
 
-def _batches(
-    training: "Training", position: "Position", count: int
-) -> Iterator[tuple["Batch", "Position", float]]:
-    """The next `count` batches on the device, the position after each, and the seconds waited."""
-    stream, device = training.stream.batches(position), training.policy.device
-    for _ in range(count):
+def _batches(training: "Training") -> "Batches":
+    """The run's batches on the device, the position after each, and the seconds waited."""
+    stream = training.stream.batches(training.start.position)
+    device = training.policy.device
+    for _ in range(training.total_steps - training.start.step):
         start = time.perf_counter()
         batch, position = next(stream)
         on_device = replace(

@@ -1,5 +1,6 @@
 """Every image of a set once, with its captions, in manifest order: for evaluation and caches."""
 
+import bisect
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from mmscale.contracts import InputSpec
 from mmscale.data.shards import DamagedSampleError, SampleReader, ShardSet
 from mmscale.data.transform import decode, eval_transform
+from mmscale.dist.signals import outlive_termination
 
 
 @dataclass
@@ -53,7 +55,7 @@ class SampleBatches(Dataset):
         self._reader = self._reader or SampleReader(self._shards)
         batch, pixels = SampleBatch(None), []
         for place in self._places[index * self._size : (index + 1) * self._size]:
-            shard = next(s for s in range(len(self._starts)) if self._starts[s + 1] > place)
+            shard = bisect.bisect_right(self._starts, place) - 1
             try:
                 sample = self._reader.read(shard, place - self._starts[shard])
                 pixels.append(self._transform(decode(sample.image, sample.key)))
@@ -71,4 +73,10 @@ class SampleBatches(Dataset):
 
     def loader(self, workers: int) -> DataLoader:
         """Batches in order, decoded by `workers` processes."""
-        return DataLoader(self, batch_size=None, num_workers=workers, generator=torch.Generator())
+        return DataLoader(
+            self,
+            batch_size=None,
+            num_workers=workers,
+            generator=torch.Generator(),
+            worker_init_fn=outlive_termination,
+        )

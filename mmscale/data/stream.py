@@ -17,6 +17,7 @@ from mmscale.contracts import Batch, InputSpec, Position, World
 from mmscale.data.lanes import Item, Lane, Tape, seeded, turns_of
 from mmscale.data.shards import DamagedSampleError, Sample, SampleReader, ShardSet
 from mmscale.data.transform import decode, normalise, train_transform
+from mmscale.dist.signals import outlive_termination
 from mmscale.errors import ConfigError, DataError
 
 
@@ -142,6 +143,7 @@ class TrainStream:
             prefetch_factor=max(2, 2 * turns.lane_count // workers) if workers else None,
             # Its own generator: the global one must not move when a loader starts.
             generator=torch.Generator(),
+            worker_init_fn=outlive_termination,
         )
         shares = (_sound(share) for share in loader if share is not None)
         while rank_shares := list(islice(shares, turns.lane_count)):
