@@ -64,14 +64,13 @@ class Training:
         return self.stream.schedule
 
 
-def assemble(config: Config, world: World, tell: Tell, warn: Tell) -> Training:
+def assemble(config: Config, world: World, tell: Tell) -> Training:
     """Build a run: joined ranks, data, model, engine, restored state. Collective.
 
     Args:
         config: The run.
         world: The launcher's promise.
-        tell: Takes a line about what was built.
-        warn: Takes a line about what was mended.
+        tell: Takes a line about what is built, as it is built.
     """
     config = config.model_copy(update={"model": fill_preset(config.model)})
     plan = plan_batch(config, world.size)
@@ -82,7 +81,7 @@ def assemble(config: Config, world: World, tell: Tell, warn: Tell) -> Training:
     peers = connect(world)
     shards = open_shards("data.train", config.data.train)
     schedule = plan_schedule(config, [shard.captions for shard in shards.shards], plan.lanes)
-    checkpoint = starting_point(config, world, warn)
+    checkpoint = starting_point(config, world, tell)
     # A checkpoint holds every weight: none is fetched for a model that it fills.
     wanted = config.model if checkpoint is None else _bare(config.model)
     model, spec = build_model(wanted, config.data.image_size, config.run.seed)
@@ -176,8 +175,10 @@ def _features(
 
     def table(which: ShardSet) -> FeatureTable:
         def make() -> FeatureTable:
-            tell(f"features of {which.samples:,} images were computed with the frozen towers")
-            return encode_set(config, inference.call, inference.device, which, spec, peers)
+            tell(f"features: {which.samples:,} images through the frozen towers, once")
+            return encode_set(
+                config, inference.call, inference.device, which, spec, peers, _tenths(tell)
+            )
 
         return cache.table(which, peers, make)
 
@@ -191,12 +192,33 @@ def encode_set(
     shards: ShardSet,
     spec: InputSpec,
     peers: Peers,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> FeatureTable:
     """A set through the towers with the run's settings. Collective."""
-    data = config.data
     return encode(
-        call, device, shards, spec, peers, config.eval.batch_size, data.workers, data.max_damaged
+        call,
+        device,
+        shards,
+        spec,
+        peers,
+        config.eval.batch_size,
+        config.data.workers,
+        config.data.max_damaged,
+        progress,
     )
+
+
+def _tenths(tell: Tell) -> Callable[[int, int], None]:
+    """Progress that speaks at each tenth."""
+    told = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal told
+        if 10 * done // total > told:
+            told = 10 * done // total
+            tell(f"features: {done:,} of this rank's {total:,} images done")
+
+    return progress
 
 
 def embed(call: Call, device: torch.device, table: FeatureTable) -> Pairs:

@@ -128,10 +128,17 @@ def verify(
     workers: Annotated[int, typer.Option(help="Processes.", min=1)] = 2,
     json_file: Json = None,
 ) -> int:
-    """Check every shard against its manifest; exit 4 if anything is wrong."""
+    """Check every shard against its manifest; exit 4 if anything is wrong.
+
+    Of a folder that mmscale pack filled with several splits, each is checked.
+    """
     from mmscale.data.verify import verify as run
 
-    faults = run(folder, workers=workers)
+    splits = sorted(path.parent for path in folder.glob("*/manifest.json"))
+    whole = (folder / "manifest.json").exists() or not splits
+    faults = [
+        fault for part in ([folder] if whole else splits) for fault in run(part, workers=workers)
+    ]
     for fault in faults:
         _say(fault)
     _write(json_file, {"faults": faults})
@@ -141,7 +148,11 @@ def verify(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(context: typer.Context) -> int:
-    """Train: CONFIG key=value ..., as mmscale/train.py."""
+    """Train: CONFIG key=value ..., as mmscale/train.py.
+
+    CONFIG is a YAML file or a preset (demo, flickr8k, flickr30k); docs/settings.md lists what
+    can be set, and mmscale schema prints it for editors.
+    """
     from mmscale.train import main as run
 
     return run(context.args)
@@ -226,9 +237,11 @@ def plan(
     schedule = plan_schedule(config, [shard.captions for shard in shards.shards], batch.lanes)
     steps = config.train.duration.steps(schedule.steps, batch.global_rows)
     _say(f"batch: {batch}")
-    _say(f"data: {shards.samples:,} images in {len(shards.shards)} shards")
+    count = len(shards.shards)
+    _say(f"data: {shards.samples:,} images in {count} shard{'s' * (count > 1)}")
     pairs = steps * batch.global_rows
-    _say(f"length: {steps:,} steps, {schedule.steps:,} an epoch, {pairs:,} pairs in all")
+    _say(f"length: {steps:,} step{'s' * (steps > 1)}, {pairs:,} pairs in all")
+    _say(f"epoch: {schedule.steps:,} step{'s' * (schedule.steps > 1)}")
     return 0
 
 

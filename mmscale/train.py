@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -43,21 +44,24 @@ def run(config: Config) -> int:
     # Before torch: workers fork, and OpenMP threads that spin starve a decoding worker of its core.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from mmscale.dist.world import failing_together, leave, promised_world
+    # The number of decoding processes is the user's setting, not a mistake to warn of on each rank.
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
+    from mmscale.dist.failure import failing_together
+    from mmscale.dist.world import leave, promised_world
 
     world = promised_world()
     with failing_together(world):
         from mmscale.assembly import assemble
         from mmscale.dist.signals import StopSignal
+        from mmscale.report.console import early_line
         from mmscale.report.lines import opening_lines
         from mmscale.report.report import Report
 
         stop = StopSignal()
-        built: list[str] = []
-        training = assemble(config, world, built.append, built.append)
+        training = assemble(config, world, early_line(world))
         _write_config(training)
         with Report(training.config, world, training.total_steps, training.start.step) as report:
-            for line in (*built, *opening_lines(training)):
+            for line in opening_lines(training):
                 report.say(line)
             # Closed, so that decoding processes end here and not when their loader is collected.
             with closing(_batches(training)) as batches:
@@ -98,7 +102,8 @@ def _loop(
         if _due(training, config.log.every, progress):
             report.training(training_line(training, progress, done, seconds, waited))
         skipped = _count_skipped(skipped, done, batch, progress)
-        _check_damage(training, report, batch, progress)
+        if done.record.damaged:
+            _check_damage(training, report, batch, progress)
         if _due(training, config.probe.every, progress):
             report.probe(probe_line(training, progress, done, batch))
         if progress.step < total:
@@ -131,13 +136,13 @@ def _batches(training: "Training") -> "Batches":
 
 
 def _advance(progress: "Progress", position: "Position", done: "Update") -> "Progress":
-    same_epoch = position.epoch == progress.position.epoch
+    before = progress.damaged if progress.position.rows else 0
     return replace(
         progress,
         step=progress.step + 1,
         updates=progress.updates + done.record.applied,
         position=position,
-        damaged=(progress.damaged if same_epoch else 0) + done.record.damaged,
+        damaged=before + done.record.damaged,
     )
 
 
@@ -165,15 +170,17 @@ def _count_skipped(skipped: int, done: "Update", batch: "Batch", progress: "Prog
 def _check_damage(
     training: "Training", report: "Report", batch: "Batch", progress: "Progress"
 ) -> None:
-    """Name what could not be decoded; end when it is more than the configuration allows."""
-    for line in batch.damaged:
+    """Name what could not be decoded; end when it is more than allowed. Collective."""
+    from mmscale.dist.peers import from_all
+
+    named = [line for lines in from_all(training.world, batch.damaged) for line in lines]
+    for line in named:
         report.warn(f"{line}; its row repeats another sample")
     share, items = training.config.data.max_damaged, training.schedule.items
     if progress.damaged > share * items:
-        last = f", lastly {batch.damaged[-1]}" if batch.damaged else ""
         raise DataError(
-            f"{progress.damaged} rows of this epoch could not be decoded{last}, more than "
-            f"data.max_damaged={share} of {items} allows; run mmscale verify on data.train"
+            f"{progress.damaged} rows of this epoch could not be decoded, lastly {named[-1]}, more "
+            f"than data.max_damaged={share} of {items} allows; run mmscale verify on data.train"
         )
 
 

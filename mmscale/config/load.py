@@ -133,7 +133,12 @@ def _explain(error: ValidationError) -> list[str]:
     for fault in error.errors():
         parts = [str(part) for part in fault["loc"]]
         if fault["type"] == "extra_forbidden":
-            rules[".".join(parts)] = (fault["input"], ["unknown"])
+            value = fault["input"]
+            # `trian.duration=...` fails at `trian`; the whole path has the better neighbour.
+            while isinstance(value, dict) and len(value) == 1:
+                ((name, value),) = value.items()
+                parts.append(str(name))
+            rules[".".join(parts)] = (value, ["unknown"])
             continue
         length = max((n for n in range(len(parts) + 1) if ".".join(parts[:n]) in known), default=0)
         tail = [part for part in parts[length:] if part.isdigit()]

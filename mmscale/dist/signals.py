@@ -21,8 +21,8 @@ class StopSignal:
 def outlive_termination(worker: int) -> None:
     """For a decoding process: stay while the training process ends its step and writes.
 
-    Schedulers signal every process of a job at once, and a loader whose worker died cannot finish the
-    batch. The delay is bounded: a training process that is gone also asks by SIGTERM.
+    Schedulers signal every process of a job at once, and a loader whose worker died cannot finish
+    the batch. The delay is bounded: a training process that is gone also asks by SIGTERM.
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)

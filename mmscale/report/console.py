@@ -4,15 +4,18 @@ Texts may come from data (captions, file names): they are cleaned of control cha
 read as markup.
 """
 
+import sys
 import time
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 from rich.text import Text
+
+from mmscale.contracts import World
 
 PLAIN_SECONDS = 5.0  # between two lines where stderr is a file
 RECALLS = ("r1", "r5", "r10")
@@ -155,3 +158,13 @@ def duration(seconds: float) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "?" if value is None else format(value, form)
+
+
+def early_line(world: World) -> Callable[[str], None]:
+    """Says a line on the main rank before there is a run to report on."""
+
+    def say(text: str) -> None:
+        if world.is_main:
+            sys.stderr.write(clean(text) + "\n")
+
+    return say

@@ -59,7 +59,8 @@ def opening_lines(training: Training) -> list[str]:
         f"{group['name']:>16}: lr {group['base_lr']:.3g}, weight decay {group['weight_decay']:.3g}"
         for group in training.engine.groups
     ]
-    steps = f"{training.total_steps:,} steps, {training.schedule.steps:,} an epoch"
+    total = training.total_steps
+    steps = f"{total:,} step{'s' * (total > 1)}, {training.schedule.steps:,} an epoch"
     resumed = training.start.step
     return [
         f"engine: {training.engine.label}",

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from mmscale.contracts import World
+from mmscale.dist.failure import failing_together
 from mmscale.dist.peers import connect
-from mmscale.dist.world import failing_together, join
+from mmscale.dist.world import join
 from mmscale.engine.step import update
 from mmscale.errors import DataError, explained
 from mmscale.loss.objective import Objective

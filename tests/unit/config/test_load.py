@@ -20,6 +20,7 @@ MINIMAL = {"data": {"train": "shards"}}
         (["train.epochs=3"], ["train.epochs is not a setting", "train.duration='3 epochs'"]),
         (["data.batchsize=64"], ["data.batchsize", "train.global_batch_size"]),
         (["optim.lr=abc"], ["optim.lr='abc'", "a number", "optim.lr=0.0005"]),
+        (["trian.duration=3 steps"], ["trian.duration is not", "did you mean train.duration"]),
         (["data.lanez=3"], ["data.lanez", "did you mean data.lanes"]),
         (["data.lanes=x"], ["data.lanes='x'", "'auto' or a whole number"]),
         (["optim.lr=-1"], ["optim.lr=-1", "greater than 0"]),

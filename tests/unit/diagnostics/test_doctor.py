@@ -4,13 +4,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tests.unit.diagnostics.faulty_embeddings import MODES, healthy, isotropic, load_features, rotated, shuffled
 
 from mmscale.config.load import load_config
 from mmscale.diagnostics.doctor import diagnose, judge
 from mmscale.diagnostics.pairs import Pairs, one_to_one
 from mmscale.diagnostics.verdicts import ORDER, RULES
 from mmscale.errors import DataError
+from tests.unit.diagnostics.faulty_embeddings import (
+    MODES,
+    healthy,
+    isotropic,
+    load_features,
+    rotated,
+    shuffled,
+)
 
 SIZES = [(128, 64), (128, 256), (128, 768), (512, 64), (512, 768), (2048, 256)]
 

@@ -4,13 +4,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.unit.diagnostics.faulty_embeddings import as_pairs, dead, healthy, isotropic, joint_collapse, load_features
 from torch.nn.functional import normalize
 
 from mmscale.diagnostics.geometry import health_figures, probe_figures
 from mmscale.diagnostics.pairs import Pairs
 from mmscale.diagnostics.spectrum import isotropic_rankme, tower_figures
 from mmscale.errors import DataError
+from tests.unit.diagnostics.faulty_embeddings import (
+    as_pairs,
+    dead,
+    healthy,
+    isotropic,
+    joint_collapse,
+    load_features,
+)
 
 # 500 COCO pairs of a trained and of an untrained CLIP, measured once by other code.
 REAL = {

@@ -2,9 +2,9 @@ import json
 from dataclasses import replace
 
 import torch
-from tests.unit.diagnostics.faulty_embeddings import healthy, isotropic, joint_collapse
 
 from mmscale.diagnostics.histogram import LARGEST_SAMPLE, similarity_histogram
+from tests.unit.diagnostics.faulty_embeddings import healthy, isotropic, joint_collapse
 
 
 def test_every_pair_is_counted_once():

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from tests.unit.diagnostics.faulty_embeddings import dead, healthy, load_features, rotated, shuffled
 
 from mmscale.diagnostics.pairing import cka, pairing_figures
+from tests.unit.diagnostics.faulty_embeddings import dead, healthy, load_features, rotated, shuffled
 
 
 def test_real_features(real_data):

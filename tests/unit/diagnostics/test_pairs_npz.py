@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from tests.unit.diagnostics.faulty_embeddings import isotropic
 
 from mmscale.diagnostics.pairs import Pairs, load_npz, save_npz
 from mmscale.errors import DataError
+from tests.unit.diagnostics.faulty_embeddings import isotropic
 
 
 def rows(num=6, width=4):

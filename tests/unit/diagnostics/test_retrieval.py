@@ -3,13 +3,18 @@ from fractions import Fraction
 
 import pytest
 import torch
-from tests.unit.diagnostics.faulty_embeddings import healthy, isotropic, joint_collapse, load_features
 
 from mmscale.diagnostics.pairs import Pairs
 from mmscale.diagnostics.retrieval import recall_counts, recalls
 from mmscale.diagnostics.similarity import on_grid, similarities
 from mmscale.dist.peers import Alone
 from mmscale.errors import DataError
+from tests.unit.diagnostics.faulty_embeddings import (
+    healthy,
+    isotropic,
+    joint_collapse,
+    load_features,
+)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""InfoNCE against the paper's formula as slow loops, frozen figures of live libraries, identities."""
+"""InfoNCE against the paper's formula as slow loops, figures of live libraries, identities."""
 
 import math
 

@@ -1,0 +1,155 @@
+"""How ranks fail together: each tells the first cause, and none waits for one that is gone.
+
+A failing rank posts its sentence in the rendezvous store and enters no further collective.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from mmscale.contracts import World
+from mmscale.errors import LaunchError, MmscaleError
+
+_NOTICE = "mmscale/failure"
+_READ = "mmscale/failure-read"
+_NOTICE_SECONDS = 5.0
+_WATCH_SECONDS = 0.5
+_GRACE_SECONDS = 2.0
+_LOST = (
+    "rank {} lost its connection to another rank, which ended without a word ({}); look for a rank "
+    "that was killed or ran out of memory"
+)
+
+# Set while this rank handles a failure itself, or has parted from the others.
+_handled = threading.Event()
+_store: "dist.Store | None" = None
+
+
+class PeerFailedError(LaunchError):
+    """Another rank failed first; carries that rank's exit code."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def watch(store: "dist.Store") -> None:
+    """Begin to listen for the other ranks' failures; `store` is the one that they met in."""
+    global _store
+    _store = store
+    threading.Thread(target=_watch, args=(store.clone(),), daemon=True).start()
+
+
+def stop_watching() -> None:
+    """This rank is done: what the others do concerns it no more."""
+    global _store
+    _handled.set()
+    _store = None
+
+
+@contextmanager
+def failing_together(world: World) -> Iterator[None]:
+    """Tell the other ranks of a failure here, and name theirs where it came first.
+
+    After a failure no collective is entered: the connections are closed, which ends the others'
+    collectives, and they find the cause in the rendezvous store.
+    """
+    try:
+        yield
+    except BaseException as error:
+        _handled.set()
+        notice = _publish(world, error)
+        _leave_quietly()
+        if notice is None or notice["rank"] == world.rank:
+            _wait_for_readers(world, mine=notice is not None)
+            if _lost_connection(error):
+                raise LaunchError(_LOST.format(world.rank, str(error).splitlines()[0])) from error
+            raise
+        _acknowledge()
+        if isinstance(error, MmscaleError):
+            raise
+        raise PeerFailedError(
+            f"rank {notice['rank']} failed: {notice['message']}", notice["exit_code"]
+        ) from error
+
+
+def _lost_connection(error: BaseException) -> bool:
+    """Whether another rank is gone from a collective; gloo has no exception of its own."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
+
+
+def _watch(store: dist.Store) -> None:
+    """End this rank where another failed and its open connections keep a collective waiting.
+
+    DeepSpeed's engine holds the process groups, so that a failed rank's connections stay open until
+    it has ended; NCCL never tells at all.
+    """
+    while not _handled.wait(_WATCH_SECONDS):
+        try:
+            if not store.check([_NOTICE]):
+                continue
+            notice = json.loads(store.get(_NOTICE))
+        except RuntimeError:
+            return  # rank 0 is gone: the collective says so itself
+        if _handled.wait(_GRACE_SECONDS):
+            return
+        sys.stderr.write(f"mmscale: rank {notice['rank']} failed: {notice['message']}\n")
+        sys.stderr.flush()
+        with suppress(RuntimeError):
+            store.add(_READ, 1)
+        os._exit(notice["exit_code"])
+
+
+def _publish(world: World, error: BaseException) -> dict[str, Any] | None:
+    """Post this failure unless one is posted already; return the first."""
+    if _store is None or world.size == 1:
+        return None
+    code = getattr(error, "exit_code", 1)
+    if isinstance(error, KeyboardInterrupt):
+        code = 130
+    text = str(error) if isinstance(error, MmscaleError) else f"{type(error).__name__}: {error}"
+    if _lost_connection(error):
+        code, text = LaunchError.exit_code, _LOST.format(world.rank, str(error).splitlines()[0])
+    mine = json.dumps({"rank": world.rank, "exit_code": code, "message": text[:2000]})
+    try:
+        if not isinstance(error, (MmscaleError, KeyboardInterrupt)):
+            # Perhaps only the echo of another rank's end: give its notice a moment to arrive.
+            with suppress(RuntimeError):
+                _store.wait([_NOTICE], timedelta(seconds=1.0))
+        first = _store.compare_set(_NOTICE, "", mine)
+        return dict(json.loads(first))
+    except RuntimeError:
+        return None
+
+
+def _acknowledge() -> None:
+    assert _store is not None, "a notice was read from the store"
+    with suppress(RuntimeError):
+        _store.add(_READ, 1)
+
+
+def _wait_for_readers(world: World, mine: bool) -> None:
+    """The store lives in rank 0: it stays until the others have read the cause, or for seconds."""
+    if not mine or _store is None:
+        return
+    waited = 0.0
+    with suppress(RuntimeError):
+        while waited < _NOTICE_SECONDS and _store.add(_READ, 0) < world.size - 1:
+            time.sleep(0.05)
+            waited += 0.05
+
+
+def _leave_quietly() -> None:
+    if dist.is_initialized():
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
