@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mmscale.config.load import load_config
 from mmscale.config.schema import Config
+from mmscale.durable import replace_file
 from mmscale.errors import DataError, HaltError, TerminatedError, explained
 
 if TYPE_CHECKING:
@@ -79,13 +80,15 @@ def _loop(
     from mmscale.assembly import save_checkpoint
     from mmscale.engine.schedule import rate_factor
     from mmscale.engine.step import update
-    from mmscale.report.lines import probe_line, training_line
+    from mmscale.report.lines import first_batch_line, probe_line, training_line
 
     config, progress, total = training.config, training.start, training.total_steps
     warmup = _steps(training, config.optim.warmup)
     skipped = 0
     clock = time.perf_counter()
     for batch, position, waited in batches:
+        if progress is training.start:
+            report.say(first_batch_line(batch))
         factor = rate_factor(progress.step, total, warmup, config.optim.schedule)
         done = update(
             training.engine,
@@ -213,8 +216,9 @@ def _finish(training: "Training", report: "Report", progress: "Progress") -> Non
     closing: dict[str, Any] = {"step": progress.step, **progress.metrics}
     if pairs is not None:
         diagnosis = diagnose(pairs).to_json()
-        (run_dir / "doctor.json").write_text(json.dumps(diagnosis, indent=1), "utf-8")
-        (run_dir / "similarity.json").write_text(json.dumps(similarity_histogram(pairs)), "utf-8")
+        similarity = similarity_histogram(pairs)
+        replace_file(run_dir / "doctor.json", json.dumps(diagnosis, indent=1).encode())
+        replace_file(run_dir / "similarity.json", json.dumps(similarity).encode())
         report.say(f"verdict: {diagnosis['verdict']} (confidence {diagnosis['confidence']:.2f})")
         closing["verdict"] = diagnosis["verdict"]
     report.finish(closing)

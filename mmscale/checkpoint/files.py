@@ -6,7 +6,6 @@ change between save and load. A folder is written aside and renamed when everyth
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from mmscale.contracts import NamedTensor, Position, World
 from mmscale.dist.peers import from_all, from_main
+from mmscale.durable import publish, replace_file, sync
 from mmscale.errors import CheckpointError
 
 FORMAT, VERSION = "mmscale-checkpoint", 1
@@ -141,28 +141,16 @@ def _make_aside(aside: Path, world: World) -> None:
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     save_file(tensors, path)
-    _sync(path)
+    sync(path)
     return {"sha256": _sha256(path), "bytes": path.stat().st_size}
 
 
 def _finish(aside: Path, folder: Path, state: dict[str, Any], keep: int) -> None:
-    path = aside / "state.json"
-    path.write_text(json.dumps(state, indent=1), "utf-8")
-    _sync(path)
-    _sync(aside)
+    replace_file(aside / "state.json", json.dumps(state, indent=1).encode())
     shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
-    _sync(folder.parent)
+    publish(aside, folder)
     for old in step_folders(folder.parent.parent)[keep:]:
         shutil.rmtree(old)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sha256(path: Path) -> str:

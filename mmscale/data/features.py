@@ -19,6 +19,7 @@ from mmscale.contracts import Batch, Position, World
 from mmscale.data.lanes import Item, Lane
 from mmscale.data.shards import ShardSet
 from mmscale.data.stream import Schedule
+from mmscale.durable import publish, sync
 from mmscale.errors import DataError
 
 
@@ -60,7 +61,8 @@ class FeatureTable:
             aside,
             {"texts": json.dumps(texts)},
         )
-        aside.replace(path)
+        sync(aside)
+        publish(aside, path)
 
     @classmethod
     def load(cls, path: Path) -> "FeatureTable":

@@ -5,13 +5,13 @@
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from mmscale.durable import replace_file
 from mmscale.errors import DataError
 
 MANIFEST_NAME = "manifest.json"
@@ -95,26 +95,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write a folder's manifest in one step: readers see the old one or the new one."""
     content = {"format": _FORMAT, "version": _VERSION, **asdict(manifest)}
     replace_file(Path(folder) / MANIFEST_NAME, json.dumps(content).encode() + b"\n")
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Give a file its content in one step that survives a kill and a power cut."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    publish(aside, path)
-
-
-def publish(aside: Path, path: Path) -> None:
-    """Move a finished file, already on disk, to its name."""
-    aside.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _malformed(path: Path, fault: str) -> DataError:

@@ -6,9 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mmscale.data.image_checks import Treatment
-from mmscale.data.manifest import MANIFEST_NAME, Manifest, read_manifest, replace_file
+from mmscale.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from mmscale.data.shard_writer import Task, is_sound, read_note
 from mmscale.data.sources import Record
+from mmscale.durable import replace_file
 from mmscale.errors import DataError
 
 REJECTED_NAME = "rejected.txt"

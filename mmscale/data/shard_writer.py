@@ -10,10 +10,11 @@ from typing import Any
 from webdataset.writer import TarWriter
 
 from mmscale.data.image_checks import RejectedImageError, Treatment, prepare_image
-from mmscale.data.manifest import Shard, publish, replace_file
+from mmscale.data.manifest import Shard
 from mmscale.data.members import image_id_of
 from mmscale.data.sources import Record
 from mmscale.data.verify import describe_shard
+from mmscale.durable import publish, replace_file
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from mmscale.data.captions import CAPTIONS, describe
-from mmscale.data.manifest import replace_file
 from mmscale.data.painting import paint
 from mmscale.data.pool import map_ordered
 from mmscale.data.scenes import SHAPES, draw_scene
+from mmscale.durable import replace_file
 from mmscale.errors import ConfigError
 
 _CHUNK = 64

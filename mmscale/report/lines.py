@@ -67,3 +67,12 @@ def opening_lines(training: Training) -> list[str]:
         *groups,
         f"length: {steps}" + (f"; resumed after step {resumed:,}" if resumed else ""),
     ]
+
+
+def first_batch_line(batch: Batch) -> str:
+    """A look at this rank's first rows: what really reaches the model."""
+    image = batch.image.float()
+    shapes = f"images {list(batch.image.shape)}, captions {list(batch.tokens.shape)}"
+    spread = f"image mean {image.mean():.3f}, deviation {image.std():.3f}"
+    ids = f"{len(batch.image_ids.unique())} distinct images"
+    return f"first batch: {shapes}, {spread}, {ids}; {batch.keys[0]}: {batch.captions[0]}"

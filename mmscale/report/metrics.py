@@ -6,11 +6,11 @@ are written as null, which every reader takes for "no figure".
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mmscale.durable import replace_file
 from mmscale.errors import DataError
 
 
@@ -51,16 +51,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         DataError: The file cannot be read, or a line before the last is not a JSON object.
     """
     return [line for _, line in _lines(path)]
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file in one move: readers see the old content or the new, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

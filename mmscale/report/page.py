@@ -12,11 +12,12 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from mmscale.config.yaml import read_yaml
+from mmscale.durable import replace_file
 from mmscale.errors import DataError
 from mmscale.report.chance import chance_loss
 from mmscale.report.facts import collect_facts, collect_recalls
 from mmscale.report.health import draw_health
-from mmscale.report.metrics import read_metrics, replace_file
+from mmscale.report.metrics import read_metrics
 from mmscale.report.plots import (
     draw_gradient_norms,
     draw_loss,
