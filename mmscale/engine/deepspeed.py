@@ -51,16 +51,11 @@ class DeepSpeedEngine:
         self._parts = trained_parts(model)
         self.groups = parameter_groups(model, config.optim)
         optimizer = build_optimizer(self.groups, config.optim, fused=policy.device.type != "mps")
-        # ZeRO-3 makes its first optimizer states by an update on zero gradients: at rate 0 it
-        # changes no weight, and the count that it leaves is put back below.
-        set_rates(optimizer.param_groups, 0.0)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
         self._zero = self._engine.optimizer
         self._updates = 0
-        for state in self._zero.optimizer.state.values():
-            state["step"] = torch.zeros_like(torch.as_tensor(state["step"]))
 
     def call(self, mode: str, *inputs: Any) -> Any:
         return self._engine(mode, *inputs)
