@@ -124,8 +124,7 @@ class CachedStream:
         return [(place, c) for c in self.schedule.pick(key, captions, epoch, item.turn)]
 
     def _nearest(self, lane: Lane, place: int) -> Item:
-        items = list(lane.items())
-        for item in [*reversed(items[:place]), *items[place + 1 :]]:
+        for item in lane.around(place):
             if self._table.good[self._place(item)]:
                 return item
         raise DataError("a whole lane of data.train cannot be decoded; run mmscale verify")

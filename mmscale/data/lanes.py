@@ -90,6 +90,12 @@ class Lane:
             if delivered >= start:
                 yield self._tape[self._first + place]
 
+    def around(self, place: int) -> Iterator[Item]:
+        """What may stand in for the item at `place`: the nearest earlier ones, then the later."""
+        items = list(self.items())
+        yield from reversed(items[:place])
+        yield from items[place + 1 :]
+
     def _places(self) -> Iterator[int]:
         draw = random.Random(self._seed).random
         pool = list(range(self._buffer))

@@ -13,7 +13,7 @@ from typing import BinaryIO
 import braceexpand
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from mmscale.data.manifest import Manifest, Shard, read_manifest
+from mmscale.data.manifest import Shard, read_manifest
 from mmscale.data.members import IMAGE_SUFFIXES, describe_members, image_of
 from mmscale.errors import DataError
 
@@ -60,11 +60,8 @@ def open_shards(setting: str, where: str | list[str]) -> ShardSet:
     """
     patterns = [where] if isinstance(where, str) else where
     picked: list[tuple[Path, Shard]] = []
-    digests = []
     for pattern in patterns:
-        manifest, chosen = _match(setting, pattern)
-        picked += chosen
-        digests.append(manifest.digest)
+        picked += _match(setting, pattern)
     if not picked:
         raise DataError(
             f"{setting}={where}: no shard matches; name a folder that mmscale pack wrote"
@@ -73,16 +70,16 @@ def open_shards(setting: str, where: str | list[str]) -> ShardSet:
         _check_size(path, shard)
     paths, shards = zip(*picked, strict=True)
     names = ",".join(shard.sha256 for shard in shards)
-    return ShardSet(shards, paths, f"{len(digests)}:{names}")
+    return ShardSet(shards, paths, f"{len(patterns)}:{names}")
 
 
-def _match(setting: str, pattern: str) -> tuple[Manifest, list[tuple[Path, Shard]]]:
+def _match(setting: str, pattern: str) -> list[tuple[Path, Shard]]:
     folder = Path(pattern)
     if folder.is_dir():
         manifest = read_manifest(folder)
-        return manifest, [(folder / shard.name, shard) for shard in manifest.shards]
-    expanded = [path for part in braceexpand.braceexpand(pattern) for path in [part]]
-    found = sorted({Path(path) for part in expanded for path in glob.glob(part)})  # noqa: PTH207
+        return [(folder / shard.name, shard) for shard in manifest.shards]
+    parts = braceexpand.braceexpand(pattern)
+    found = sorted({Path(path) for part in parts for path in glob.glob(part)})  # noqa: PTH207
     if not found:
         raise DataError(
             f"{setting}={pattern}: no shard matches; name a folder that mmscale pack wrote, or "
@@ -96,7 +93,7 @@ def _match(setting: str, pattern: str) -> tuple[Manifest, list[tuple[Path, Shard
             f"{unknown[0]}: not in the manifest of {found[0].parent}; run mmscale index on "
             "the shards"
         )
-    return manifest, [(path, listed[path.name]) for path in found]
+    return [(path, listed[path.name]) for path in found]
 
 
 def _check_size(path: Path, shard: Shard) -> None:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from mmscale.config.schema import Config
 from mmscale.contracts import Batch, InputSpec, Position, World
 from mmscale.data.lanes import Item, Lane, Tape, seeded, turns_of
-from mmscale.data.shards import DamagedSampleError, Sample, SampleReader, ShardSet
+from mmscale.data.shards import DamagedSampleError, SampleReader, ShardSet
 from mmscale.data.transform import decode, normalise, train_transform
 from mmscale.dist.signals import outlive_termination
 from mmscale.errors import ConfigError, DataError
@@ -258,7 +258,7 @@ class _Turns(IterableDataset):
     def _rows(
         self, item: Item, epoch: int, reader: SampleReader
     ) -> list[tuple[Tensor, str, str, int]]:
-        sample: Sample = reader.read(item.shard, item.sample)
+        sample = reader.read(item.shard, item.sample)
         pixels = decode(sample.image, sample.key)
         rows = []
         for choice in self._schedule.pick(sample.key, len(sample.captions), epoch, item.turn):
@@ -274,8 +274,7 @@ class _Turns(IterableDataset):
         self, lane: Lane, place: int, epoch: int, reader: SampleReader, reason: str
     ) -> list[tuple[Tensor, str, str, int]]:
         """Rows of the nearest earlier good sample of the lane, or of the first later one."""
-        items = list(lane.items())
-        for item in [*reversed(items[:place]), *items[place + 1 :]]:
+        for item in lane.around(place):
             try:
                 return self._rows(item, epoch, reader)
             except DamagedSampleError:
