@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-COMPONENTS = ("vision", "text", "head", "scale")
+COMPONENTS = ("vision", "text", "head", "fusion", "scale")
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,10 @@ class Batch:
         tokens: Token ids trimmed to the longest caption at hand, or the text tower's cached
             features.
         mask: True on real tokens; None with cached features.
-        image_ids: Identity of each row's image; equal ids are never negatives of each other.
+        image_ids: Identity of each row's image.
+        match_ids: What defines positives: rows with equal ids are never negatives of each other.
+            The image ids, unless `data.match` says otherwise.
+        labels: Class of each row, -1 where it has none.
         keys: `KEY#caption` of each row.
         captions: The caption texts.
         damaged: One line for each sample of these rows that could not be decoded and was replaced.
@@ -86,6 +89,8 @@ class Batch:
     tokens: Int64[Tensor, "b t"] | Float[Tensor, "b g"]
     mask: Bool[Tensor, "b t"] | None
     image_ids: Int64[Tensor, " b"]
+    match_ids: Int64[Tensor, " b"]
+    labels: Int64[Tensor, " b"]
     keys: list[str]
     captions: list[str]
     damaged: list[str] = field(default_factory=list)
@@ -107,6 +112,54 @@ class Embeddings:
     raw: Float[Tensor, "b f"]
     projected: Float[Tensor, "b d"]
     unit: Float[Tensor, "b d"]
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Rows remembered from earlier batches, equal on every rank: negatives without a gradient.
+
+    Attributes:
+        image: Unit rows.
+        text: Unit rows.
+        ids: Match id of each slot; -1 in a slot that is not filled yet.
+    """
+
+    image: Float[Tensor, "k d"]
+    text: Float[Tensor, "k d"]
+    ids: Int64[Tensor, " k"]
+
+
+@dataclass(frozen=True)
+class LossInput:
+    """All that the objective is computed from: what the engine's step made of this rank's rows.
+
+    Attributes:
+        image: The images' embeddings.
+        text: The captions' embeddings; row i belongs to image i.
+        ids: Match ids: rows with equal ids are positives of each other.
+        scale: 1 / temperature.
+        step: Updates taken so far; what schedules are read at.
+        labels: Class of each row, -1 where it has none.
+        momentum_image: Unit rows of the momentum encoder for the same images, without a graph.
+        momentum_text: Likewise for the captions.
+        bank: Remembered rows; None without a queue.
+        matching: Fusion's logits (no match, match) of `m` pairs.
+        matching_targets: Which of these pairs match: 0 or 1.
+        class_logits: Fusion's or the images' class logits.
+    """
+
+    image: Embeddings
+    text: Embeddings
+    ids: Int64[Tensor, " b"]
+    scale: Float[Tensor, "1"]
+    step: int = 0
+    labels: Int64[Tensor, " b"] | None = None
+    momentum_image: Float[Tensor, "b d"] | None = None
+    momentum_text: Float[Tensor, "b d"] | None = None
+    bank: Bank | None = None
+    matching: Float[Tensor, "m 2"] | None = None
+    matching_targets: Int64[Tensor, " m"] | None = None
+    class_logits: Float[Tensor, "b classes"] | None = None
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,7 @@ def _loop(
             training.plan.micro_rows,
             config.optim.lr * factor,
             factor,
+            progress.step,
             stop.wanted,
         )
         progress = _advance(progress, position, done)
@@ -134,6 +135,8 @@ def _batches(training: "Training") -> "Batches":
             tokens=batch.tokens.to(device),
             mask=None if batch.mask is None else batch.mask.to(device),
             image_ids=batch.image_ids.to(device),
+            match_ids=batch.match_ids.to(device),
+            labels=batch.labels.to(device),
         )
         yield on_device, position, time.perf_counter() - start
 

@@ -176,6 +176,8 @@ class ComponentScales(Section):
     """Text tower."""
     head: NonNegativeFloat = 1.0
     """Projections."""
+    fusion: NonNegativeFloat = 1.0
+    """Cross-attention and its heads."""
     scale: NonNegativeFloat = 1.0
     """Logit scale."""
 

@@ -138,6 +138,8 @@ class CachedStream:
             tokens=table.text[texts],
             mask=None,
             image_ids=table.image_ids[places],
+            match_ids=table.image_ids[places],
+            labels=torch.full_like(places, -1),
             keys=[f"{table.keys[place]}#{choice}" for place, choice in rows],
             captions=[table.captions[index] for index in texts.tolist()],
             damaged=damaged,

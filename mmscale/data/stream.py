@@ -154,12 +154,15 @@ class TrainStream:
 def assemble(shares: list[Share], spec: InputSpec) -> Batch:
     """A rank's batch from its lanes' shares, tokens trimmed to the longest caption at hand."""
     tokens, mask = pad([row for share in shares for row in share.tokens], spec.pad_token)
+    image_ids = torch.tensor([i for share in shares for i in share.image_ids])
     pixels = torch.cat([share.pixels for share in shares if share.pixels is not None])
     return Batch(
         image=normalise(pixels, spec),
         tokens=tokens,
         mask=mask,
-        image_ids=torch.tensor([i for share in shares for i in share.image_ids]),
+        image_ids=image_ids,
+        match_ids=image_ids,
+        labels=torch.full_like(image_ids, -1),
         keys=[key for share in shares for key in share.keys],
         captions=[caption for share in shares for caption in share.captions],
         damaged=[line for share in shares for line in share.damaged],

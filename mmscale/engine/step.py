@@ -7,7 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmscale.contracts import COMPONENTS, Batch, Embeddings, Engine, LossOutput, Peers, StepRecord
+from mmscale.contracts import (
+    COMPONENTS,
+    Batch,
+    Embeddings,
+    Engine,
+    LossInput,
+    LossOutput,
+    Peers,
+    StepRecord,
+)
 from mmscale.engine.gradient_cache import forward_backward
 from mmscale.loss.objective import Objective
 
@@ -35,6 +44,7 @@ def update(
     micro_rows: int,
     lr: float,
     factor: float,
+    step: int,
     stop: bool,
 ) -> Update:
     """Train on one batch.
@@ -47,6 +57,7 @@ def update(
         micro_rows: Rows forwarded at once.
         lr: Base learning rate times `factor`, for the record.
         factor: Factor of every group's rate.
+        step: Updates taken before this one.
         stop: This rank was told to stop.
     """
     scale = torch.zeros(1)
@@ -54,7 +65,11 @@ def update(
     def heads_and_loss(image: Tensor, text: Tensor) -> tuple[Embeddings, Embeddings, LossOutput]:
         nonlocal scale
         image_rows, text_rows, scale = engine.call("heads", image, text)
-        return image_rows, text_rows, objective(image_rows, text_rows, batch.image_ids, scale)
+        return image_rows, text_rows, loss_of(image_rows, text_rows)
+
+    def loss_of(image: Embeddings, text: Embeddings) -> LossOutput:
+        labels = batch.labels
+        return objective(LossInput(image, text, batch.match_ids, scale, step, labels))
 
     engine.open_window()
     if batch.mask is None:
@@ -64,7 +79,7 @@ def update(
         image, text, loss = forward_backward(engine, batch, micro_rows, heads_and_loss)
     else:
         image, text, scale = engine.call("both", batch.image, batch.tokens, batch.mask)
-        loss = objective(image, text, batch.image_ids, scale)
+        loss = loss_of(image, text)
         engine.backward(loss.total, last=True)
     record = _agree(engine, peers, batch, loss, lr, float(scale.detach()), stop)
     if record.applied:

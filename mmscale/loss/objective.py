@@ -1,10 +1,7 @@
 """The objective: a weighted sum of terms."""
 
-from jaxtyping import Float, Int64
-from torch import Tensor
-
 from mmscale.config.schema import Config
-from mmscale.contracts import Embeddings, LossOutput, Peers
+from mmscale.contracts import LossInput, LossOutput, Peers
 from mmscale.dist.peers import Alone
 from mmscale.loss.softmax import infonce
 
@@ -16,19 +13,12 @@ class Objective:
         self._terms = config.loss.terms
         self._peers: Peers = peers if config.negatives.gather else Alone()
 
-    def __call__(
-        self,
-        image: Embeddings,
-        text: Embeddings,
-        image_ids: Int64[Tensor, " b"],
-        scale: Float[Tensor, "1"],
-    ) -> LossOutput:
+    def __call__(self, rows: LossInput) -> LossOutput:
         """Mean over this rank's rows of each term, and their weighted sum."""
+        image, text = rows.image.unit, rows.text.unit
         terms = {
-            term.kind: infonce(image.unit, text.unit, image_ids, scale, self._peers)
+            term.kind: infonce(image, text, rows.ids, rows.scale, self._peers)
             for term in self._terms
         }
-        total = sum(
-            (term.weight * terms[term.kind] for term in self._terms), image.unit.new_zeros(())
-        )
+        total = sum((term.weight * terms[term.kind] for term in self._terms), image.new_zeros(()))
         return LossOutput(total, {name: value.detach() for name, value in terms.items()})

@@ -46,7 +46,7 @@ def probe_line(
     training: Training, progress: Progress, done: Update, batch: Batch
 ) -> dict[str, Any]:
     """Figures of the global batch's embeddings. Collective."""
-    ids = training.peers.columns(batch.image_ids)
+    ids = training.peers.columns(batch.match_ids)
     image = training.peers.columns(done.image.unit)
     text = training.peers.columns(done.text.unit)
     pairs = Pairs(image, text, ids, ids, logit_scale=done.record.logit_scale)

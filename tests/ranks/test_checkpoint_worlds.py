@@ -48,7 +48,7 @@ def _update(engine, config, world, step):
     objective, peers = Objective(config, connect(world)), connect(world)
     batch = tiny.share(tiny.joint_batch(step), world.rank, world.size)
     rows = tiny.ROWS // world.size
-    return update(engine, objective, peers, batch, rows, 1e-2, 1.0, False).record
+    return update(engine, objective, peers, batch, rows, 1e-2, 1.0, step, False).record
 
 
 def _save_each(folder, stages):

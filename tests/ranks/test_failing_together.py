@@ -55,7 +55,7 @@ def _train_until(kind: str, stage: str, failing: int, how: str) -> int:
                 print("fails now", flush=True)
                 _fail(how)
             batch = share(joint_batch(step), rank, size)
-            update(engine, objective, peers, batch, ROWS // size, 1e-2, 1.0, False)
+            update(engine, objective, peers, batch, ROWS // size, 1e-2, 1.0, 0, False)
             step += 1
 
 

@@ -45,11 +45,14 @@ def joint_batch(seed: int = 0, dtype: torch.dtype = torch.float32) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(1, 98, (ROWS, 10), generator=generator)
     tokens[:, -1] = 98  # the largest id ends a caption
+    image_ids = torch.tensor([7, 7, 1, 2, 3, 3, 3, 4, 5, 6, 8, 7])
     return Batch(
         image=torch.randn(ROWS, 3, 16, 16, generator=generator, dtype=dtype),
         tokens=tokens,
         mask=torch.ones_like(tokens, dtype=torch.bool),
-        image_ids=torch.tensor([7, 7, 1, 2, 3, 3, 3, 4, 5, 6, 8, 7]),
+        image_ids=image_ids,
+        match_ids=image_ids,
+        labels=image_ids % 3,
         keys=[f"{seed}-{row}#0" for row in range(ROWS)],
         captions=["a caption"] * ROWS,
     )
@@ -64,6 +67,8 @@ def share(batch: Batch, rank: int, world: int) -> Batch:
         tokens=batch.tokens[rows],
         mask=batch.mask[rows],
         image_ids=batch.image_ids[rows],
+        match_ids=batch.match_ids[rows],
+        labels=batch.labels[rows],
         keys=batch.keys[rows],
         captions=batch.captions[rows],
     )
@@ -114,7 +119,9 @@ def train(
     engine.apply = keep_gradients
     for step in range(steps):
         batch = share(joint_batch(step, dtype), rank, world_size)
-        records.append(update(engine, objective, peers, batch, micro, 1e-2, 1.0, False).record)
+        records.append(
+            update(engine, objective, peers, batch, micro, 1e-2, 1.0, step, False).record
+        )
     result = {"records": records, "gradients": gradients, "weights": weights(engine)}
     engine.close()
     return result
