@@ -12,10 +12,13 @@ STAMP := $(VENV)/.mmscale-installed
 # The launchers and ninja are looked up on the path.
 export PATH := $(BIN):$(PATH)
 
+# What open_clip's trainer needs and we must not have: seen only by the processes that run it.
+PEERS := $(VENV)/peers
+
 DEMO_RUN := runs/demo
 DEMO_DATA := runs/demo-data
 
-.PHONY: help setup demo test test-slow check
+.PHONY: help setup demo test test-slow check peers bench
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,7 +30,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(STAMP): pyproject.toml tools/constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check -c tools/constraints.txt -e ".[dev,wandb]"
+	$(BIN)/python -m pip install --disable-pip-version-check -c tools/constraints.txt -e ".[dev,wandb,onnx]"
 	touch $@
 
 demo: setup  ## render pairs, pack, train, evaluate, diagnose: runs/demo/report.html
@@ -49,3 +52,14 @@ check: setup  ## format, lint, layers, types
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+$(PEERS)/.installed: tools/peers.txt | $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --upgrade --target $(PEERS) -r tools/peers.txt
+	touch $@
+
+peers: $(PEERS)/.installed  ## open_clip's trainer beside: what mmscale bench compares with
+
+bench: peers  ## data and loss against open_clip: runs/bench-data.json, runs/bench-loss.json
+	mkdir -p runs
+	$(BIN)/mmscale bench data --json runs/bench-data.json
+	$(BIN)/mmscale bench loss --json runs/bench-loss.json

@@ -245,6 +245,36 @@ def plan(
     return 0
 
 
+@app.command()
+def export(
+    run: Run,
+    to: Annotated[str, typer.Option(help="open_clip, hf or onnx.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+) -> int:
+    """Write a trained model in the format of OpenCLIP, Hugging Face or ONNX."""
+    from mmscale.checkpoint.export import Exported
+    from mmscale.checkpoint.export import export as write
+    from mmscale.loading import load_on_cpu
+
+    write(Exported(*load_on_cpu(run), out), to)
+    _say(f"{to} files in {out}")
+    return 0
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="data or loss.")],
+    json_file: Json = None,
+) -> int:
+    """Measure against open_clip, side by side in one run; needs `make peers`."""
+    from mmscale.lab.bench import as_json, run, table
+
+    results = run(name)
+    _write(json_file, as_json(results))
+    _say(table(results))
+    return 0
+
+
 def _pairs(run: Path, data: str | None) -> Any:
     from mmscale.assembly import embed_set, load_trained
     from mmscale.data.shards import open_shards

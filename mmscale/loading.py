@@ -1,0 +1,54 @@
+"""`mmscale.load`: a trained run as a model, a transform and a tokenizer."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from mmscale.assembly import load_trained
+from mmscale.config.schema import Config
+from mmscale.contracts import InputSpec
+from mmscale.data.transform import eval_transform, normalise
+from mmscale.model.dual_encoder import DualEncoder, Tokenizer
+
+
+def load(path: str | Path) -> tuple[DualEncoder, Callable[[Image.Image], Tensor], Tokenizer]:
+    """The model of a run or checkpoint on its device, its evaluation transform and tokenizer.
+
+    Raises:
+        CheckpointError: Neither, or damaged.
+    """
+    trained = load_trained(Path(path))
+    model = DualEncoder(trained.model, trained.spec.pad_token)
+    return model, Transform(trained.spec), Tokenizer(trained.spec)
+
+
+def load_on_cpu(path: Path) -> tuple[Config, DualEncoder, InputSpec]:
+    """The model of a run or checkpoint in fp32, with the run's configuration.
+
+    Raises:
+        CheckpointError: Neither, or damaged.
+    """
+    trained = load_trained(path)
+    return (
+        trained.config,
+        DualEncoder(trained.model.cpu().float(), trained.spec.pad_token),
+        trained.spec,
+    )
+
+
+class Transform:
+    """A photograph to the pixels that the model was evaluated with."""
+
+    def __init__(self, spec: InputSpec):
+        self._spec = spec
+        self._crop = eval_transform(spec)
+
+    def __call__(self, image: Image.Image) -> Float[Tensor, "3 h w"]:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+        pixels = torch.from_numpy(np.array(upright)).permute(2, 0, 1)
+        return normalise(self._crop(pixels)[None], self._spec)[0]
