@@ -4,15 +4,22 @@ Importing this package costs nothing: torch is imported by what needs it, so tha
 configuration is told in well under a second.
 """
 
+from importlib import import_module
+from os import PathLike
+from typing import Any
+
 __version__ = "0.1.0"
 
 
-def load(path):  # type: ignore[no-untyped-def]
-    """The model, the evaluation transform and the tokenizer of a run or checkpoint.
+def load(path: str | PathLike[str]) -> Any:
+    """The model, its evaluation transform and its tokenizer, of a run or checkpoint.
+
+    `model.encode_image(pixels)` and `model.encode_text(tokens)` give embeddings as OpenCLIP's do.
 
     Args:
         path: A run folder or one of its checkpoints.
-    """
-    from mmscale.loading import load as load_run
 
-    return load_run(path)
+    Raises:
+        CheckpointError: Neither, or damaged.
+    """
+    return import_module("mmscale.loading").load(path)

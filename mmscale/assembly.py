@@ -3,6 +3,8 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -10,25 +12,47 @@ from torch import nn
 
 from mmscale.checkpoint.files import Checkpoint, Progress, save
 from mmscale.checkpoint.resume import open_checkpoint, require_same_run, starting_point
+from mmscale.config.batches import HardBatchesConfig
+from mmscale.config.deepspeed import zero_stage
+from mmscale.config.duration import Duration
 from mmscale.config.load import validate
+from mmscale.config.needs import (
+    FUSION_TERMS,
+    MOMENTUM_TERMS,
+    needs_momentum,
+    term_kinds,
+    with_fusion_decided,
+)
 from mmscale.config.schema import Config, ModelConfig
 from mmscale.contracts import Engine, InputSpec, Peers, World
+from mmscale.data.caption_text import with_cleaning
 from mmscale.data.features import CachedStream, FeatureTable
-from mmscale.data.shards import ShardSet, open_shards
-from mmscale.data.stream import Schedule, TrainStream, plan_schedule
+from mmscale.data.neighbours import Neighbours, read_neighbours
+from mmscale.data.schedule import Schedule, plan_schedule
+from mmscale.data.shards import ShardSet, open_shards, open_train
+from mmscale.data.stream import TrainStream
 from mmscale.diagnostics.pairs import Pairs
+from mmscale.diagnostics.reranking import reranked_recalls, shortlists
 from mmscale.diagnostics.retrieval import recalls
 from mmscale.dist.device import DevicePolicy, choose, rng_state, set_rng_state
-from mmscale.dist.peers import connect
+from mmscale.dist.peers import connect, from_main
 from mmscale.dist.world import join
+from mmscale.engine.companions import Companions
 from mmscale.engine.encode import Call, encode
 from mmscale.engine.feature_cache import FeatureCache
+from mmscale.engine.fit_heads import fit_heads
 from mmscale.engine.inference import Inference
+from mmscale.engine.matching import Matcher
+from mmscale.engine.momentum import MomentumEncoder, averaged, copy_of
 from mmscale.engine.plan import BatchPlan, plan_batch
-from mmscale.engine.standardize import fit_heads
+from mmscale.engine.rehearsal import gaps_line
+from mmscale.engine.rerank import match_scores
 from mmscale.loss.objective import Objective
+from mmscale.model.batch_norm import connect_batch_norms
 from mmscale.model.build import build_model
-from mmscale.model.presets import fill_preset
+from mmscale.model.presets import fill_preset, stand_in_line
+from mmscale.model.scale import with_scale_fitted
+from mmscale.model.two_tower import TwoTower
 
 Tell = Callable[[str], None]
 
@@ -52,8 +76,10 @@ class Training:
     plan: BatchPlan
     policy: DevicePolicy
     engine: Engine
+    companions: Companions
     objective: Objective
     stream: TrainStream | CachedStream
+    spec: InputSpec
     held_out: HeldOut | None
     start: Progress
     total_steps: int
@@ -72,33 +98,49 @@ def assemble(config: Config, world: World, tell: Tell) -> Training:
         world: The launcher's promise.
         tell: Takes a line about what is built, as it is built.
     """
-    config = config.model_copy(update={"model": fill_preset(config.model)})
-    plan = plan_batch(config, world.size)
     policy = choose(config.engine, world.local_rank)
+    filled = fill_preset(config.model, policy.failing_towers)
+    if stand_in := stand_in_line(config.model, filled):
+        tell(f"{policy.device}: {stand_in}")
+    config = with_fusion_decided(config.model_copy(update={"model": filled}))
+    plan = plan_batch(config, world.size)
     kind = engine_kind(config, world)
     _share_cores(policy, world)
     join(world, policy.backend, config.engine.timeout, alone_too=kind == "deepspeed")
     peers = connect(world)
-    shards = open_shards("data.train", config.data.train)
-    schedule = plan_schedule(config, [shard.captions for shard in shards.shards], plan.lanes)
+    shards = open_train(config.data)
+    schedule = plan_schedule(config, shards, plan.lanes)
     checkpoint = starting_point(config, world, tell)
+    if config.data.hard_batches.table is not None:
+        table = _neighbours(config.data.hard_batches, world, checkpoint)
+        schedule = plan_schedule(config, shards, plan.lanes, table)
     # A checkpoint holds every weight: none is fetched for a model that it fills.
     wanted = config.model if checkpoint is None else _bare(config.model)
+    wanted = with_scale_fitted(wanted, shards.samples)
     model, spec = build_model(wanted, config.data.image_size, config.run.seed)
+    spec = with_cleaning(spec, config.data.caption_cleaning)
     if checkpoint is not None:
         checkpoint.load_weights(model)
         require_same_run(checkpoint, config, plan.lanes)
     tell(f"batch: {plan}")
-    tell(f"device: {policy.device}, {str(policy.dtype).removeprefix('torch.')} ({policy.reason})")
+    tell(f"device: {policy}")
+    if gaps := gaps_line(model, spec, policy):
+        tell(gaps)
     inference = Inference(model, policy)
-    table, held_out = _features(config, model, spec, inference, peers, shards, tell)
+    features, held_out = _features(config, model, spec, inference, peers, shards, tell)
     stream = (
         TrainStream(config, shards, schedule, spec, world)
-        if table is None
-        else CachedStream(schedule, shards, table, world)
+        if features is None
+        else CachedStream(schedule, shards, features, world)
     )
-    if checkpoint is None and config.model.head.standardize:
-        fit_heads(model, inference, stream, peers, config.model.head.standardize)
+    if checkpoint is None:
+        fit_heads(model, inference, stream, peers, plan.micro_rows, spec)
+    connect_batch_norms(model, peers)
+    steps_of = partial(
+        Duration.steps, steps_per_epoch=schedule.steps, global_batch_size=plan.global_rows
+    )
+    model.scale.follow(steps_of)
+    follower = _follower(config, kind, model, checkpoint)
     engine = _engine(kind, model.train(), config, plan, policy, world)
     # Ranks draw different dropout masks; a resumed run gets each rank's own state back.
     torch.manual_seed(config.run.seed * 1_000_003 + world.rank)
@@ -113,8 +155,10 @@ def assemble(config: Config, world: World, tell: Tell) -> Training:
         plan=plan,
         policy=policy,
         engine=engine,
-        objective=Objective(config, peers),
+        companions=_companions(config, engine, follower, policy, plan),
+        objective=Objective(config, peers, steps_of),
         stream=stream,
+        spec=spec,
         held_out=held_out,
         start=checkpoint.progress if checkpoint else Progress(lanes=plan.lanes),
         total_steps=config.train.duration.steps(schedule.steps, plan.global_rows),
@@ -151,6 +195,47 @@ def _engine(
     return AccelerateEngine(model, config, policy, world)
 
 
+def _neighbours(
+    hard: HardBatchesConfig, world: World, checkpoint: Checkpoint | None
+) -> Neighbours:
+    """The table that the run began with, else the one that it is given; equal on every rank."""
+    if checkpoint is not None:
+        return Neighbours.of(checkpoint.companions("hard_batches."))
+    read = read_neighbours(Path(str(hard.table)), hard.by).tensors() if world.is_main else None
+    return Neighbours.of(from_main(world, read))
+
+
+def _follower(
+    config: Config, kind: str, model: nn.Module, checkpoint: Checkpoint | None
+) -> nn.Module | None:
+    """What becomes the momentum encoder; taken before an engine shards the model."""
+    if not needs_momentum(config):
+        return None
+    sharded = kind == "deepspeed" and zero_stage(config.engine.deepspeed) == 3
+    follower = copy_of(model, share_frozen=not sharded)
+    if checkpoint is not None:
+        checkpoint.load_momentum(averaged(follower, model))
+    return follower
+
+
+def _companions(
+    config: Config,
+    engine: Engine,
+    follower: nn.Module | None,
+    policy: DevicePolicy,
+    plan: BatchPlan,
+) -> Companions:
+    kinds = term_kinds(config)
+    momentum = None
+    if follower is not None:
+        shadow = engine.shadow(follower)
+        momentum = MomentumEncoder(shadow, policy, config.model.momentum, plan.micro_rows)
+    matcher = None
+    if kinds & FUSION_TERMS:
+        matcher = Matcher(config.run.seed, plan.micro_rows, negatives="matching" in kinds)
+    return Companions(momentum, bool(kinds & MOMENTUM_TERMS), matcher)
+
+
 def _share_cores(policy: DevicePolicy, world: World) -> None:
     """Ranks on one machine's CPU share its cores, unless the user said how."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world.size)))
@@ -160,7 +245,7 @@ def _share_cores(policy: DevicePolicy, world: World) -> None:
 
 def _features(
     config: Config,
-    model: nn.Module,
+    model: TwoTower,
     spec: InputSpec,
     inference: Inference,
     peers: Peers,
@@ -171,7 +256,8 @@ def _features(
     held_out = open_shards("data.eval", config.data.eval) if config.data.eval else None
     if config.data.feature_cache is None:
         return None, HeldOut(held_out, spec, None) if held_out else None
-    cache = FeatureCache(Path(config.data.feature_cache), model, spec)
+    limit = config.data.cache_gb * 1e9
+    cache = FeatureCache(Path(config.data.feature_cache), model, spec, limit)
 
     def table(which: ShardSet) -> FeatureTable:
         def make() -> FeatureTable:
@@ -225,7 +311,7 @@ def embed(call: Call, device: torch.device, table: FeatureTable) -> Pairs:
     """Tower outputs through the heads: the pairs that are evaluated. Collective under ZeRO-3."""
     good, captions = table.good, table.good.repeat_interleave(table.first.diff())
     with torch.no_grad():
-        image, text, scale = call(
+        image, text, scale, _ = call(
             "heads", table.image[good].to(device), table.text[captions].to(device)
         )
     return Pairs(
@@ -245,21 +331,58 @@ def evaluate(training: Training) -> tuple[dict[str, float], Pairs] | None:
     if held_out is None:
         return None
     engine.module.eval()
+    momentum, call = training.companions.momentum, engine.call
+    if training.config.eval.weights == "ema" and momentum is not None:
+        call = momentum.call
     table = held_out.table or encode_set(
-        training.config, engine.call, engine.device, held_out.shards, held_out.spec, training.peers
+        training.config, call, engine.device, held_out.shards, held_out.spec, training.peers
     )
-    pairs = embed(engine.call, engine.device, table)
+    pairs = embed(call, engine.device, table)
+    figures = _figures(training.config, call, engine.device, held_out, training.peers, table, pairs)
     engine.module.train()
-    return {f"eval/{k}": v for k, v in recalls(pairs, training.peers).items()}, pairs
+    return {f"eval/{name}": value for name, value in figures.items()}, pairs
+
+
+def _figures(
+    config: Config,
+    call: Call,
+    device: torch.device,
+    held_out: HeldOut,
+    peers: Peers,
+    table: FeatureTable,
+    pairs: Pairs,
+) -> dict[str, float]:
+    """Recall of the dual encoder and, apart, after re-ranking by fusion. Collective."""
+    figures: dict[str, float] = dict(recalls(pairs, peers))
+    if config.eval.rerank:
+        lists = shortlists(pairs, config.eval.rerank)
+        scores = match_scores(
+            call,
+            device,
+            held_out.shards,
+            held_out.spec,
+            peers,
+            table,
+            lists.wanted(),
+            config.eval.batch_size,
+            config.data.workers,
+        )
+        figures |= reranked_recalls(pairs, lists, scores)
+    return figures
 
 
 def save_checkpoint(training: Training, progress: Progress) -> Path:
     """Write a checkpoint of a run in training. Collective."""
+    momentum = training.companions.momentum
     return save(
         Path(training.config.run.dir),
         progress,
         training.config.model_dump(mode="json"),
-        training.engine.tensors(),
+        chain(
+            training.engine.tensors(),
+            momentum.tensors() if momentum else (),
+            training.schedule.tensors(),
+        ),
         rng_state(training.policy.device),
         training.world,
         training.config.checkpoint.keep,
@@ -271,7 +394,7 @@ class Trained:
     """A trained model, ready to be called by one process."""
 
     config: Config
-    model: nn.Module
+    model: TwoTower
     spec: InputSpec
     inference: Inference
     checkpoint: Checkpoint
@@ -286,7 +409,10 @@ def load_trained(path: Path) -> Trained:
     checkpoint = open_checkpoint(path, World())
     config = validate(checkpoint.config)
     model, spec = build_model(_bare(config.model), config.data.image_size, config.run.seed)
+    spec = with_cleaning(spec, config.data.caption_cleaning)
     checkpoint.load_weights(model)
+    if config.eval.weights == "ema":
+        checkpoint.load_momentum(averaged(model, model))
     return Trained(config, model, spec, Inference(model, choose(config.engine)), checkpoint)
 
 
@@ -295,3 +421,11 @@ def embed_set(trained: Trained, shards: ShardSet, peers: Peers) -> Pairs:
     call, device = trained.inference.call, trained.inference.device
     table = encode_set(trained.config, call, device, shards, trained.spec, peers)
     return embed(call, device, table)
+
+
+def evaluate_set(trained: Trained, shards: ShardSet, peers: Peers) -> dict[str, float]:
+    """What `evaluate` finds, of a trained model on a set."""
+    call, device = trained.inference.call, trained.inference.device
+    table = encode_set(trained.config, call, device, shards, trained.spec, peers)
+    held_out, pairs = HeldOut(shards, trained.spec, table), embed(call, device, table)
+    return _figures(trained.config, call, device, held_out, peers, table, pairs)

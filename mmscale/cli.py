@@ -1,13 +1,14 @@
 """The `mmscale` command: one thin function a verb."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mmscale.errors import CheckpointError, ConfigError, explained
+from mmscale.errors import CheckpointError, ConfigError, explained, printable
 
 app = typer.Typer(
     help="Distributed trainer for image-text dual encoders.",
@@ -17,11 +18,14 @@ app = typer.Typer(
 )
 Run = Annotated[Path, typer.Argument(help="A run folder or one of its checkpoints.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
+Workers = Annotated[int, typer.Option(help="Processes.", min=1)]
 Data = Annotated[str, typer.Option("--data", help="A packed folder, or shard globs.")]
 
 
 def main() -> None:
     """Entry point of the console script."""
+    # Read when torch is imported: what MPS lacks runs on the CPU.
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     sys.exit(explained(_invoke))
 
 
@@ -57,19 +61,24 @@ def synth(
     ambiguity: Annotated[
         float, typer.Option(help="Chance that a caption drops attributes.", min=0, max=1)
     ] = 0.0,
+    workers: Workers = 2,
 ) -> int:
     """Render captioned scenes in Flickr30k's layout."""
     from mmscale.data.synth import render
+    from mmscale.report.progress import progress_of
 
-    render(
-        out,
-        images,
-        seed,
-        size=size,
-        mispaired=mispaired,
-        duplicates=duplicates,
-        ambiguity=ambiguity,
-    )
+    with progress_of("rendered") as progress:
+        render(
+            out,
+            images,
+            seed,
+            size=size,
+            mispaired=mispaired,
+            duplicates=duplicates,
+            ambiguity=ambiguity,
+            workers=workers,
+            progress=progress,
+        )
     _say(f"{images:,} images with 5 captions each in {out}")
     return 0
 
@@ -81,29 +90,47 @@ def pack(
     split: Annotated[str | None, typer.Option(help="Only this split, into OUT itself.")] = None,
     samples_per_shard: Annotated[int, typer.Option(help="Images a shard.", min=1)] = 1000,
     resize: Annotated[
-        int | None, typer.Option(help="Re-encode with this shortest side, pixels.", min=16)
+        int | None, typer.Option(help="Shrink to this shorter side, pixels.", min=16)
+    ] = None,
+    quality: Annotated[
+        int | None,
+        typer.Option(help="Encode every image anew with this quality.", min=1, max=100),
     ] = None,
     max_pixels: Annotated[
         int, typer.Option(help="Larger images are rejected.", min=1)
     ] = 89_478_485,
-    workers: Annotated[int, typer.Option(help="Processes.", min=1)] = 2,
+    part: Annotated[
+        str, typer.Option(help="I/N: write only every N-th shard, from the I-th on.")
+    ] = "1/1",
+    workers: Workers = 2,
     json_file: Json = None,
 ) -> int:
-    """Write images and captions to tar shards with a manifest; goes on where it stopped."""
+    """Write images and captions to tar shards with a manifest; goes on where it stopped.
+
+    Images keep their bytes unless --resize or --quality is given. With --part several processes,
+    also on several machines, share the shards; the one that ends last writes the manifest.
+    """
     from dataclasses import asdict
 
     from mmscale.data.pack import pack as run
+    from mmscale.data.pack_result import Part
+    from mmscale.report.progress import progress_of
 
-    results = run(
-        source,
-        out,
-        split,
-        samples_per_shard=samples_per_shard,
-        resize=resize,
-        max_pixels=max_pixels,
-        workers=workers,
-        progress=_progress("packed"),
-    )
+    chosen = Part.parse(part)
+    with progress_of("packed") as progress:
+        results = run(
+            source,
+            out,
+            split,
+            samples_per_shard=samples_per_shard,
+            resize=resize,
+            max_pixels=max_pixels,
+            workers=workers,
+            progress=progress,
+            quality=quality,
+            part=chosen,
+            tell=_tell,
+        )
     for result in results:
         _say(str(result))
     _write(json_file, [{k: str(v) for k, v in asdict(result).items()} for result in results])
@@ -113,32 +140,35 @@ def pack(
 @app.command()
 def index(
     shards: Annotated[list[Path], typer.Argument(help="Tars in one folder (img2dataset layout).")],
+    workers: Workers = 2,
 ) -> int:
-    """Write a manifest for shards made elsewhere."""
-    from mmscale.data.verify import index as run
+    """Write a manifest for shards made elsewhere; samples that cannot be used are named."""
+    from mmscale.data.index import index as run
+    from mmscale.report.progress import progress_of
 
-    manifest = run(shards)
-    _say(f"manifest of {len(manifest.shards)} shards, {manifest.samples:,} images")
+    with progress_of("indexed") as progress:
+        manifest = run(shards, workers, skipped=_tell, progress=progress)
+    skipped = sum(shard.skipped for shard in manifest.shards)
+    left_out = f", {skipped:,} samples left out" if skipped else ""
+    _say(f"manifest of {len(manifest.shards)} shards, {manifest.samples:,} images{left_out}")
     return 0
 
 
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(help="A packed folder.")],
-    workers: Annotated[int, typer.Option(help="Processes.", min=1)] = 2,
+    workers: Workers = 2,
     json_file: Json = None,
 ) -> int:
     """Check every shard against its manifest; exit 4 if anything is wrong.
 
     Of a folder that mmscale pack filled with several splits, each is checked.
     """
-    from mmscale.data.verify import verify as run
+    from mmscale.data.verify import verify_all
+    from mmscale.report.progress import progress_of
 
-    splits = sorted(path.parent for path in folder.glob("*/manifest.json"))
-    whole = (folder / "manifest.json").exists() or not splits
-    faults = [
-        fault for part in ([folder] if whole else splits) for fault in run(part, workers=workers)
-    ]
+    with progress_of("verified") as progress:
+        faults = verify_all(folder, workers, progress)
     for fault in faults:
         _say(fault)
     _write(json_file, {"faults": faults})
@@ -170,12 +200,13 @@ def schema() -> int:
 @app.command("eval")
 def evaluate(run: Run, data: Data, json_file: Json = None) -> int:
     """Recall of both directions on held-out pairs (Karpathy's protocol)."""
-    from mmscale.diagnostics.retrieval import recalls
+    from mmscale.assembly import evaluate_set
     from mmscale.dist.peers import Alone
 
-    figures = recalls(_pairs(run, data), Alone())
+    figures = evaluate_set(*_trained(run, data), Alone())
+    width = max(map(len, figures))
     for name, value in figures.items():
-        _say(f"{name:>9} {value:,.2f}" if "_r" in name else f"{name:>9} {value:,.0f}")
+        _say(f"{name:>{width}} {value:,.2f}" if "_r" in name else f"{name:>{width}} {value:,.0f}")
     _write(json_file, figures)
     return 0
 
@@ -227,18 +258,19 @@ def plan(
 ) -> int:
     """Check CONFIG key=value ... without training, and print the batch arithmetic."""
     from mmscale.config.load import load_config
-    from mmscale.data.shards import open_shards
-    from mmscale.data.stream import plan_schedule
+    from mmscale.data.schedule import plan_schedule
+    from mmscale.data.shards import open_train
     from mmscale.engine.plan import plan_batch
 
     config = load_config(context.args)
     batch = plan_batch(config, world)
-    shards = open_shards("data.train", config.data.train)
-    schedule = plan_schedule(config, [shard.captions for shard in shards.shards], batch.lanes)
+    shards = open_train(config.data)
+    schedule = plan_schedule(config, shards, batch.lanes)
     steps = config.train.duration.steps(schedule.steps, batch.global_rows)
     _say(f"batch: {batch}")
-    count = len(shards.shards)
-    _say(f"data: {shards.samples:,} images in {count} shard{'s' * (count > 1)}")
+    count = len(shards.paths)
+    images = "resampled" if config.data.resampled else f"{shards.samples:,} images in"
+    _say(f"data: {images} {count} shard{'s' * (count > 1)}")
     pairs = steps * batch.global_rows
     _say(f"length: {steps:,} step{'s' * (steps > 1)}, {pairs:,} pairs in all")
     _say(f"epoch: {schedule.steps:,} step{'s' * (schedule.steps > 1)}")
@@ -276,9 +308,16 @@ def bench(
 
 
 def _pairs(run: Path, data: str | None) -> Any:
-    from mmscale.assembly import embed_set, load_trained
-    from mmscale.data.shards import open_shards
+    from mmscale.assembly import embed_set
     from mmscale.dist.peers import Alone
+
+    return embed_set(*_trained(run, data), Alone())
+
+
+def _trained(run: Path, data: str | None) -> tuple[Any, Any]:
+    """The model of a run or checkpoint, and the pairs to look at."""
+    from mmscale.assembly import load_trained
+    from mmscale.data.shards import open_shards
 
     if not run.exists():
         raise CheckpointError(f"{run}: no such run, checkpoint or npz; check the path")
@@ -286,15 +325,7 @@ def _pairs(run: Path, data: str | None) -> Any:
     where = data or trained.config.data.eval
     if where is None:
         raise ConfigError(f"{run} was trained without data.eval; name the pairs with --data")
-    return embed_set(trained, open_shards("--data" if data else "data.eval", where), Alone())
-
-
-def _progress(verb: str) -> Any:
-    def tell(done: int, total: int) -> None:
-        sys.stderr.write(f"\r{verb} {done:,} of {total:,}" + ("\n" if done == total else ""))
-        sys.stderr.flush()
-
-    return tell
+    return trained, open_shards("--data" if data else "data.eval", where)
 
 
 def _write(path: Path | None, figures: Any) -> None:
@@ -303,7 +334,12 @@ def _write(path: Path | None, figures: Any) -> None:
 
 
 def _say(text: str) -> None:
-    typer.echo(text)
+    typer.echo(printable(text))
+
+
+def _tell(text: str) -> None:
+    """A line on stderr, beside the figures."""
+    typer.echo(printable(text), err=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
 COMPONENTS = ("vision", "text", "head", "fusion", "scale")
@@ -72,7 +72,8 @@ class Batch:
     """A rank's rows of one global batch; row i of every field is one image-caption pair.
 
     Attributes:
-        image: Normalised pixels, or the image tower's features where they are cached.
+        image: Pixels: bytes until they are on the device, normalised there. Or the image tower's
+            features, where they are cached.
         tokens: Token ids trimmed to the longest caption at hand, or the text tower's cached
             features.
         mask: True on real tokens; None with cached features.
@@ -82,10 +83,11 @@ class Batch:
         labels: Class of each row, -1 where it has none.
         keys: `KEY#caption` of each row.
         captions: The caption texts.
+        cut: How many of these captions have more tokens than the tower takes.
         damaged: One line for each sample of these rows that could not be decoded and was replaced.
     """
 
-    image: Float[Tensor, "b c h w"] | Float[Tensor, "b f"]
+    image: UInt8[Tensor, "b c h w"] | Float[Tensor, "b c h w"] | Float[Tensor, "b f"]
     tokens: Int64[Tensor, "b t"] | Float[Tensor, "b g"]
     mask: Bool[Tensor, "b t"] | None
     image_ids: Int64[Tensor, " b"]
@@ -93,6 +95,7 @@ class Batch:
     labels: Int64[Tensor, " b"]
     keys: list[str]
     captions: list[str]
+    cut: int = 0
     damaged: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -115,6 +118,38 @@ class Embeddings:
 
 
 @dataclass(frozen=True)
+class Features:
+    """What both towers gave for a rank's rows; row i belongs together.
+
+    Attributes:
+        image: Pooled image features.
+        text: Pooled caption features.
+        image_sequence: The image tower's tokens, where fusion wants them.
+        text_sequence: The text tower's tokens, in the places of the batch's mask.
+    """
+
+    image: Float[Tensor, "b f"]
+    text: Float[Tensor, "b g"]
+    image_sequence: Float[Tensor, "b s v"] | None = None
+    text_sequence: Float[Tensor, "b t w"] | None = None
+
+
+@dataclass(frozen=True)
+class Matched:
+    """What the fusion model made of pairs of a rank's rows.
+
+    Attributes:
+        logits: No match and match, of each pair.
+        targets: Which pairs match: 0 or 1.
+        class_logits: Of each row's own pair; None without classes.
+    """
+
+    logits: Float[Tensor, "m 2"]
+    targets: Int64[Tensor, " m"]
+    class_logits: Float[Tensor, "b classes"] | None = None
+
+
+@dataclass(frozen=True)
 class Bank:
     """Rows remembered from earlier batches, equal on every rank: negatives without a gradient.
 
@@ -127,6 +162,21 @@ class Bank:
     image: Float[Tensor, "k d"]
     text: Float[Tensor, "k d"]
     ids: Int64[Tensor, " k"]
+
+
+@dataclass(frozen=True)
+class Prototypes:
+    """One clustering of the training images by what the momentum encoder sees in them.
+
+    Attributes:
+        centres: Unit rows.
+        temperature: Of each cluster: large where its members lie far from the centre.
+        cluster: Cluster of each of this rank's rows, -1 where its image was not clustered.
+    """
+
+    centres: Float[Tensor, "c d"]
+    temperature: Float[Tensor, " c"]
+    cluster: Int64[Tensor, " b"]
 
 
 @dataclass(frozen=True)
@@ -146,6 +196,8 @@ class LossInput:
         matching: Fusion's logits (no match, match) of `m` pairs.
         matching_targets: Which of these pairs match: 0 or 1.
         class_logits: Fusion's or the images' class logits.
+        bias: Added to each logit by losses that judge every pair alone; None without one.
+        prototypes: Clusterings of the training images, one a number of clusters.
     """
 
     image: Embeddings
@@ -160,6 +212,8 @@ class LossInput:
     matching: Float[Tensor, "m 2"] | None = None
     matching_targets: Int64[Tensor, " m"] | None = None
     class_logits: Float[Tensor, "b classes"] | None = None
+    bias: Float[Tensor, "1"] | None = None
+    prototypes: "tuple[Prototypes, ...]" = ()
 
 
 @dataclass(frozen=True)
@@ -188,6 +242,7 @@ class StepRecord:
         keys_digest: Order-free digest of the global batch's `KEY#caption`s.
         applied: False where the update was skipped because something was not finite.
         damaged: Rows of the global batch that stood in for undecodable samples.
+        cut: Captions of the global batch that have more tokens than the tower takes.
         stop: True when any rank was told to stop.
     """
 
@@ -199,6 +254,7 @@ class StepRecord:
     keys_digest: str
     applied: bool
     damaged: int
+    cut: int
     stop: bool
 
 
@@ -278,6 +334,9 @@ class Engine(Protocol):
     def tensors(self) -> Iterator[NamedTensor]:
         """Every parameter and buffer in an order equal on all ranks. Collective."""
 
+    def shadow(self, module: nn.Module) -> "Shadow":
+        """Let a copy of the model, taken before this engine was built, follow its weights."""
+
     def restore(self, moments: Callable[[str], dict[str, Tensor]], updates: int) -> None:
         """Set the optimizer's moments by parameter name and its count of updates.
 
@@ -286,3 +345,23 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free what the engine holds."""
+
+
+@runtime_checkable
+class Shadow(Protocol):
+    """A second model that follows an engine's weights.
+
+    Attributes:
+        module: Called as the engine's model; sharded weights are whole inside its forward.
+    """
+
+    module: nn.Module
+
+    def follow(self, share: float) -> None:
+        """Move every averaged tensor this share of the way to the engine's."""
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every averaged tensor, whole, in an order equal on all ranks. Collective."""
+
+    def close(self) -> None:
+        """Free what the second model holds."""

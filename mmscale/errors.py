@@ -50,6 +50,13 @@ class TerminatedError(MmscaleError):
     exit_code = 143
 
 
+def printable(text: str) -> str:
+    """A text that may come from data, with all that could steer a terminal written as escapes."""
+    return "".join(
+        part if part.isprintable() or part in "\n\t" else repr(part)[1:-1] for part in text
+    )
+
+
 def explained(action: Callable[[], int]) -> int:
     """Run a command; a failure becomes a sentence on stderr and its exit code.
 
@@ -58,7 +65,7 @@ def explained(action: Callable[[], int]) -> int:
     try:
         return action()
     except MmscaleError as error:
-        sys.stderr.write(f"mmscale: {error}\n")
+        sys.stderr.write(f"mmscale: {printable(str(error))}\n")
         return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("mmscale: interrupted\n")

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -45,8 +45,16 @@ def run(config: Config) -> int:
     # Before torch: workers fork, and OpenMP threads that spin starve a decoding worker of its core.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     # The number of decoding processes is the user's setting, not a mistake to warn of on each rank.
     warnings.filterwarnings("ignore", message="This DataLoader will create")
+    from mmscale.dist.fallback import starting_again_on_cpu
+
+    return starting_again_on_cpu(config, _attempt)
+
+
+def _attempt(config: Config, updated: Callable[[], None]) -> int:
+    """One run from start to end; calls `updated` after each update."""
     from mmscale.dist.failure import failing_together
     from mmscale.dist.world import leave, promised_world
 
@@ -66,7 +74,7 @@ def run(config: Config) -> int:
                 report.say(line)
             # Closed, so that decoding processes end here and not when their loader is collected.
             with closing(_batches(training)) as batches:
-                progress = _loop(training, report, stop, batches)
+                progress = _loop(training, report, stop, batches, updated)
             _finish(training, report, progress)
         training.engine.close()
     leave()
@@ -74,7 +82,11 @@ def run(config: Config) -> int:
 
 
 def _loop(
-    training: "Training", report: "Report", stop: "StopSignal", batches: "Batches"
+    training: "Training",
+    report: "Report",
+    stop: "StopSignal",
+    batches: "Batches",
+    updated: Callable[[], None],
 ) -> "Progress":
     """Update until the run's length is reached; returns how far it came."""
     from mmscale.assembly import save_checkpoint
@@ -100,7 +112,9 @@ def _loop(
             factor,
             progress.step,
             stop.wanted,
+            training.companions,
         )
+        updated()
         progress = _advance(progress, position, done)
         seconds = time.perf_counter() - clock
         if _due(training, config.log.every, progress):
@@ -124,21 +138,14 @@ def _loop(
 
 def _batches(training: "Training") -> "Batches":
     """The run's batches on the device, the position after each, and the seconds waited."""
+    from mmscale.engine.feed import on_device
+
     stream = training.stream.batches(training.start.position)
-    device = training.policy.device
     for _ in range(training.total_steps - training.start.step):
         start = time.perf_counter()
         batch, position = next(stream)
-        on_device = replace(
-            batch,
-            image=batch.image.to(device),
-            tokens=batch.tokens.to(device),
-            mask=None if batch.mask is None else batch.mask.to(device),
-            image_ids=batch.image_ids.to(device),
-            match_ids=batch.match_ids.to(device),
-            labels=batch.labels.to(device),
-        )
-        yield on_device, position, time.perf_counter() - start
+        batch = on_device(batch, training.policy.device, training.spec)
+        yield batch, position, time.perf_counter() - start
 
 
 def _advance(progress: "Progress", position: "Position", done: "Update") -> "Progress":

@@ -51,8 +51,16 @@ def settings(section: Any, prefix: str) -> Iterator[tuple[str, FieldInfo]]:
             yield from settings(field.annotation, f"{prefix}{name}.")
             continue
         yield prefix + name, field
-        for entry in filter(is_section, get_args(field.annotation)):
+        for entry in entries(field.annotation):
             yield from settings(entry, f"{prefix}{name}[].")
+
+
+def entries(annotation: Any) -> list[Any]:
+    """Sections that a list may hold."""
+    found = []
+    for part in get_args(annotation):
+        found += [part] if is_section(part) else entries(part)
+    return found
 
 
 def is_section(annotation: Any) -> bool:

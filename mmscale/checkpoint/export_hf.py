@@ -1,9 +1,9 @@
 """To a folder that Hugging Face's `VisionTextDualEncoderModel.from_pretrained` loads."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     PreTrainedModel,
     VisionTextDualEncoderConfig,
@@ -29,7 +29,7 @@ def write_hf(what: Exported, folder: Path) -> None:
     Raises:
         ConfigError: The class cannot express a part of the model.
     """
-    towers = what.encoder.model
+    towers: Any = what.encoder.model
     for part in ("vision", "text"):
         if not isinstance(getattr(towers.get_submodule(part), "trunk", None), PreTrainedModel):
             raise ConfigError(
@@ -50,7 +50,7 @@ def write_hf(what: Exported, folder: Path) -> None:
     model = VisionTextDualEncoderModel(config, vision, text).eval()
     model.visual_projection.weight.copy_(matrices["image"])
     model.text_projection.weight.copy_(matrices["text"])
-    model.logit_scale.copy_(torch.tensor(towers.scale()).log().reshape(()))
+    model.logit_scale.copy_(torch.tensor(what.encoder.logit_scale()).log())
     model.save_pretrained(folder)
     write_tokenizer(what.spec, folder)
     write_json(folder / "preprocessor_config.json", _processor(what))
@@ -60,7 +60,7 @@ def write_hf(what: Exported, folder: Path) -> None:
 def _require_own_pooling(what: Exported) -> None:
     """The class takes the towers' own pooled output."""
     pixels, tokens = what.sample()
-    towers = what.encoder.model
+    towers: Any = what.encoder.model
     vision = towers.vision.trunk(pixel_values=pixels)
     text = towers.text.trunk(input_ids=tokens, attention_mask=torch.ones_like(tokens))
     if getattr(vision, "pooler_output", None) is None:
@@ -101,4 +101,3 @@ def _check(what: Exported, folder: Path) -> None:
     output = model(input_ids=tokens, pixel_values=pixels, attention_mask=mask.long())
     require_equal(what.encoder.encode_image(pixels), output.image_embeds, "the image tower")
     require_equal(what.encoder.encode_text(tokens), output.text_embeds, "the text tower")
-    nn.Module.train(model, False)

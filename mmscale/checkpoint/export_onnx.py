@@ -19,7 +19,7 @@ from mmscale.errors import ConfigError
 
 
 class _Image(nn.Module):
-    def __init__(self, encoder: nn.Module):
+    def __init__(self, encoder: Any):
         super().__init__()
         self.encoder = encoder
 
@@ -28,7 +28,7 @@ class _Image(nn.Module):
 
 
 class _Text(nn.Module):
-    def __init__(self, encoder: nn.Module):
+    def __init__(self, encoder: Any):
         super().__init__()
         self.encoder = encoder
 

@@ -65,7 +65,7 @@ def _whole(what: Exported) -> tuple[dict[str, Any], dict[str, Tensor]]:
     name = str(what.config.model.preset).removeprefix(OPENCLIP)
     settings = openclip_config(name, "model.preset")
     settings["vision_cfg"]["image_size"] = what.spec.image_size
-    towers = what.encoder.model
+    towers: Any = what.encoder.model
     tensors = {f"visual.{name}": t for name, t in towers.vision.trunk.state_dict().items()}
     text = towers.text.trunk.state_dict()
     custom = settings.get("custom_text") or "hf_model_name" in settings["text_cfg"]
@@ -87,7 +87,8 @@ def _pair(what: Exported, folder: Path) -> tuple[dict[str, Any], dict[str, Tenso
 
 
 def _vision(what: Exported) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    config, tower = what.config.model.vision, what.encoder.model.vision
+    config = what.config.model.vision
+    tower: Any = what.encoder.model.vision
     kind, _, name = str(config.name).partition(":")
     matrix, offset = linear_map(what.encoder.model.head["image"], tower.width, "the image head")
     trunk = tower.trunk.state_dict()
@@ -124,7 +125,8 @@ def _vision(what: Exported) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _text(what: Exported, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    config, tower = what.config.model.text, what.encoder.model.text
+    config = what.config.model.text
+    tower: Any = what.encoder.model.text
     name = str(config.name).partition(":")[2]
     matrix, offset = linear_map(what.encoder.model.head["text"], tower.width, "the text head")
     trunk = tower.trunk.state_dict()

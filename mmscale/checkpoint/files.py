@@ -7,7 +7,7 @@ change between save and load. A folder is written aside and renamed when everyth
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from mmscale.durable import publish, replace_file, sync
 from mmscale.errors import CheckpointError
 
 FORMAT, VERSION = "mmscale-checkpoint", 1
+# What tensors that are not the model's are named with.
+COMPANIONS = ("momentum.", "hard_batches.")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -231,8 +233,31 @@ class Checkpoint:
         Raises:
             CheckpointError: The model is another; names the first differing tensors.
         """
-        own = model.state_dict()
-        theirs = {name: tuple(entry["shape"]) for name, entry in self.tensors.items()}
+        theirs = [name for name in self.tensors if not name.startswith(COMPANIONS)]
+        self._fill(model.state_dict(), theirs, "")
+
+    def load_momentum(self, own: Mapping[str, Tensor]) -> None:
+        """Fill what the momentum encoder averages, by the names that the model has for it.
+
+        Raises:
+            CheckpointError: There is none, or that of another model.
+        """
+        prefix = COMPANIONS[0]
+        self._fill(own, [name for name in self.tensors if name.startswith(prefix)], prefix)
+
+    def companions(self, prefix: str) -> dict[str, Tensor]:
+        """Tensors that are not the model's, by what follows `prefix` in their names.
+
+        Raises:
+            CheckpointError: There are none.
+        """
+        names = [name for name in self.tensors if name.startswith(prefix)]
+        if not names:
+            raise CheckpointError(f"{self.folder}: holds no {prefix}*; start another run.dir")
+        return {name.removeprefix(prefix): self.read("value", name) for name in names}
+
+    def _fill(self, own: Mapping[str, Tensor], names: list[str], prefix: str) -> None:
+        theirs = {name.removeprefix(prefix): tuple(self.tensors[name]["shape"]) for name in names}
         faults = [
             f"{name} is {list(theirs[name])} there, {list(own[name].shape)} here"
             for name in own
@@ -247,7 +272,7 @@ class Checkpoint:
             )
         with torch.no_grad():
             for name, tensor in own.items():
-                tensor.copy_(self.read("value", name))
+                tensor.copy_(self.read("value", prefix + name))
 
     def _file(self, rank: int) -> Path:
         return self.folder / f"rank-{rank:05d}-of-{self.world:05d}.safetensors"

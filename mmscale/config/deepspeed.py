@@ -43,6 +43,11 @@ def read_deepspeed(name: str | None) -> dict[str, Any]:
     return settings
 
 
+def zero_stage(name: str | None) -> int:
+    """The ZeRO stage of a file, 1, 2 or 3."""
+    return int(read_deepspeed(name)["zero_optimization"]["stage"])
+
+
 def fill(settings: dict[str, Any], decided: dict[str, Any], name: str | None) -> dict[str, Any]:
     """Put the run's values where the file leaves them open.
 

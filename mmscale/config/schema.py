@@ -5,20 +5,15 @@ The models are frozen; `load.py` fills them from YAML files and `key=value` word
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from mmscale.config.batches import HardBatchesConfig
 from mmscale.config.duration import Duration
-
-Positive = Annotated[int, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-
-
-class Section(BaseModel):
-    """A group of settings; unknown names are refused, values never change after loading."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
-    )
+from mmscale.config.heads import FusionConfig, HeadConfig
+from mmscale.config.loss import LossConfig
+from mmscale.config.ramp import Ramp
+from mmscale.config.section import NonNegativeFloat, Positive, Section
+from mmscale.config.sources import Sources
 
 
 class RunConfig(Section):
@@ -37,10 +32,18 @@ class RunConfig(Section):
 class DataConfig(Section):
     """The training and evaluation streams."""
 
-    train: str | list[str]
-    """Packed folder with its manifest, or tar globs and brace lists beside a manifest."""
+    train: Sources
+    """Packed folder with its manifest, globs or brace lists of tars beside one, `http(s)://` of
+    either, or a list of such; or sources with weights: `[{shards: a, weight: 2}, {shards: b}]`."""
     eval: str | list[str] | None = None
     """Packed folder of held-out pairs; without it nothing is evaluated."""
+    allow_pipe: bool = False
+    """Let `pipe:COMMAND` in `data.train` run the command; what it writes is the shard."""
+    resampled: bool = False
+    """Draw shards with replacement and read each through, without a manifest. The order still
+    follows from the position; going on in mid-epoch reads the epoch's part before it again."""
+    epoch_samples: Positive | None = None
+    """With `resampled`: images that count as an epoch; default the first shard's times shards."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Decoding processes a rank; 0 decodes in the training process."""
     lanes: Literal["auto"] | Positive = "auto"
@@ -49,16 +52,32 @@ class DataConfig(Section):
     """Raw samples held for shuffling, over all lanes and ranks together."""
     captions: Literal["random", "first", "flat"] | Positive = "random"
     """Rows an image an epoch: one `random` caption, the `first`, every one (`flat`), or k."""
+    caption_cleaning: Literal["none", "whitespace", "lower", "canonicalize"] = "none"
+    """Before the tokenizer, by OpenCLIP's names: mend encoding and spaces; lower case; no marks."""
+    match: Literal["image", "caption", "group"] = "image"
+    """Which images count as one: by id; by equal content or caption; or by the data's `group`."""
+    positive_share: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of a batch's images beside another that `match` makes one with it; 0 keeps all such
+    images apart, null leaves them as they fall."""
+    hard_batches: HardBatchesConfig = HardBatchesConfig()
+    """Neighbours in one batch."""
     image_size: Positive | None = None
     """Side of the square input in pixels; default the image tower's own."""
-    augment: Literal["none", "crop"] = "crop"
-    """Training transform: `none` is the evaluation transform, `crop` a random resized crop."""
+    augment: Literal[
+        "none", "crop", "flip", "color_jitter", "randaugment", "trivialaugment"
+    ] = "crop"
+    """`none`: the evaluation transform; `crop`: a random resized crop; the others do theirs to it.
+    `flip` mirrors half of the images, which makes captions wrong that say left or right."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Share of the image's area that a random crop keeps, from and to."""
     max_damaged: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of an epoch's rows that may be undecodable before the run ends with exit 4."""
     feature_cache: str | None = None
     """Folder that keeps frozen towers' outputs; needs both towers frozen and `augment=none`."""
+    decoded_cache: str | None = None
+    """Folder that keeps decoded training images, shrunk as far as crops allow."""
+    cache_gb: Annotated[float, Field(gt=0)] = 64.0
+    """Most that each of the two caches may hold, in GB; what was used longest ago goes first."""
 
 
 class TowerConfig(Section):
@@ -70,13 +89,19 @@ class TowerConfig(Section):
     """`pretrained`, `random`, or a file (safetensors, or torch weights only)."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Passed to the tower's constructor, such as `pad_type: same`."""
-    frozen: bool = False
-    """Keep the weights as they are and run the tower in evaluation mode."""
+    frozen: bool | int = False
+    """Keep weights, in evaluation mode: all (`true`), the first N blocks, all but the last (-N)."""
+    checkpointing: bool = False
+    """Compute each block's activations again in the backward pass instead of keeping them."""
+    width: Positive | None = None
+    """Features that the tower must give, where you want to be sure; its own width is read."""
 
 
 class VisionConfig(TowerConfig):
     """The image encoder."""
 
+    pooling: Literal["auto", "cls", "mean", "map"] = "auto"
+    """How tokens become one vector: `auto` the model's own; `map`: one learnt query attends."""
     mean: float | tuple[float, float, float] | None = None
     """Normalisation mean for pixels in [0, 1]; default the tower's own."""
     std: float | tuple[float, float, float] | None = None
@@ -86,37 +111,34 @@ class VisionConfig(TowerConfig):
 class TextConfig(TowerConfig):
     """The caption encoder."""
 
-    pooling: Literal["auto", "cls", "mean"] = "auto"
-    """How a Hugging Face tower's tokens become one vector; `auto`: the model's own, else `mean`."""
+    pooling: Literal["auto", "cls", "mean", "eos", "map"] = "auto"
+    """How tokens become one vector: `auto` the model's own, else `mean`; `eos`: the last one."""
     context_length: Positive | None = None
     """Most tokens of a caption; default the tower's own, at most 77."""
 
 
-class HeadConfig(Section):
-    """The projection of each tower's output to the shared width."""
-
-    kind: Literal["linear", "mlp"] = "linear"
-    """`linear`, or `mlp` with one GELU layer as wide as its input."""
-    bias: bool = False
-    """Give linear layers a bias."""
-    standardize: Annotated[int, Field(ge=0)] = 0
-    """Rows on which each feature's mean and deviation are fitted before the first step; 0 = off."""
-
-
 class LogitScaleConfig(Section):
-    """The learnt inverse temperature."""
+    """The inverse temperature: learnt, fixed or scheduled."""
 
     init: Annotated[float, Field(gt=0)] = 1 / 0.07
-    """First value of the scale (1 / temperature)."""
+    """First value of the scale (1 / temperature); 10 by default with a `siglip` term."""
     max: Annotated[float, Field(gt=0)] = 100.0
     """The scale is clamped to [1, max] where it is used."""
+    learn: bool = True
+    """Learn the scale; without it the scale stays at `init`."""
+    course: Ramp | None = None
+    """The scale as a ramp, instead of learning it."""
+    by_data_size: bool = False
+    """Below 1,000 training images start at 0.8 times the temperature: `init` and `course` / 0.8."""
+    bias: float | None = None
+    """First value of the learnt bias that `siglip` adds to logits; default -10 with that term."""
 
 
 class ModelConfig(Section):
     """Two towers, their heads and the logit scale."""
 
     preset: str | None = None
-    """`small`, `medium`, `large` or `openclip:NAME`; fills the towers, explicit settings win."""
+    """`small`, `medium`, `medium-mobilebert`, `large` or `openclip:NAME`; explicit settings win."""
     weights: str = "random"
     """For `openclip:NAME`: `random`, an OpenCLIP tag, or a file."""
     vision: VisionConfig = VisionConfig()
@@ -127,26 +149,12 @@ class ModelConfig(Section):
     """Width shared by images and captions."""
     head: HeadConfig = HeadConfig()
     """Projections."""
+    fusion: FusionConfig = FusionConfig()
+    """Cross-attention on top of both towers."""
+    momentum: Annotated[float, Field(gt=0, lt=1)] = 0.995
+    """Decay of the momentum encoder, the running mean of the weights, where something uses it."""
     logit_scale: LogitScaleConfig = LogitScaleConfig()
     """Inverse temperature."""
-
-
-class InfoNCEConfig(Section):
-    """Symmetric multi-positive InfoNCE by image id."""
-
-    kind: Literal["infonce"] = "infonce"
-    """Which loss this term is."""
-    weight: float = 1.0
-    """Factor of this term in the objective."""
-
-
-class LossConfig(Section):
-    """The objective."""
-
-    preset: Literal["clip"] | None = None
-    """A named objective; `clip` is InfoNCE alone."""
-    terms: tuple[InfoNCEConfig, ...] = (InfoNCEConfig(),)
-    """Weighted terms whose sum is minimised."""
 
 
 class NegativesConfig(Section):
@@ -212,8 +220,8 @@ class EngineConfig(Section):
     """`auto`: DeepSpeed if `engine.deepspeed` is set or its launcher runs, else accelerate."""
     deepspeed: str | None = None
     """A DeepSpeed JSON with ZeRO choices; looked up here, then in the checkout."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """`auto`: bf16 where the device computes it fast, else fp32."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """`auto`: bf16 where the device computes it fast, else fp32; `tf32`: fp32, products rounded."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """`auto`: CUDA, then MPS, then CPU."""
     timeout: Positive = 600
@@ -227,6 +235,10 @@ class EvalConfig(Section):
     """How often; null: only at the end."""
     batch_size: Positive = 128
     """Rows a rank encodes at once."""
+    weights: Literal["trained", "ema"] = "trained"
+    """What is evaluated: the trained weights, or their running mean (`model.momentum`)."""
+    rerank: Annotated[int, Field(ge=0)] = 0
+    """First candidates of each query that fusion puts in another order, reported apart; 0 = off."""
 
 
 class ProbeConfig(Section):

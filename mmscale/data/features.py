@@ -3,7 +3,9 @@
 A table is written by `engine/encode.py`; with frozen towers it stands in for decoding.
 """
 
+import bisect
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, islice
@@ -16,9 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmscale.contracts import Batch, Position, World
-from mmscale.data.lanes import Item, Lane
+from mmscale.data.lanes import Item
+from mmscale.data.neighbours import Neighbours, mean_by_image, nearest
+from mmscale.data.schedule import AnyLane, Schedule
 from mmscale.data.shards import ShardSet
-from mmscale.data.stream import Schedule
 from mmscale.durable import publish, sync
 from mmscale.errors import DataError
 
@@ -33,6 +36,7 @@ class FeatureTable:
         first: Row of `text` at which each sample's captions begin; one more entry closes the last.
         image_ids: Identity of each sample.
         good: False where the sample could not be decoded.
+        cut: Captions that had more tokens than the tower takes.
         keys: Key of each sample.
         captions: Every caption, in the order of `text`.
         damaged: One line for each sample that could not be decoded.
@@ -43,6 +47,7 @@ class FeatureTable:
     first: Int64[Tensor, " edges"]
     image_ids: Int64[Tensor, " samples"]
     good: Bool[Tensor, " samples"]
+    cut: Bool[Tensor, " captions"]
     keys: list[str]
     captions: list[str]
     damaged: list[str]
@@ -51,10 +56,23 @@ class FeatureTable:
         """The image id that each caption belongs to."""
         return self.image_ids.repeat_interleave(self.first.diff())
 
+    def neighbours(self, by: str = "image") -> Neighbours:
+        """The table of hard batches: which images' features are nearest to each image's.
+
+        Args:
+            by: `image`, or `text` for the mean of an image's captions.
+        """
+        owners = torch.arange(len(self.keys)).repeat_interleave(self.first.diff())
+        places = self.good.nonzero()[:, 0]
+        features = self.image[places]
+        if by == "text":
+            features = mean_by_image(self.text, owners, places)
+        return nearest(features, self.image_ids[places])
+
     def save(self, path: Path) -> None:
         """Write aside, then rename."""
         texts = {"keys": self.keys, "captions": self.captions, "damaged": self.damaged}
-        aside = path.with_suffix(".partial")
+        aside = path.with_name(f".{path.name}.{os.getpid()}.part")
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(
             {name: getattr(self, name).contiguous() for name in _TENSORS},
@@ -80,7 +98,7 @@ class FeatureTable:
         return cls(**tensors, **texts)
 
 
-_TENSORS = ("image", "text", "first", "image_ids", "good")
+_TENSORS = ("image", "text", "first", "image_ids", "good", "cut")
 
 
 class CachedStream:
@@ -100,12 +118,11 @@ class CachedStream:
             step = position.rows // self.schedule.batch_rows
             count = self.schedule.lane_items
             epoch = position.epoch
-            lanes = [self.schedule.epoch(epoch)[index] for index in self._mine]
-            streams = [lane.items(step * count) for lane in lanes]
+            streams = self.schedule.streams(epoch, self._mine, step)
             for at in range(step, self.schedule.steps):
                 rows: list[tuple[int, int]] = []
                 damaged: list[str] = []
-                for lane, items in zip(lanes, streams, strict=True):
+                for lane, items in streams:
                     for offset, item in enumerate(islice(items, count)):
                         place = self._place(item)
                         if not self._table.good[place]:
@@ -118,19 +135,24 @@ class CachedStream:
     def _place(self, item: Item) -> int:
         return self._starts[item.shard] + item.sample
 
+    def _item(self, place: int) -> tuple[int, int]:
+        """Shard and sample of a place in the table."""
+        shard = bisect.bisect_right(self._starts, place) - 1
+        return shard, place - self._starts[shard]
+
     def _rows(self, item: Item, epoch: int) -> list[tuple[int, int]]:
         place = self._place(item)
         key, captions = self._table.keys[place], self._captions[place]
         return [(place, c) for c in self.schedule.pick(key, captions, epoch, item.turn)]
 
-    def _nearest(self, lane: Lane, place: int) -> Item:
+    def _nearest(self, lane: AnyLane, place: int) -> Item:
         for item in lane.around(place):
             if self._table.good[self._place(item)]:
                 return item
         raise DataError("a whole lane of data.train cannot be decoded; run mmscale verify")
 
     def _batch(self, rows: list[tuple[int, int]], damaged: list[str]) -> Batch:
-        table = self._table
+        table, marks = self._table, self.schedule.marks
         places = torch.tensor([place for place, _ in rows])
         texts = table.first[places] + torch.tensor([choice for _, choice in rows])
         return Batch(
@@ -138,9 +160,12 @@ class CachedStream:
             tokens=table.text[texts],
             mask=None,
             image_ids=table.image_ids[places],
-            match_ids=table.image_ids[places],
-            labels=torch.full_like(places, -1),
+            match_ids=torch.tensor(
+                [marks.match_id(*self._item(p), int(table.image_ids[p])) for p, _ in rows]
+            ),
+            labels=torch.tensor([marks.label(*self._item(p)) for p, _ in rows]),
             keys=[f"{table.keys[place]}#{choice}" for place, choice in rows],
             captions=[table.captions[index] for index in texts.tolist()],
+            cut=int(table.cut[texts].sum()),
             damaged=damaged,
         )

@@ -1,6 +1,7 @@
-"""Images on their way into a shard: each decoded once, turned upright and shrunk where asked."""
+"""Images on their way into a shard: each decoded once, and written anew only where asked."""
 
 import io
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -10,18 +11,21 @@ from PIL import Image, ImageOps
 
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _ORIENTATION = 0x0112
+_QUALITY = 95
 
 
 @dataclass(frozen=True)
 class Treatment:
-    """What is done to every image.
+    """What is done to every image; with neither size nor quality their bytes are kept.
 
     Attributes:
-        resize: Shorter side of larger images, pixels; None leaves their bytes untouched.
+        resize: Shorter side that larger images are shrunk to, pixels.
+        quality: Encode all images anew, JPEG and WebP with this quality; None: only those shrunk.
         max_pixels: Images with more are rejected before they are decoded.
     """
 
     resize: int | None
+    quality: int | None
     max_pixels: int
 
 
@@ -30,17 +34,21 @@ class RejectedImageError(Exception):
 
 
 def prepare_image(path: Path, treatment: Treatment) -> tuple[str, bytes]:
-    """An image's ending and bytes for a shard: its own, or turned upright and shrunk.
+    """An image's ending and bytes for a shard: its own, or encoded anew and upright.
 
     Raises:
         RejectedImageError: It is missing, empty, too large, or cannot be decoded.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise RejectedImageError("missing file: what has this name is not a file")
         content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise RejectedImageError("missing file") from error
     except OSError as error:
-        raise RejectedImageError(f"cannot be read ({error.strerror})") from error
+        raise RejectedImageError(f"unreadable file: {error.strerror}") from error
     if not content:
-        raise RejectedImageError("has zero bytes")
+        raise RejectedImageError("zero bytes")
     with _without_pillow_limit():
         return _treat(content, treatment)
 
@@ -49,23 +57,26 @@ def _treat(content: bytes, treatment: Treatment) -> tuple[str, bytes]:
     try:
         image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP"))
     except Exception as error:
-        raise RejectedImageError("is not a JPEG, PNG or WebP image") from error
+        raise RejectedImageError("undecodable: not a JPEG, PNG or WebP image") from error
     with image:
         # Read from the header: nothing is decoded yet.
         if image.width * image.height > treatment.max_pixels:
             raise RejectedImageError(
-                f"has {image.width} x {image.height} pixels, more than {treatment.max_pixels}"
+                f"more pixels than {treatment.max_pixels}: {image.width} x {image.height}"
             )
         form = str(image.format)
         try:
             image.load()
-            upright = _upright(image)
-            shrunk = _shrink(upright, treatment.resize)
-            if shrunk is image:
+            if treatment.quality is None and not _is_larger(image, treatment.resize):
                 return _SUFFIXES[form], content
-            return _SUFFIXES[form], _encode(shrunk, form)
+            picture = _shrink(_upright(image), treatment.resize)
+            return _SUFFIXES[form], _encode(picture, form, treatment.quality or _QUALITY)
         except Exception as error:
-            raise RejectedImageError(f"cannot be decoded ({error})") from error
+            raise RejectedImageError(f"undecodable: {error}") from error
+
+
+def _is_larger(image: Image.Image, side: int | None) -> bool:
+    return side is not None and min(image.size) > side
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -77,7 +88,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _shrink(image: Image.Image, side: int | None) -> Image.Image:
-    if side is None or min(image.size) <= side:
+    if side is None or not _is_larger(image, side):
         return image
     scale = side / min(image.size)
     width, height = (max(side, round(length * scale)) for length in image.size)
@@ -86,13 +97,13 @@ def _shrink(image: Image.Image, side: int | None) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
 
 
-def _encode(image: Image.Image, form: str) -> bytes:
+def _encode(image: Image.Image, form: str, quality: int) -> bytes:
     file = io.BytesIO()
     if form in ("JPEG", "MPO"):
         image = image if image.mode in ("RGB", "L") else image.convert("RGB")
-        image.save(file, "JPEG", quality=95, exif=b"")
+        image.save(file, "JPEG", quality=quality, exif=b"")
     else:
-        image.save(file, form, exif=b"", **({"quality": 95} if form == "WEBP" else {}))
+        image.save(file, form, exif=b"", **({"quality": quality} if form == "WEBP" else {}))
     return file.getvalue()
 
 

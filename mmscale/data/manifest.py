@@ -6,11 +6,13 @@
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from mmscale.data.grouping import Identities, Trait, join
 from mmscale.durable import replace_file
 from mmscale.errors import DataError
 
@@ -30,6 +32,8 @@ class Shard:
         samples: Images in it.
         offsets: Byte offset of each sample's first tar header.
         captions: Captions of each sample.
+        identities: Whose image each sample is; None in a manifest from before they were kept.
+        skipped: Samples in the file that cannot be used and are not counted above.
     """
 
     name: str
@@ -38,6 +42,8 @@ class Shard:
     samples: int
     offsets: tuple[int, ...]
     captions: tuple[int, ...]
+    identities: Identities | None = None
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,12 +55,14 @@ class Manifest:
         source: Name of the data set.
         shards: The tars.
         settings: Digest of what `pack` was asked for; None for shards made elsewhere.
+        classes: Names of the labels' numbers, where the labels had names.
     """
 
     split: str | None
     source: str
     shards: tuple[Shard, ...]
     settings: str | None = None
+    classes: tuple[str, ...] = ()
 
     @property
     def samples(self) -> int:
@@ -80,15 +88,31 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = Path(folder) / MANIFEST_NAME
     try:
-        content = json.loads(path.read_bytes())
+        if path.exists() and not path.is_file():
+            # A pipe in its place would never be opened.
+            raise _malformed(path, "is not a file")
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise DataError(
             f"{folder}: has no {MANIFEST_NAME}; write it with `mmscale index {folder}/*.tar`, "
             "or finish `mmscale pack`"
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise _malformed(path, f"cannot be read ({error})") from error
+    return parse_manifest(path, content)
+
+
+def parse_manifest(path: Path | str, content: bytes) -> Manifest:
+    """A manifest from the bytes that `path`, a file or an address, holds.
+
+    Raises:
+        DataError: They are not JSON, or contradict themselves.
+    """
+    try:
+        parsed = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise _malformed(path, f"cannot be read as JSON ({error})") from error
-    return _parse(path, content)
+    return _parse(path, parsed)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -97,11 +121,19 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     replace_file(Path(folder) / MANIFEST_NAME, json.dumps(content).encode() + b"\n")
 
 
-def _malformed(path: Path, fault: str) -> DataError:
+def with_identities(
+    shards: Sequence[Shard], traits: Sequence[Sequence[Trait]]
+) -> tuple[tuple[Shard, ...], tuple[str, ...]]:
+    """A folder's shards with what all samples' traits together make of each, and class names."""
+    joined, names = join(traits)
+    return tuple(replace(s, identities=i) for s, i in zip(shards, joined, strict=True)), names
+
+
+def _malformed(path: Path | str, fault: str) -> DataError:
     return DataError(f"{path}: {fault}; write it again with `mmscale index SHARDS...`")
 
 
-def _parse(path: Path, content: Any) -> Manifest:
+def _parse(path: Path | str, content: Any) -> Manifest:
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise _malformed(path, f'is not a manifest (no "format": "{_FORMAT}")')
     if content.get("version") != _VERSION:
@@ -115,13 +147,21 @@ def _parse(path: Path, content: Any) -> Manifest:
     entries = content.get("shards")
     if not isinstance(entries, list) or not entries:
         raise _malformed(path, "lists no shards")
-    shards = tuple(_parse_shard(path, place, entry) for place, entry in enumerate(entries))
+    shards = tuple(parse_shard(path, place, entry) for place, entry in enumerate(entries))
     if len({shard.name for shard in shards}) < len(shards):
         raise _malformed(path, "lists a shard twice")
-    return Manifest(split, source, shards, settings)
+    classes = content.get("classes", [])
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise _malformed(path, "classes is not a list of names")
+    return Manifest(split, source, shards, settings, tuple(classes))
 
 
-def _parse_shard(path: Path, place: int, entry: Any) -> Shard:
+def parse_shard(path: Path | str, place: int, entry: Any) -> Shard:
+    """A shard's record out of JSON that `path` holds.
+
+    Raises:
+        DataError: It contradicts itself.
+    """
     where = f"shard {place}"
     if not isinstance(entry, dict):
         raise _malformed(path, f"{where} is not an object")
@@ -143,7 +183,23 @@ def _parse_shard(path: Path, place: int, entry: Any) -> Shard:
         raise _malformed(path, f"{where}: its offsets do not rise")
     if 0 in captions:
         raise _malformed(path, f"{where}: sample {captions.index(0)} has no caption")
-    return Shard(name, size, digest, samples, offsets, captions)
+    identities = _identities(path, where, entry.get("identities"), samples)
+    skipped = _count(path, where, {"skipped": 0, **entry}, "skipped")
+    return Shard(name, size, digest, samples, offsets, captions, identities, skipped)
+
+
+def _identities(path: Path | str, where: str, entry: Any, samples: int) -> Identities | None:
+    if entry is None:
+        return None
+    if not isinstance(entry, dict):
+        raise _malformed(path, f"{where}: identities is not an object")
+    images, captions = (_counts(path, where, entry, name) for name in ("images", "captions"))
+    groups = None if entry.get("groups") is None else _counts(path, where, entry, "groups")
+    labels = None if entry.get("labels") is None else _counts(path, where, entry, "labels", -1)
+    for values in (images, captions, groups, labels):
+        if values is not None and len(values) != samples:
+            raise _malformed(path, f"{where}: {len(values)} identities for {samples} samples")
+    return Identities(images, captions, groups, labels)
 
 
 def _is_plain(name: str) -> bool:
@@ -154,15 +210,19 @@ def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def _count(path: Path, where: str, entry: dict[str, Any], field: str) -> int:
+def _count(path: Path | str, where: str, entry: dict[str, Any], field: str) -> int:
     value = entry.get(field)
     if not _is_count(value):
         raise _malformed(path, f"{where}: {field}={value!r} is not a count")
     return value
 
 
-def _counts(path: Path, where: str, entry: dict[str, Any], field: str) -> tuple[int, ...]:
-    values = entry.get(field)
-    if not isinstance(values, list) or not all(map(_is_count, values)):
+def _counts(
+    path: Path | str, where: str, entry: dict[str, Any], field: str, least: int = 0
+) -> tuple[int, ...]:
+    values: Any = entry.get(field)
+    # Millions of them: looked at without a step of Python for each.
+    sound = isinstance(values, list) and set(map(type, values)) <= {int}
+    if not sound or not least <= min(values, default=least) <= max(values, default=least) < 2**63:
         raise _malformed(path, f"{where}: {field} is not a list of counts")
     return tuple(values)

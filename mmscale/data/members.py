@@ -8,12 +8,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 # In order of preference, where a sample holds several.
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-# A caption or description longer than this is no caption.
+# A text or description longer than this is passed over unread.
 TEXT_BYTES = 16 * 2**20
+# No tower reads as much. Tokenizers take a time quadratic in the length of a word.
+_CAPTION_CHARACTERS, _WORD_CHARACTERS = 20_000, 2_000
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,15 @@ class Description:
     Attributes:
         captions: Those of the json, else the text; none where one is empty or not a text.
         image_id: That of the json, else one made from its source and the key.
+        label: Class, a number or a name; None without one.
+        group: The user's group; None without one.
         fault: What makes them useless, or None.
     """
 
     captions: tuple[str, ...]
     image_id: int
+    label: int | str | None
+    group: int | str | None
     fault: str | None
 
 
@@ -41,16 +47,14 @@ def describe_members(key: str, members: Mapping[str, Any]) -> Description:
     text, description = (_text(members, suffix) for suffix in ("txt", "json"))
     parsed = {} if description is None else _parse(description)
     fields = parsed or {}
-    captions = _captions(fields.get("captions"), text)
-    fault = None
+    captions, fault = _captions(fields.get("captions"), text)
     if parsed is None:
         fault = "has a json that is not an object"
-    elif not captions:
-        fault = "has an empty caption or none"
     image_id = fields.get("image_id")
-    if not isinstance(image_id, int) or isinstance(image_id, bool) or not 0 <= image_id < 2**63:
+    if not _is_id(image_id):
         image_id = image_id_of(fields.get("source", ""), key)
-    return Description(captions, image_id, fault)
+    label, group = (_number_or_name(fields.get(name)) for name in ("label", "group"))
+    return Description(captions, image_id, label, group, fault)
 
 
 def image_id_of(source: str, key: str) -> int:
@@ -59,6 +63,14 @@ def image_id_of(source: str, key: str) -> int:
     name = f"{source}/{key}".encode(errors="surrogatepass")
     digest = hashlib.blake2b(name, digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+def _is_id(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _number_or_name(value: Any) -> int | str | None:
+    return value if _is_id(value) or (isinstance(value, str) and value.strip()) else None
 
 
 def _text(members: Mapping[str, Any], suffix: str) -> bytes | None:
@@ -74,13 +86,30 @@ def _parse(description: bytes) -> dict[str, Any] | None:
     return fields if isinstance(fields, dict) else None
 
 
-def _captions(captions: Any, text: bytes | None) -> tuple[str, ...]:
+def _captions(captions: Any, text: bytes | None) -> tuple[tuple[str, ...], str | None]:
+    """The captions, or none and what is wrong with one of them."""
     if not captions and text is not None:
         try:
             captions = [text.decode()]
         except UnicodeDecodeError:
-            return ()
-    if not isinstance(captions, list):
-        return ()
-    sound = all(isinstance(caption, str) and caption.strip() for caption in captions)
-    return tuple(captions) if sound else ()
+            return (), "has a caption that is not UTF-8"
+    if not isinstance(captions, list) or not captions:
+        return (), "has an empty caption or none"
+    for caption in captions:
+        if not isinstance(caption, str) or not caption.strip():
+            return (), "has an empty caption or none"
+        if length := too_long(caption):
+            return (), f"has a caption with {length}"
+    return tuple(captions), None
+
+
+def too_long(caption: str) -> str | None:
+    """What of a caption is longer than any tower reads."""
+    if len(caption) > _CAPTION_CHARACTERS:
+        return f"{len(caption):,} characters, more than {_CAPTION_CHARACTERS:,}"
+    if len(caption) <= _WORD_CHARACTERS:
+        return None
+    longest = max(map(len, caption.split()), default=0)
+    if longest > _WORD_CHARACTERS:
+        return f"a word of {longest:,} characters, more than {_WORD_CHARACTERS:,}"
+    return None

@@ -1,63 +1,35 @@
 """Packs a source into WebDataset shards with a manifest: checked images, equal bytes every time.
 
 Records are cut into shards before anything is read, each shard is one task, and a finished shard
-leaves a note beside it. So the bytes depend on neither the workers nor on where a run was killed.
+leaves a note beside it. So the bytes depend on neither the workers nor on where a run was killed,
+and several processes may each write a part of the shards: whoever finds every note writes the
+manifest.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmscale.data.copies import without_copies
 from mmscale.data.image_checks import Treatment
-from mmscale.data.manifest import Manifest, write_manifest
+from mmscale.data.manifest import Manifest, with_identities, write_manifest
 from mmscale.data.pack_folder import (
     REJECTED_NAME,
-    count_rejected,
     finished_manifest,
+    read_reasons,
     require_own_folder,
     settings_digest,
+    sweep,
     write_rejected,
 )
+from mmscale.data.pack_result import PackResult, Part
 from mmscale.data.pool import map_ordered
-from mmscale.data.shard_writer import Task, write_shard
-from mmscale.data.sources import Source, read_source
+from mmscale.data.shard_writer import Done, Task, read_done, write_shard
+from mmscale.data.sources import Record, Rejection, Source, read_source
 from mmscale.errors import ConfigError, DataError
 
-
-@dataclass(frozen=True)
-class PackResult:
-    """One split that was packed.
-
-    Attributes:
-        split: Its name.
-        folder: Where its shards and manifest are.
-        shards: Tars.
-        samples: Images in them.
-        captions: Captions in them.
-        rejected: Lines of `rejected.txt`.
-        kept: Shards that an earlier run had finished.
-    """
-
-    split: str
-    folder: Path
-    shards: int
-    samples: int
-    captions: int
-    rejected: int
-    kept: int
-
-    def __str__(self) -> str:
-        notes = []
-        if self.rejected:
-            notes.append(f"{self.rejected:,} rejected: see {REJECTED_NAME}")
-        if self.kept:
-            notes.append(f"{_counted(self.kept, 'shard')} of an earlier run kept")
-        remarks = f" ({'; '.join(notes)})" if notes else ""
-        return (
-            f"{self.split}: {_counted(self.samples, 'image')}, "
-            f"{_counted(self.captions, 'caption')} in {_counted(self.shards, 'shard')} "
-            f"at {self.folder}{remarks}"
-        )
+# Of rejected images, told with their counts.
+_REASONS = 3
 
 
 def pack(
@@ -69,6 +41,10 @@ def pack(
     max_pixels: int = 89_478_485,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    quality: int | None = None,
+    part: Part | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> list[PackResult]:
     """Pack a data set, one split a folder; goes on where an earlier run was stopped.
 
@@ -81,37 +57,51 @@ def pack(
         max_pixels: Reject images with more.
         workers: Processes that check and write.
         progress: Called with images done and images in all.
+        quality: Encode all images anew with this quality; without it those that are shrunk, at 95.
+        part: The shards that are this process's to write; default all.
+        tell: Called with a line for what a person should know about the source.
 
     Raises:
-        ConfigError: A number is below 1.
+        ConfigError: A number is out of its range, or `out` cannot be written.
         DataError: Nothing to pack, every image rejected, or `out` holds another pack.
         LaunchError: A worker was killed.
     """
-    _check(samples_per_shard, resize, max_pixels)
+    _check(samples_per_shard, resize, max_pixels, quality)
+    part = part or Part()
     data = read_source(source)
+    if tell:
+        for note in data.notes:
+            tell(note)
     splits = _choose(data, Path(source), split)
-    advance = _counting(sum(record.split in splits for record in data.records), progress)
-    treatment, out = Treatment(resize, max_pixels), Path(out)
-    return [
-        _pack_split(
-            data,
-            name,
-            out if split is not None else out / name,
-            treatment,
-            samples_per_shard,
-            workers,
-            advance,
-        )
-        for name in splits
-    ]
+    records, copies = without_copies(data.records, workers)
+    treatment = Treatment(resize, quality, max_pixels)
+    plans = []
+    for name in splits:
+        folder = Path(out) if split is not None else Path(out) / name
+        mine = [record for record in records if record.split == name]
+        refused = _refused((*data.rejected, *copies), name)
+        plans.append(_plan(data, name, folder, treatment, samples_per_shard, mine, refused))
+    total = sum(len(task.records) for plan in plans for task in plan.of(part))
+    advance = _counting(total, progress)
+    try:
+        return [_pack_split(plan, part, workers, advance) for plan in plans]
+    except OSError as error:
+        raise ConfigError(
+            f"out={out}: cannot be written ({error.strerror}); make room there or choose another "
+            "folder, and run again: finished shards are kept"
+        ) from error
 
 
-def _check(samples_per_shard: int, resize: int | None, max_pixels: int) -> None:
+def _check(
+    samples_per_shard: int, resize: int | None, max_pixels: int, quality: int | None
+) -> None:
     if samples_per_shard < 1 or max_pixels < 1 or (resize is not None and resize < 1):
         raise ConfigError(
             f"samples_per_shard={samples_per_shard}, resize={resize} and max_pixels={max_pixels} "
             "must be at least 1"
         )
+    if quality is not None and not 1 <= quality <= 100:
+        raise ConfigError(f"quality={quality} is not a quality; give 1 to 100")
 
 
 def _counting(total: int, progress: Callable[[int, int], None] | None) -> Callable[[int], None]:
@@ -140,73 +130,114 @@ def _choose(data: Source, path: Path, split: str | None) -> tuple[str, ...]:
     return (split,)
 
 
-def _pack_split(
+def _refused(rejected: Iterable[Rejection], split: str) -> list[tuple[str, str]]:
+    return [(one.key, one.reason) for one in rejected if one.split in (split, None)]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One split to pack: its shards, and what was left out before any image was read."""
+
+    data: Source
+    split: str
+    folder: Path
+    settings: str
+    tasks: tuple[Task, ...]
+    refused: list[tuple[str, str]]
+
+    def of(self, part: Part) -> tuple[Task, ...]:
+        """The shards that are a part's to write."""
+        return self.tasks[part.index - 1 :: part.count]
+
+
+def _plan(
     data: Source,
     split: str,
     folder: Path,
     treatment: Treatment,
-    samples_per_shard: int,
-    workers: int,
-    advance: Callable[[int], None],
-) -> PackResult:
-    records = [record for record in data.records if record.split == split]
-    refused = [(r.key, r.reason) for r in data.rejected if r.split in (split, None)]
-    settings = settings_digest(split, treatment, samples_per_shard, records, refused)
-    folder.mkdir(parents=True, exist_ok=True)
-    tasks = [
+    size: int,
+    records: list[Record],
+    refused: list[tuple[str, str]],
+) -> _Plan:
+    settings = settings_digest(split, treatment, size, records, refused)
+    tasks = tuple(
         Task(
             folder,
-            f"{split}-{start // samples_per_shard:06d}.tar",
+            f"{split}-{start // size:06d}.tar",
             settings,
             treatment,
-            tuple(records[start : start + samples_per_shard]),
+            tuple(records[start : start + size]),
         )
-        for start in range(0, len(records), samples_per_shard)
-    ]
-    finished = finished_manifest(folder, settings)
-    if finished is None:
-        require_own_folder(folder, tasks)
-        finished, rejected, kept = _write_all(data.name, split, tasks, refused, workers, advance)
+        for start in range(0, len(records), size)
+    )
+    return _Plan(data, split, folder, settings, tasks, refused)
+
+
+def _pack_split(
+    plan: _Plan, part: Part, workers: int, advance: Callable[[int], None]
+) -> PackResult:
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    mine = plan.of(part)
+    manifest, kept = finished_manifest(plan.folder, plan.settings), len(mine)
+    if manifest:
+        advance(sum(len(task.records) for task in mine))
     else:
-        advance(len(records))
-        rejected, kept = count_rejected(folder), len(finished.shards)
-    for task in tasks:
-        task.note.unlink(missing_ok=True)
+        require_own_folder(plan.folder, plan.tasks)
+        written = {}
+        for task, done in zip(mine, map_ordered(write_shard, mine, workers), strict=True):
+            written[task.name] = done
+            advance(len(task.records))
+        everyone = [written.get(task.name) or read_done(task) for task in plan.tasks]
+        kept = sum(done.kept for done in written.values())
+        # The notes of other parts are gone once one of them has written the manifest.
+        manifest = finished_manifest(plan.folder, plan.settings, trust=True)
+        if manifest is None and None in everyone:
+            return _unfinished(plan, list(written.values()), everyone.count(None))
+        manifest = manifest or _finish(plan, [done for done in everyone if done])
+    sweep(plan.folder, plan.tasks)
+    reasons = read_reasons(plan.folder)
     return PackResult(
-        split, folder, len(finished.shards), finished.samples, finished.captions, rejected, kept
+        plan.split,
+        plan.folder,
+        len(manifest.shards),
+        manifest.samples,
+        manifest.captions,
+        sum(reasons.values()),
+        kept,
+        tuple(reasons.most_common(_REASONS)),
     )
 
 
-def _write_all(
-    source: str,
-    split: str,
-    tasks: list[Task],
-    refused: list[tuple[str, str]],
-    workers: int,
-    advance: Callable[[int], None],
-) -> tuple[Manifest, int, int]:
-    """Write what is not there yet, then the list of rejected images, then the manifest."""
-    folder = tasks[0].folder
-    shards, rejected, kept = [], list(refused), 0
-    for task, done in zip(tasks, map_ordered(write_shard, tasks, workers), strict=True):
-        if done.shard is not None:
-            shards.append(done.shard)
-        rejected += done.rejected
-        kept += done.kept
-        advance(len(task.records))
-    write_rejected(folder, rejected)
-    if not shards:
-        for task in tasks:
-            task.note.unlink()
+def _unfinished(plan: _Plan, written: list[Done], missing: int) -> PackResult:
+    """What one part did while others are not done."""
+    shards = [done.shard for done in written if done.shard]
+    return PackResult(
+        plan.split,
+        plan.folder,
+        len(shards),
+        sum(shard.samples for shard in shards),
+        sum(sum(shard.captions) for shard in shards),
+        sum(len(done.rejected) for done in written),
+        sum(done.kept for done in written),
+        missing=missing,
+    )
+
+
+def _finish(plan: _Plan, everyone: list[Done]) -> Manifest:
+    """Write the list of rejected images, then the manifest."""
+    rejected = [*plan.refused, *(line for done in everyone for line in done.rejected)]
+    write_rejected(plan.folder, rejected)
+    packed = [done for done in everyone if done.shard]
+    if not packed:
+        sweep(plan.folder, plan.tasks)
         key, reason = rejected[0]
         raise DataError(
-            f"{folder}: nothing was packed: all {len(rejected)} images were rejected, "
+            f"{plan.folder}: nothing was packed: all {len(rejected)} images were rejected, "
             f"first {key}: {reason}; see {REJECTED_NAME}"
         )
-    manifest = Manifest(split, source, tuple(shards), tasks[0].settings)
-    write_manifest(folder, manifest)
-    return manifest, len(rejected), kept
-
-
-def _counted(number: int, name: str) -> str:
-    return f"{number:,} {name}{'' if number == 1 else 's'}"
+    identified, _ = with_identities(
+        [done.shard for done in packed if done.shard], [done.traits for done in packed]
+    )
+    manifest = Manifest(plan.split, plan.data.name, identified, plan.settings, plan.data.classes)
+    write_manifest(plan.folder, manifest)
+    return manifest

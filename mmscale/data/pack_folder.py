@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,11 +12,11 @@ from mmscale.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from mmscale.data.shard_writer import Task, is_sound, read_note
 from mmscale.data.sources import Record
 from mmscale.durable import replace_file
-from mmscale.errors import DataError
+from mmscale.errors import DataError, printable
 
 REJECTED_NAME = "rejected.txt"
 # Changes when the same records would give other bytes.
-_BYTES_VERSION = 1
+_BYTES_VERSION = 2
 
 
 def settings_digest(
@@ -36,11 +38,19 @@ def settings_digest(
         file = (record.image.name, size)
         fields = (record.key, record.captions, record.source, record.image_id, record.label, file)
         digest.update(json.dumps(fields).encode())
+        if record.group is not None:
+            digest.update(json.dumps(record.group).encode())
     return digest.hexdigest()
 
 
-def finished_manifest(folder: Path, settings: str) -> Manifest | None:
-    """The manifest of a folder that needs no work; None where it does."""
+def finished_manifest(folder: Path, settings: str, trust: bool = False) -> Manifest | None:
+    """The manifest of a folder that needs no work; None where it does.
+
+    Args:
+        folder: What was packed into.
+        settings: What the pack was asked for.
+        trust: The shards were checked a moment ago.
+    """
     if not (folder / MANIFEST_NAME).exists():
         return None
     manifest = read_manifest(folder)
@@ -49,13 +59,13 @@ def finished_manifest(folder: Path, settings: str) -> Manifest | None:
             f"{folder}: was packed from other data or with other settings; remove it, or pack into "
             "another folder"
         )
-    if all(is_sound(folder, shard) for shard in manifest.shards):
+    if trust or all(is_sound(folder, shard) for shard in manifest.shards):
         return manifest
-    (folder / MANIFEST_NAME).unlink()
+    (folder / MANIFEST_NAME).unlink(missing_ok=True)
     return None
 
 
-def require_own_folder(folder: Path, tasks: list[Task]) -> None:
+def require_own_folder(folder: Path, tasks: Sequence[Task]) -> None:
     """Refuse to mix this pack's shards with others."""
     ours = {task.name for task in tasks}
     if other := next((p for p in sorted(folder.glob("*.tar")) if p.name not in ours), None):
@@ -73,15 +83,29 @@ def require_own_folder(folder: Path, tasks: list[Task]) -> None:
 
 
 def write_rejected(folder: Path, rejected: list[tuple[str, str]]) -> None:
-    """List the images that were left out, one a line; no file where there are none."""
-    lines = "".join(f"{key}\t{' '.join(reason.split())}\n" for key, reason in rejected)
+    """List what was left out, one a line; no file where there is nothing."""
+    lines = "".join(f"{_line(key)}\t{_line(reason)}\n" for key, reason in rejected)
     if rejected:
-        replace_file(folder / REJECTED_NAME, lines.encode())
+        replace_file(folder / REJECTED_NAME, lines.encode("utf-8", "backslashreplace"))
     else:
         (folder / REJECTED_NAME).unlink(missing_ok=True)
 
 
-def count_rejected(folder: Path) -> int:
-    """Images that an earlier run left out."""
+def sweep(folder: Path, tasks: Sequence[Task]) -> None:
+    """Remove what a finished pack needs no more, and what killed processes left."""
+    for task in tasks:
+        task.note.unlink(missing_ok=True)
+    for left in (*folder.glob("..*.json.*.part"), *folder.glob(".rejected.txt.*.part")):
+        left.unlink(missing_ok=True)
+
+
+def _line(text: str) -> str:
+    """A text from a source on one line, with nothing in it that could steer a terminal."""
+    return printable(" ".join(text.split()))
+
+
+def read_reasons(folder: Path) -> Counter[str]:
+    """How often each reason stands in the list of rejected images."""
     path = folder / REJECTED_NAME
-    return path.read_bytes().count(b"\n") if path.is_file() else 0
+    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+    return Counter(line.partition("\t")[2].partition(":")[0] for line in lines)

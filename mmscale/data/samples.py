@@ -9,8 +9,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mmscale.contracts import InputSpec
-from mmscale.data.shards import DamagedSampleError, SampleReader, ShardSet
-from mmscale.data.transform import decode, eval_transform
+from mmscale.data.caption_text import are_cut
+from mmscale.data.decode import decode
+from mmscale.data.reader import DamagedSampleError, SampleReader
+from mmscale.data.shards import ShardSet
+from mmscale.data.transform import eval_transform, stack_rows
 from mmscale.dist.signals import outlive_termination
 
 
@@ -21,6 +24,7 @@ class SampleBatch:
     Attributes:
         pixels: [m c h w] bytes; None where every sample is damaged.
         tokens: Token ids of all captions of these samples, one list each.
+        cut: Whether each of them had more tokens than the tower takes.
         places: Place of each decoded sample in the whole set.
         image_ids: Identity of each decoded sample.
         keys: Key of each decoded sample.
@@ -30,6 +34,7 @@ class SampleBatch:
 
     pixels: Tensor | None
     tokens: list[list[int]] = field(default_factory=list)
+    cut: list[bool] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
     image_ids: list[int] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
@@ -67,8 +72,10 @@ class SampleBatches(Dataset):
             batch.keys.append(sample.key)
             batch.captions.append(sample.captions)
         if pixels:
-            batch.pixels = torch.stack(pixels)
-        batch.tokens = self._spec.tokenize([c for captions in batch.captions for c in captions])
+            batch.pixels = stack_rows(pixels)
+        texts = [caption for captions in batch.captions for caption in captions]
+        batch.tokens = self._spec.tokenize(texts)
+        batch.cut = are_cut(self._spec, texts, batch.tokens)
         return batch
 
     def loader(self, workers: int) -> DataLoader:

@@ -1,46 +1,49 @@
-"""Samples out of packed shards by their place: one read a sample, nothing extracted to disk.
-
-Only images, `.txt` and `.json` are looked at; every other member is passed over unread.
-"""
+"""Which shards a setting names, and where they lie: folders, globs, brace lists, URLs, commands."""
 
 import glob
-import io
-from collections import OrderedDict
-from dataclasses import dataclass
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import TypeAlias
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 import braceexpand
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from mmscale.data.manifest import Shard, read_manifest
-from mmscale.data.members import IMAGE_SUFFIXES, describe_members, image_of
-from mmscale.errors import DataError
+from mmscale.config.schema import DataConfig
+from mmscale.config.sources import SourceConfig
+from mmscale.data.manifest import MANIFEST_NAME, Manifest, Shard, parse_manifest, read_manifest
+from mmscale.data.remote import NotThereError, Web, is_pipe, is_remote, is_web, piped, shown
+from mmscale.errors import ConfigError, DataError
 
-_OPEN_FILES = 64
+Place: TypeAlias = Path | str
+Setting: TypeAlias = "str | list[str] | list[SourceConfig]"
 
-
-class DamagedSampleError(Exception):
-    """A sample that cannot be used; the stream puts another in its place."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image as it lies in a shard, undecoded, with its captions."""
-
-    key: str
-    image: bytes
-    captions: tuple[str, ...]
-    image_id: int
+_MOST_SHARDS = 1_000_000
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
+_TAR_NAME = re.compile(r"[^\s/'\"=:]+\.tar")
+# Stands for the file name in a command; a command cannot hold it.
+_MARK = "\0"
+# Sizes are asked of a file server many at a time.
+_STATS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
 class ShardSet:
-    """Shards and the folders that they lie in."""
+    """Shards and where they lie.
+
+    Attributes:
+        shards: Their manifests' records; none where they are read without a manifest.
+        paths: A file, a URL or a command each.
+        digest: Changes when any byte of any shard does.
+        sources: How many of the shards each source has, in their order, and its weight.
+    """
 
     shards: tuple[Shard, ...]
-    paths: tuple[Path, ...]
+    paths: tuple[Place, ...]
     digest: str
+    sources: tuple[tuple[int, float], ...]
 
     @property
     def samples(self) -> int:
@@ -48,132 +51,223 @@ class ShardSet:
         return sum(shard.samples for shard in self.shards)
 
 
-def open_shards(setting: str, where: str | list[str]) -> ShardSet:
-    """Find shards by a packed folder, or by globs and brace lists of tars beside their manifest.
+def open_train(data: DataConfig) -> ShardSet:
+    """The shards that a run trains on."""
+    if data.resampled:
+        return list_shards("data.train", data.train, data.allow_pipe)
+    return open_shards("data.train", data.train, data.allow_pipe)
+
+
+def open_shards(setting: str, where: Setting, allow_pipe: bool = False) -> ShardSet:
+    """Find shards and their manifests, which lie beside them.
 
     Args:
         setting: Name of the setting, for messages.
-        where: Its value.
+        where: Its value: a packed folder, or globs and brace lists of tars; URLs of either; or
+            commands that write a tar. Or sources with weights.
+        allow_pipe: Whether commands may be run.
 
     Raises:
+        ConfigError: A command that may not be run.
         DataError: No shard matches, or there is no manifest.
     """
-    patterns = [where] if isinstance(where, str) else where
-    picked: list[tuple[Path, Shard]] = []
-    for pattern in patterns:
-        picked += _match(setting, pattern)
-    if not picked:
-        raise DataError(
-            f"{setting}={where}: no shard matches; name a folder that mmscale pack wrote"
-        )
-    for path, shard in picked:
-        _check_size(path, shard)
+    finder = _Finder(setting, allow_pipe)
+    picked: list[tuple[Place, Shard]] = []
+    sources = []
+    for patterns, weight in _sources(where):
+        found = [pair for pattern in patterns for pair in finder.indexed(pattern)]
+        sources.append((len(found), weight))
+        picked += found
+    _check_sizes([(path, shard) for path, shard in picked if isinstance(path, Path)])
     paths, shards = zip(*picked, strict=True)
     names = ",".join(shard.sha256 for shard in shards)
-    return ShardSet(shards, paths, f"{len(patterns)}:{names}")
+    count = sum(len(patterns) for patterns, _ in _sources(where))
+    return ShardSet(shards, paths, f"{count}:{names}", tuple(sources))
 
 
-def _match(setting: str, pattern: str) -> list[tuple[Path, Shard]]:
-    folder = Path(pattern)
-    if folder.is_dir():
-        manifest = read_manifest(folder)
-        return [(folder / shard.name, shard) for shard in manifest.shards]
-    parts = braceexpand.braceexpand(pattern)
-    found = sorted({Path(path) for part in parts for path in glob.glob(part)})  # noqa: PTH207
-    if not found:
-        raise DataError(
-            f"{setting}={pattern}: no shard matches; name a folder that mmscale pack wrote, or "
-            "tars such as 'shards/train-{000000..000028}.tar'"
-        )
-    manifest = read_manifest(found[0].parent)
-    listed = {shard.name: shard for shard in manifest.shards}
-    unknown = [path for path in found if path.name not in listed or path.parent != found[0].parent]
-    if unknown:
-        raise DataError(
-            f"{unknown[0]}: not in the manifest of {found[0].parent}; run mmscale index on "
-            "the shards"
-        )
-    return [(path, listed[path.name]) for path in found]
+def list_shards(setting: str, where: Setting, allow_pipe: bool = False) -> ShardSet:
+    """Find shards that are read without a manifest; arguments and errors as `open_shards`."""
+    finder = _Finder(setting, allow_pipe)
+    paths: list[Place] = []
+    sources = []
+    for patterns, weight in _sources(where):
+        found = [path for pattern in patterns for path in finder.named(pattern)]
+        sources.append((len(found), weight))
+        paths += found
+    return ShardSet((), tuple(paths), "", tuple(sources))
 
 
-def _check_size(path: Path, shard: Shard) -> None:
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise DataError(
-            f"{path}: the manifest lists it but it cannot be opened ({error.strerror}); "
-            "restore the shard or pack again"
-        ) from error
-    if size != shard.bytes:
-        raise DataError(
-            f"{path}: {size} bytes, its manifest says {shard.bytes}; restore the shard or pack "
-            "again (mmscale verify names every fault)"
-        )
+def _sources(where: Setting) -> list[tuple[list[str], float]]:
+    """Patterns and weight of each source."""
+    if isinstance(where, str):
+        return [([where], 1.0)]
+    texts = [entry for entry in where if isinstance(entry, str)]
+    if texts:
+        return [(texts, 1.0)]
+    return [
+        ([entry.shards] if isinstance(entry.shards, str) else entry.shards, entry.weight)
+        for entry in where
+        if isinstance(entry, SourceConfig)
+    ]
 
 
-class SampleReader:
-    """Reads samples by (shard, sample); keeps a bounded number of shards open."""
+@dataclass
+class _Finder:
+    """What patterns of one setting match; reads each manifest once."""
 
-    def __init__(self, shards: ShardSet):
-        self._set = shards
-        self._files: OrderedDict[int, BinaryIO] = OrderedDict()
+    setting: str
+    allow_pipe: bool
+    _web: Web = field(default_factory=Web)
+    _manifests: dict[str, dict[str, Shard]] = field(default_factory=dict)
 
-    def read(self, shard: int, sample: int) -> Sample:
-        """The sample at a place.
+    def indexed(self, pattern: str) -> list[tuple[Place, Shard]]:
+        """Shards of a pattern with their manifest's records."""
+        folder = self._folder(pattern)
+        if folder is not None:
+            manifest = self._manifest(folder)
+            return [(_beside(folder, name), shard) for name, shard in manifest.items()]
+        found = []
+        for path in self._tars(pattern):
+            folder, name = _split(path)
+            shard = self._manifest(folder).get(name)
+            if shard is None:
+                raise DataError(
+                    f"{shown(path)}: not in {shown(_beside(folder, MANIFEST_NAME))}; run mmscale "
+                    "index on the shards"
+                )
+            found.append((path, shard))
+        return found
 
-        Raises:
-            DamagedSampleError: What lies there is not a sample.
-            DataError: The shard cannot be read at all.
-        """
-        offsets = self._set.shards[shard].offsets
-        start = offsets[sample]
-        end = offsets[sample + 1] if sample + 1 < len(offsets) else self._set.shards[shard].bytes
-        path = self._set.paths[shard]
+    def named(self, pattern: str) -> list[Place]:
+        """Shards of a pattern, whatever they hold."""
+        folder = self._folder(pattern)
+        if isinstance(folder, Path):
+            return self._tars(glob.escape(str(folder)) + "/*.tar")
+        if folder is not None:
+            return [path for path, _ in self.indexed(pattern)]
+        return self._tars(pattern)
+
+    def _folder(self, pattern: str) -> Place | None:
+        """The packed folder that a pattern is; None where it names tars."""
+        if is_web(pattern):
+            is_tar = urlsplit(pattern).path.endswith((".tar", "}"))
+            return None if is_tar else pattern
+        return Path(pattern) if not is_pipe(pattern) and Path(pattern).is_dir() else None
+
+    def _tars(self, pattern: str) -> list[Place]:
+        if is_pipe(pattern) and not self.allow_pipe:
+            raise ConfigError(
+                f"{self.setting}={pattern}: runs a command, which is not allowed; set "
+                "data.allow_pipe=true if you trust it"
+            )
+        parts = self._expand(pattern)
+        if is_remote(pattern):
+            return list(parts)
+        found = sorted({path for part in parts for path in _on_disk(part)})
+        if not found:
+            raise DataError(
+                f"{self.setting}={pattern}: no shard matches; name a folder that mmscale pack "
+                "wrote, or tars such as 'shards/train-{000000..000028}.tar'"
+            )
+        if missing := next((p for p in parts if not glob.has_magic(p) and not _on_disk(p)), None):
+            raise DataError(
+                f"{self.setting}={pattern}: there is no {missing}; restore the shard or leave it "
+                "out of the list"
+            )
+        return list(found)
+
+    def _expand(self, pattern: str) -> list[str]:
+        count = 1
+        for low, high in _RANGE.findall(pattern):
+            count *= abs(int(high) - int(low)) + 1
         try:
-            file = self._open(shard, path)
-            file.seek(start)
-            content = file.read(end - start)
+            parts = [] if count > _MOST_SHARDS else braceexpand.braceexpand(pattern)
+            expanded = list(islice(parts, _MOST_SHARDS + 1))
+        except ValueError as error:
+            raise DataError(
+                f"{self.setting}={pattern}: its braces do not match; write for example "
+                "'shards/train-{000000..000028}.tar'"
+            ) from error
+        if not 0 < len(expanded) <= _MOST_SHARDS:
+            raise DataError(
+                f"{self.setting}={pattern}: names more than {_MOST_SHARDS:,} shards; narrow its "
+                "braces, or name the folder"
+            )
+        return expanded
+
+    def _manifest(self, folder: Place) -> dict[str, Shard]:
+        if str(folder) not in self._manifests:
+            local = isinstance(folder, Path)
+            manifest = read_manifest(Path(folder)) if local else self._fetch_manifest(str(folder))
+            self._manifests[str(folder)] = {shard.name: shard for shard in manifest.shards}
+        return self._manifests[str(folder)]
+
+    def _fetch_manifest(self, folder: str) -> Manifest:
+        where = str(_beside(folder, MANIFEST_NAME))
+        try:
+            content = b"".join(piped(where) if is_pipe(where) else self._web.chunks(where))
+        except DataError as error:
+            if is_web(where) and not isinstance(error, NotThereError):
+                raise
+            raise DataError(
+                f"{self.setting}: the shards have no manifest ({error}); write it with mmscale "
+                f"index and put {MANIFEST_NAME} beside them, or set data.resampled=true"
+            ) from error
+        return parse_manifest(shown(where), content)
+
+
+def _beside(folder: Place, name: str) -> Place:
+    """The place of a file in a folder, a URL's folder, or a command's with a mark in it."""
+    if isinstance(folder, Path):
+        return folder / name
+    if is_pipe(folder):
+        return folder.replace(_MARK, name)
+    parts = urlsplit(folder)
+    path = f"{parts.path.rstrip('/')}/{quote(name)}"
+    return urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
+
+
+def _split(path: Place) -> tuple[Place, str]:
+    """Folder and file name of a shard."""
+    if isinstance(path, Path):
+        return path.parent, path.name
+    if is_pipe(path):
+        # The command itself, a mark in the place of the file name.
+        names = list(_TAR_NAME.finditer(path))
+        if not names:
+            raise DataError(
+                f"{path}: names no .tar, so nothing tells where its manifest is; set "
+                "data.resampled=true"
+            )
+        start, end = names[-1].span()
+        return f"{path[:start]}{_MARK}{path[end:]}", names[-1][0]
+    parts = urlsplit(path)
+    folder, _, name = parts.path.rpartition("/")
+    return urlunsplit((parts.scheme, parts.netloc, folder, parts.query, "")), unquote(name)
+
+
+def _on_disk(pattern: str) -> list[Path]:
+    return [Path(path) for path in glob.glob(pattern)]  # noqa: PTH207
+
+
+def _check_sizes(picked: list[tuple[Path, Shard]]) -> None:
+    with ThreadPoolExecutor(_STATS_AT_ONCE) as pool:
+        parts = [picked[start::_STATS_AT_ONCE] for start in range(_STATS_AT_ONCE)]
+        for _ in pool.map(_check_part, parts):
+            pass
+
+
+def _check_part(picked: list[tuple[Path, Shard]]) -> None:
+    for path, shard in picked:
+        try:
+            size = path.stat().st_size
         except OSError as error:
             raise DataError(
-                f"{path}: cannot be read ({error.strerror}); restore the shard"
+                f"{path}: the manifest lists it but it cannot be opened ({error.strerror}); "
+                "restore the shard or pack again"
             ) from error
-        return parse_sample(content, f"{path.name} sample {sample}")
-
-    def _open(self, shard: int, path: Path) -> BinaryIO:
-        if shard in self._files:
-            self._files.move_to_end(shard)
-            return self._files[shard]
-        if len(self._files) >= _OPEN_FILES:
-            self._files.popitem(last=False)[1].close()
-        file = path.open("rb")
-        self._files[shard] = file
-        return file
-
-
-def parse_sample(content: bytes, where: str) -> Sample:
-    """A sample from its members' bytes.
-
-    Raises:
-        DamagedSampleError: Not a tar, no image, no caption, or a wrong description.
-    """
-    try:
-        files = tar_file_expander(
-            [{"url": where, "stream": io.BytesIO(content)}], select_files=_wanted
-        )
-        members = next(group_by_keys(files), None)
-    except Exception as error:
-        raise DamagedSampleError(f"{where}: not a tar member ({error})") from error
-    if members is None:
-        raise DamagedSampleError(f"{where}: holds no image, txt or json member")
-    key = str(members["__key__"])
-    image = image_of(members)
-    if image is None:
-        raise DamagedSampleError(f"{where} {key}: has no image")
-    description = describe_members(key, members)
-    if description.fault:
-        raise DamagedSampleError(f"{where} {key}: {description.fault}")
-    return Sample(key, image, description.captions, description.image_id)
-
-
-def _wanted(name: str) -> bool:
-    return name.rsplit(".", 1)[-1].lower() in (*IMAGE_SUFFIXES, "txt", "json")
+        if size != shard.bytes:
+            raise DataError(
+                f"{path}: {size} bytes, its manifest says {shard.bytes}; restore the shard or "
+                "pack again (mmscale verify names every fault)"
+            )

@@ -1,125 +1,56 @@
 """The training stream: the same ordered rows at every world and worker count.
 
-`TrainStream.batches(position)` is what the loop iterates. Workers decode whole lane shares; the
-training process puts a batch together from its lanes' shares in lane order.
+`TrainStream.batches(position)` is what the loop iterates. Each worker decodes neighbouring lanes of
+each batch; the training process lays the workers' parts end to end, which is lane order.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from mmscale.config.schema import Config
+from mmscale.config.schema import Config, DataConfig
 from mmscale.contracts import Batch, InputSpec, Position, World
-from mmscale.data.lanes import Item, Lane, Tape, seeded, turns_of
-from mmscale.data.shards import DamagedSampleError, SampleReader, ShardSet
-from mmscale.data.transform import decode, normalise, train_transform
+from mmscale.data.caption_text import are_cut
+from mmscale.data.decode import open_picture
+from mmscale.data.decoded_cache import DecodedCache, Shrinking
+from mmscale.data.lanes import Item, sections, seeded
+from mmscale.data.reader import DamagedSampleError, SampleReader
+from mmscale.data.schedule import AnyLane, Schedule
+from mmscale.data.shards import ShardSet
+from mmscale.data.transform import TrainTransform, stack_rows
 from mmscale.dist.signals import outlive_termination
-from mmscale.errors import ConfigError, DataError
+from mmscale.errors import DataError
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """Which items make up which batch; shared by the decoding and the cached stream.
+class Row:
+    """One image-caption pair, decoded."""
 
-    Attributes:
-        captions: For each shard, each sample's number of captions.
-        choice: `random`, `first`, `flat`, or captions an image.
-        seed: The run's seed.
-        lanes: Lanes of an epoch.
-        lane_items: Items a lane gives to each batch.
-        buffer: Samples that one lane holds for shuffling.
-    """
-
-    captions: list[tuple[int, ...]]
-    choice: str | int
-    seed: int
-    lanes: int
-    lane_items: int
-    buffer: int
-
-    @property
-    def rows_per_item(self) -> int:
-        """Rows that one sample's turn gives."""
-        return self.choice if isinstance(self.choice, int) else 1
-
-    @property
-    def items(self) -> int:
-        """Turns of an epoch, the remainder included."""
-        counts = [count for shard in self.captions for count in shard]
-        return sum(counts) if self.choice == "flat" else len(counts)
-
-    @property
-    def steps(self) -> int:
-        """Full batches of an epoch."""
-        return self.items // (self.lanes * self.lane_items)
-
-    @property
-    def batch_rows(self) -> int:
-        """Rows of a global batch."""
-        return self.lanes * self.lane_items * self.rows_per_item
-
-    def epoch(self, epoch: int) -> list[Lane]:
-        """The lanes of one epoch."""
-        tape = Tape(turns_of(self.captions, self.choice == "flat"), self.seed, epoch)
-        length = self.steps * self.lane_items
-        return [
-            Lane(tape, index, length, self.buffer, self.seed, epoch) for index in range(self.lanes)
-        ]
-
-    def pick(self, key: str, captions: int, epoch: int, turn: int) -> list[int]:
-        """Which captions of a sample are its rows in this turn."""
-        if self.choice == "first":
-            return [0]
-        start = seeded(self.seed, epoch if self.choice != "flat" else "flat", key, "caption")
-        if self.choice == "flat":
-            return [(start + turn) % captions]
-        return [(start + offset) % captions for offset in range(self.rows_per_item)]
-
-    def after(self, position: Position) -> Position:
-        """The position one batch later."""
-        rows = position.rows + self.batch_rows
-        if rows >= self.steps * self.batch_rows:
-            return Position(position.epoch + 1, 0)
-        return Position(position.epoch, rows)
-
-
-def plan_schedule(config: Config, captions: list[tuple[int, ...]], lanes: int) -> Schedule:
-    """The order of a run's data.
-
-    Raises:
-        ConfigError: The data does not fill one batch.
-    """
-    choice = config.data.captions
-    per_item = choice if isinstance(choice, int) else 1
-    schedule = Schedule(
-        captions,
-        choice,
-        config.run.seed,
-        lanes,
-        config.train.global_batch_size // per_item // lanes,
-        max(1, config.data.shuffle_buffer // lanes),
-    )
-    if schedule.steps == 0:
-        raise ConfigError(
-            f"train.global_batch_size={config.train.global_batch_size} is more than the "
-            f"{schedule.items * per_item} rows of data.train={config.data.train}; lower it"
-        )
-    return schedule
+    pixels: Tensor
+    key: str
+    caption: str
+    image_id: int
+    match_id: int
+    label: int
 
 
 @dataclass
 class Share:
-    """One lane's part of one batch, decoded."""
+    """One worker's part of one batch, decoded: the rows of neighbouring lanes."""
 
     pixels: Tensor | None
     tokens: list[list[int]] = field(default_factory=list)
     image_ids: list[int] = field(default_factory=list)
+    match_ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
+    cut: int = 0
     damaged: list[str] = field(default_factory=list)
 
 
@@ -140,31 +71,31 @@ class TrainStream:
             turns,
             batch_size=None,
             num_workers=workers,
-            prefetch_factor=max(2, 2 * turns.lane_count // workers) if workers else None,
             # Its own generator: the global one must not move when a loader starts.
             generator=torch.Generator(),
             worker_init_fn=outlive_termination,
         )
         shares = (_sound(share) for share in loader if share is not None)
-        while rank_shares := list(islice(shares, turns.lane_count)):
+        # One part a worker and batch: a part a lane would cost more to send than to decode.
+        while rank_shares := list(islice(shares, min(max(1, workers), turns.lane_count))):
             position = self.schedule.after(position)
             yield assemble(rank_shares, self._spec), position
 
 
 def assemble(shares: list[Share], spec: InputSpec) -> Batch:
-    """A rank's batch from its lanes' shares, tokens trimmed to the longest caption at hand."""
+    """A rank's batch from its workers' shares, tokens trimmed to the longest caption at hand."""
     tokens, mask = pad([row for share in shares for row in share.tokens], spec.pad_token)
-    image_ids = torch.tensor([i for share in shares for i in share.image_ids])
-    pixels = torch.cat([share.pixels for share in shares if share.pixels is not None])
+    pixels = [share.pixels for share in shares if share.pixels is not None]
     return Batch(
-        image=normalise(pixels, spec),
+        image=torch.cat(pixels) if len(pixels) > 1 else pixels[0],
         tokens=tokens,
         mask=mask,
-        image_ids=image_ids,
-        match_ids=image_ids,
-        labels=torch.full_like(image_ids, -1),
+        image_ids=torch.tensor([i for share in shares for i in share.image_ids]),
+        match_ids=torch.tensor([i for share in shares for i in share.match_ids]),
+        labels=torch.tensor([label for share in shares for label in share.labels]),
         keys=[key for share in shares for key in share.keys],
         captions=[caption for share in shares for caption in share.captions],
+        cut=sum(share.cut for share in shares),
         damaged=[line for share in shares for line in share.damaged],
     )
 
@@ -186,8 +117,15 @@ def pad(rows: list[list[int]], pad_token: int) -> tuple[Tensor, Tensor]:
     return tokens, mask
 
 
+def _decoded_cache(data: DataConfig, spec: InputSpec) -> DecodedCache | None:
+    if data.decoded_cache is None:
+        return None
+    shrinking = Shrinking.for_run(data, spec)
+    return DecodedCache(Path(data.decoded_cache), shrinking, data.cache_gb * 1e9)
+
+
 class _Turns(IterableDataset):
-    """A worker's lane shares, in turn; None where a worker has no lane left in a round."""
+    """A worker's share of each batch; None from a worker that has no lane."""
 
     def __init__(
         self,
@@ -199,7 +137,9 @@ class _Turns(IterableDataset):
         position: Position,
     ):
         self._shards, self._schedule, self._spec = shards, schedule, spec
-        self._transform = train_transform(spec, config.data.augment, config.data.crop_scale)
+        data, self._cache = config.data, _decoded_cache(config.data, spec)
+        picture = self._cache.picture if self._cache else open_picture
+        self._transform = TrainTransform(spec, data.augment, data.crop_scale, picture)
         self._position = position
         self.lane_count = schedule.lanes // world.size
         self._first_lane = world.rank * self.lane_count
@@ -214,68 +154,74 @@ class _Turns(IterableDataset):
     def _shares(self) -> Iterator[Share | None]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        reader = SampleReader(self._shards)
+        part = sections(self.lane_count, workers)[worker]
+        reader = SampleReader(self._shards, self._schedule.buffer * len(part))
         epoch, rows = self._position.epoch, self._position.rows
+        mine = range(self._first_lane + part.start, self._first_lane + part.stop)
         while True:
-            lanes = self._schedule.epoch(epoch)
-            mine = [
-                lanes[self._first_lane + turn * workers + worker]
-                if turn * workers + worker < self.lane_count
-                else None
-                for turn in range(-(-self.lane_count // workers))
-            ]
+            if self._cache:
+                self._cache.renew()
             yield from self._epoch(mine, epoch, rows // self._schedule.batch_rows, reader)
             epoch, rows = epoch + 1, 0
 
     def _epoch(
-        self, lanes: list[Lane | None], epoch: int, step: int, reader: SampleReader
+        self, mine: Sequence[int], epoch: int, step: int, reader: SampleReader
     ) -> Iterator[Share | None]:
+        """This worker's share of each batch."""
         count = self._schedule.lane_items
-        streams = [None if lane is None else lane.items(step * count) for lane in lanes]
+        streams = [
+            (lane, reader.ahead(items)) for lane, items in self._schedule.streams(epoch, mine, step)
+        ]
         for at in range(step, self._schedule.steps):
-            for lane, items in zip(lanes, streams, strict=True):
-                if lane is None or items is None:
-                    yield None
-                    continue
-                yield self._share(lane, list(islice(items, count)), at * count, epoch, reader)
+            turns = [
+                (lane, at * count + offset, item)
+                for lane, items in streams
+                for offset, item in enumerate(islice(items, count))
+            ]
+            yield self._share(turns, epoch, reader) if turns else None
 
     def _share(
-        self, lane: Lane, items: list[Item], start: int, epoch: int, reader: SampleReader
+        self, turns: list[tuple[AnyLane, int, Item]], epoch: int, reader: SampleReader
     ) -> Share:
+        """The rows of some turns, each an item with its lane and its place there."""
         share, pixels = Share(None), []
-        for offset, item in enumerate(items):
+        for lane, place, item in turns:
             try:
                 rows = self._rows(item, epoch, reader)
             except DamagedSampleError as error:
-                rows = self._nearest(lane, start + offset, epoch, reader, str(error))
+                rows = self._nearest(lane, place, epoch, reader, str(error))
                 share.damaged.append(str(error))
-            for image, key, caption, image_id in rows:
-                pixels.append(image)
-                share.keys.append(key)
-                share.captions.append(caption)
-                share.image_ids.append(image_id)
+            for row in rows:
+                pixels.append(row.pixels)
+                share.keys.append(row.key)
+                share.captions.append(row.caption)
+                share.image_ids.append(row.image_id)
+                share.match_ids.append(row.match_id)
+                share.labels.append(row.label)
         share.tokens = self._spec.tokenize(share.captions)
-        share.pixels = torch.stack(pixels)
+        share.cut = sum(are_cut(self._spec, share.captions, share.tokens))
+        share.pixels = stack_rows(pixels)
         return share
 
-    def _rows(
-        self, item: Item, epoch: int, reader: SampleReader
-    ) -> list[tuple[Tensor, str, str, int]]:
-        sample = reader.read(item.shard, item.sample)
-        pixels = decode(sample.image, sample.key)
-        rows = []
-        for choice in self._schedule.pick(sample.key, len(sample.captions), epoch, item.turn):
-            key = f"{sample.key}#{choice}"
-            # The crop repeats on resume and at any worker: it is drawn from the row, not in turn.
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seeded(self._schedule.seed, epoch, key, "crop"))
-                image = self._transform(pixels)
-            rows.append((image, key, sample.captions[choice], sample.image_id))
-        return rows
+    def _rows(self, item: Item, epoch: int, reader: SampleReader) -> list[Row]:
+        sample = reader.take(item)
+        marks, seed = self._schedule.marks, self._schedule.seed
+        match_id = marks.match_id(item.shard, item.sample, sample.image_id)
+        label = marks.label(item.shard, item.sample)
+        choices = self._schedule.pick(sample.key, len(sample.captions), epoch, item.turn)
+        keys = [f"{sample.key}#{choice}" for choice in choices]
+        # The crop repeats on resume and at any worker: it is drawn from the row, not in turn.
+        lap = (item.lap,) if item.lap else ()
+        seeds = [seeded(seed, epoch, key, "crop", *lap) for key in keys]
+        images = self._transform(sample.image, sample.key, seeds)
+        return [
+            Row(image, key, sample.captions[choice], sample.image_id, match_id, label)
+            for image, key, choice in zip(images, keys, choices, strict=True)
+        ]
 
     def _nearest(
-        self, lane: Lane, place: int, epoch: int, reader: SampleReader, reason: str
-    ) -> list[tuple[Tensor, str, str, int]]:
+        self, lane: AnyLane, place: int, epoch: int, reader: SampleReader, reason: str
+    ) -> list[Row]:
         """Rows of the nearest earlier good sample of the lane, or of the first later one."""
         for item in lane.around(place):
             try:

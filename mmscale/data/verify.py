@@ -1,19 +1,40 @@
-"""Shards looked at from outside: the manifest of tars made elsewhere, the faults of packed ones."""
+"""Packed folders looked at from outside: whatever is not as their manifest says, in a sentence."""
 
-import hashlib
 import io
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
-from mmscale.data.manifest import MANIFEST_NAME, Manifest, Shard, read_manifest, write_manifest
+from mmscale.data.grouping import Trait
+from mmscale.data.index import digest_of, fault_of, trait_of
+from mmscale.data.manifest import MANIFEST_NAME, Manifest, Shard, read_manifest, with_identities
 from mmscale.data.members import image_of
 from mmscale.data.pool import map_ordered
-from mmscale.data.walk import DamagedShardError, FoundSample, walk_shard
+from mmscale.data.walk import DamagedShardError, walk_shard
 from mmscale.errors import DataError
+
+
+def packed_folders(folder: Path) -> list[Path]:
+    """A packed folder itself, or those in it where it holds a folder a split."""
+    splits = sorted(path.parent for path in Path(folder).glob(f"*/{MANIFEST_NAME}"))
+    return [folder] if (folder / MANIFEST_NAME).exists() or not splits else splits
+
+
+def verify_all(
+    folder: Path, workers: int = 1, progress: Callable[[int, int], None] | None = None
+) -> list[str]:
+    """Faults of every packed folder that `packed_folders` finds, one sentence each."""
+    faults = []
+    for packed in packed_folders(folder):
+        try:
+            faults += verify(packed, workers, progress)
+        except DataError as error:
+            faults.append(str(error))
+    return faults
 
 
 def verify(
@@ -33,95 +54,38 @@ def verify(
         if path.name not in listed
     ]
     keys: dict[str, str] = {}
+    traits: list[list[Trait]] = []
     check = partial(_check_shard, folder)
     for done, (shard, found) in enumerate(map_ordered(check, manifest.shards, workers), start=1):
         faults += found.faults
+        traits.append(found.traits)
         for key in found.keys:
             if keys.setdefault(key, shard) != shard:
                 faults.append(f"{folder / shard}: sample {key} is in {keys[key]} too")
         if progress:
             progress(done, len(manifest.shards))
-    return faults
+    return faults or _identity_faults(folder, manifest, traits)
 
 
-def index(
-    shards: Iterable[Path],
-    workers: int = 1,
-    skipped: Callable[[str], None] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Manifest:
-    """Write the manifest of shards made elsewhere into their folder.
-
-    Args:
-        shards: Tars, all in one folder.
-        workers: Processes that read them.
-        skipped: Called with one line for each sample that cannot be used, which is then left out;
-            without it such a sample is an error.
-        progress: Called with shards done and shards in all.
-
-    Raises:
-        DataError: No shards, shards in several folders, a damaged one, or one without samples.
-    """
-    paths = sorted({Path(path) for path in shards})
-    if not paths:
-        raise DataError("no shard matches; name the tars, such as shards/*.tar")
-    folder = paths[0].parent
-    if other := next((path for path in paths if path.parent != folder), None):
-        raise DataError(f"{other}: is not in {folder}; index the tars of one folder at a time")
-    records = []
-    for done, (shard, faults) in enumerate(map_ordered(describe_shard, paths, workers), start=1):
-        if faults and skipped is None:
-            raise DataError(f"{faults[0]}; mend or remove the sample")
-        for fault in faults:
-            assert skipped is not None, "checked above"
-            skipped(fault)
-        if shard.samples:
-            records.append(shard)
-        if progress:
-            progress(done, len(paths))
-    if not records:
-        raise DataError(f"{folder}: no shard holds a sample with an image and a caption")
-    manifest = Manifest(None, folder.resolve().name, tuple(records))
-    write_manifest(folder, manifest)
-    return manifest
-
-
-def describe_shard(path: Path) -> tuple[Shard, list[str]]:
-    """The manifest's record of a tar, and the samples that it leaves out.
-
-    Raises:
-        DataError: It is not a whole, uncompressed tar.
-    """
-    offsets, captions, faults = [], [], []
-    seen: set[str] = set()
-    try:
-        for sample in walk_shard(path):
-            fault = "its key occurs twice" if sample.key in seen else fault_of(sample)
-            seen.add(sample.key)
-            if fault:
-                faults.append(f"{path}: sample {sample.key} {fault}")
-                continue
-            offsets.append(sample.offset)
-            captions.append(len(sample.description.captions))
-    except (OSError, DamagedShardError) as error:
-        raise DataError(f"{path}: {error}; fetch or pack the shard again") from error
-    size, digest = _digest(path)
-    return Shard(path.name, size, digest, len(offsets), tuple(offsets), tuple(captions)), faults
-
-
-def fault_of(sample: FoundSample) -> str | None:
-    """What makes a sample useless, short of decoding its image."""
-    if image_of(sample.members) is None:
-        return "has no image"
-    if len(set(sample.suffixes)) < len(sample.suffixes):
-        return "has a member twice"
-    return sample.description.fault
+def _identity_faults(folder: Path, manifest: Manifest, traits: list[list[Trait]]) -> list[str]:
+    """Shards whose samples are not those that the manifest takes them for."""
+    true, _ = with_identities(manifest.shards, traits)
+    return [
+        f"{folder / shard.name}: the manifest's identities are not those of its samples; write it "
+        "again with mmscale index"
+        for shard, actual in zip(manifest.shards, true, strict=True)
+        if shard.identities not in (None, actual.identities)
+    ]
 
 
 def image_fault(content: bytes) -> str | None:
     """Why an encoded image cannot be decoded."""
     try:
-        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP")) as image:
+        with (
+            warnings.catch_warnings(),
+            Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP")) as image,
+        ):
+            warnings.simplefilter("ignore")
             image.load()
     except Exception as error:  # noqa: BLE001 - whatever damaged bytes make a decoder raise
         return f"cannot be decoded ({error})"
@@ -130,29 +94,31 @@ def image_fault(content: bytes) -> str | None:
 
 @dataclass
 class _Found:
-    """What one shard was found to hold."""
+    """What one shard was found to hold: of the samples that its manifest lists, and besides."""
 
     faults: list[str] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     captions: list[int] = field(default_factory=list)
+    traits: list[Trait] = field(default_factory=list)
+    unlisted: int = 0
 
 
 def _check_shard(folder: Path, shard: Shard) -> tuple[str, _Found]:
     found = _Found()
     path = folder / shard.name
     if not path.is_file():
-        found.faults.append(f"{path}: is missing; restore it or pack again")
+        found.faults.append(f"{path}: is missing, or not a file; restore it or pack again")
         return shard.name, found
     try:
-        size, digest = _digest(path)
+        size, digest = digest_of(path)
         if size != shard.bytes:
             found.faults.append(f"{path}: has {size} bytes, the manifest says {shard.bytes}")
         if digest != shard.sha256:
             found.faults.append(f"{path}: sha256 is {digest}, the manifest says {shard.sha256}")
         _check_samples(path, set(shard.offsets), found)
     except (OSError, DamagedShardError) as error:
-        found.faults.append(f"{path}: {error}")
+        found.faults.append(f"{path}: {error}; restore it or pack again")
     _compare(path, shard, found)
     return shard.name, found
 
@@ -160,39 +126,36 @@ def _check_shard(folder: Path, shard: Shard) -> tuple[str, _Found]:
 def _check_samples(path: Path, listed: set[int], found: _Found) -> None:
     seen: set[str] = set()
     for sample in walk_shard(path):
+        # What index left out is not in the manifest, so nobody reads it.
+        if sample.offset not in listed:
+            found.unlisted += 1
+            continue
         fault = "occurs twice" if sample.key in seen else fault_of(sample)
         seen.add(sample.key)
-        # What index left out is not in the manifest, so nobody reads it.
-        if fault and sample.offset not in listed:
-            continue
         if fault is None and (image := image_of(sample.members)) is not None:
             fault = image_fault(image)
         if fault:
             found.faults.append(f"{path}: sample {sample.key} {fault}")
+        else:
+            found.traits.append(trait_of(sample))
         found.keys.append(sample.key)
         found.offsets.append(sample.offset)
         found.captions.append(len(sample.description.captions))
 
 
 def _compare(path: Path, shard: Shard, found: _Found) -> None:
-    if len(found.offsets) != shard.samples:
+    held = len(found.offsets) + found.unlisted
+    if held != shard.samples + shard.skipped:
+        besides = f" and {shard.skipped} left out" if shard.skipped else ""
         found.faults.append(
-            f"{path}: holds {len(found.offsets)} samples, the manifest says {shard.samples}"
+            f"{path}: holds {held} samples, the manifest says {shard.samples}{besides}"
         )
         return
-    for name, actual, claimed in (
-        ("begins at byte", found.offsets, shard.offsets),
-        ("has captions:", found.captions, shard.captions),
-    ):
-        for key, value, claim in zip(found.keys, actual, claimed, strict=True):
-            if value != claim:
-                found.faults.append(
-                    f"{path}: sample {key} {name} {value}, the manifest says {claim}"
-                )
-                break
-
-
-def _digest(path: Path) -> tuple[int, str]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return file.tell(), digest
+    for offset in sorted(set(shard.offsets) - set(found.offsets)):
+        found.faults.append(f"{path}: no sample begins at byte {offset}, as the manifest says")
+    claims = dict(zip(shard.offsets, shard.captions, strict=True))
+    for key, offset, count in zip(found.keys, found.offsets, found.captions, strict=True):
+        if count != claims[offset]:
+            found.faults.append(
+                f"{path}: sample {key} has captions: {count}, the manifest says {claims[offset]}"
+            )

@@ -9,8 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmscale.data.members import IMAGE_SUFFIXES, TEXT_BYTES, Description, describe_members
+from mmscale.data.tar_header import SoundHeader
 
 _TAR_BLOCK = 512
+_CHUNK = 2**20
+# A larger member is no photograph.
+_IMAGE_BYTES = 2**28
 
 
 class DamagedShardError(Exception):
@@ -44,11 +48,13 @@ def walk_shard(path: Path) -> Iterator[FoundSample]:
 
     Raises:
         DamagedShardError: It is not a whole, uncompressed tar.
+        OSError: It cannot be read.
     """
     sample: FoundSample | None = None
     for member, read in _walk_members(path):
         key, dot, suffix = _split_name(member.name)
-        if not dot or not member.isreg():
+        # A sparse member of a few bytes may unfold to any size.
+        if not dot or not member.isreg() or member.issparse():
             continue
         if sample is None or sample.key != key:
             if sample is not None:
@@ -56,8 +62,8 @@ def walk_shard(path: Path) -> Iterator[FoundSample]:
             sample = FoundSample(key, member.offset)
         suffix = suffix.lower()
         sample.suffixes.append(suffix)
-        is_text = suffix in ("txt", "json") and member.size <= TEXT_BYTES
-        if is_text or suffix in IMAGE_SUFFIXES:
+        limit = TEXT_BYTES if suffix in ("txt", "json") else _IMAGE_BYTES
+        if suffix in ("txt", "json", *IMAGE_SUFFIXES) and member.size <= limit:
             sample.members[suffix] = read(member)
     if sample is not None:
         yield sample
@@ -67,24 +73,47 @@ def _walk_members(
     path: Path,
 ) -> Iterator[tuple[tarfile.TarInfo, Callable[[tarfile.TarInfo], bytes]]]:
     """Members of a plain tar with a function that reads one."""
-    try:
-        with tarfile.open(path, "r:") as tar:
+    if not path.is_file():
+        # A pipe in its place would never be opened.
+        raise DamagedShardError("is missing, or not a file")
+    with _open(path) as tar:
 
-            def read(member: tarfile.TarInfo) -> bytes:
-                try:
-                    file = tar.extractfile(member)
-                    return file.read() if file else b""
-                except tarfile.TarError as error:
-                    raise DamagedShardError(f"ends inside {member.name}") from error
+        def read(member: tarfile.TarInfo) -> bytes:
+            try:
+                file = tar.extractfile(member)
+                return file.read() if file else b""
+            except tarfile.TarError as error:
+                raise DamagedShardError(f"ends inside {member.name}") from error
 
-            while (member := tar.next()) is not None:
-                yield member, read
-                # Else every header of the shard stays in memory.
-                tar.members.clear()  # type: ignore[attr-defined]
-            end = tar.offset
-    except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
-        raise DamagedShardError(f"is not a whole, plain tar ({error})") from error
+        while (member := _next(tar)) is not None:
+            yield member, read
+            # Else every header of the shard stays in memory.
+            tar.members.clear()  # type: ignore[attr-defined]
+        end = tar.offset
     _check_end(path, end)
+
+
+def _open(path: Path) -> tarfile.TarFile:
+    try:
+        return tarfile.open(path, "r:", tarinfo=SoundHeader)
+    except OSError:
+        raise
+    except Exception as error:
+        raise _not_a_tar(error) from error
+
+
+def _next(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+    try:
+        return tar.next()
+    except OSError:
+        raise
+    except Exception as error:
+        raise _not_a_tar(error) from error
+
+
+def _not_a_tar(error: Exception) -> DamagedShardError:
+    # Damaged headers make tarfile raise much else than its own errors.
+    return DamagedShardError(f"is not a whole, plain tar ({str(error) or type(error).__name__})")
 
 
 def _check_end(path: Path, end: int) -> None:
@@ -92,8 +121,11 @@ def _check_end(path: Path, end: int) -> None:
     with path.open("rb") as file:
         file.seek(end)
         block = file.read(_TAR_BLOCK)
-    if len(block) < _TAR_BLOCK or any(block):
-        raise DamagedShardError(f"has a damaged tar header, or ends early, at byte {end}")
+        if len(block) < _TAR_BLOCK or any(block):
+            raise DamagedShardError(f"has a damaged tar header, or ends early, at byte {end}")
+        while rest := file.read(_CHUNK):
+            if rest.strip(b"\0"):
+                raise DamagedShardError(f"goes on behind its end at byte {end}")
 
 
 def _split_name(name: str) -> tuple[str, str, str]:

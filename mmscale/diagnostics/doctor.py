@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
+from mmscale.diagnostics.finding import Figures, Finding
 from mmscale.diagnostics.geometry import PREFIX, health_figures
 from mmscale.diagnostics.pairing import pairing_figures
 from mmscale.diagnostics.pairs import Pairs
-from mmscale.diagnostics.verdicts import ORDER, RULES, Figures, Finding, too_few_samples
+from mmscale.diagnostics.rules_space import too_few_samples
+from mmscale.diagnostics.verdicts import RULES
 
 HEALTHY = "healthy"
 
@@ -16,7 +18,7 @@ class Diagnosis:
     """What the doctor says.
 
     Attributes:
-        verdict: The first name in `verdicts.ORDER` that holds; `healthy` if no other does.
+        verdict: The first name in `verdicts.RULES` that holds; `healthy` if no other does.
         also: The other names that hold, in the same order.
         confidence: As in `Finding`: how sure the verdict is on its figures, not what caused it.
         evidence: The figures that decided it, as under `health/`.
@@ -64,7 +66,7 @@ def judge(health: Figures) -> Diagnosis:
     if few.holds:
         # On so few rows no other figure is to be believed.
         return _diagnosis("too_few_samples", (), few)
-    findings = {name: RULES[name](figures) for name in ORDER if name in RULES}
+    findings = {name: rule(figures) for name, rule in RULES.items()}
     holding = [name for name, finding in findings.items() if finding.holds]
     if holding:
         return _diagnosis(holding[0], tuple(holding[1:]), findings[holding[0]])

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from mmscale.diagnostics.contrast import contrast_figures
+from mmscale.diagnostics.neighbours import crowd_figures, hub_figures
 from mmscale.diagnostics.pairs import Pairs, one_to_one, require_finite
 from mmscale.diagnostics.similarity import on_grid
 from mmscale.diagnostics.spectrum import tower_figures
@@ -38,10 +40,15 @@ def health_figures(pairs: Pairs, limit: int = LARGEST_SAMPLE) -> dict[str, float
     figures: dict[str, float] = {"pairs": float(num)}
     if num >= FEWEST_PAIRS:
         image, text = sample.image.double(), sample.text.double()
-        figures |= similarity_figures(on_grid(sample.image) @ on_grid(sample.text).T, width)
+        similarity = on_grid(sample.image) @ on_grid(sample.text).T
+        figures |= similarity_figures(similarity, width) | hub_figures(similarity)
+        if sample.logit_scale is not None:
+            figures |= contrast_figures(similarity, sample.logit_scale)
         figures["gap"] = float((image.mean(dim=0) - text.mean(dim=0)).norm())
+        figures["alignment"] = float((image - text).square().sum(dim=1).mean())
         for name, rows in (("image", image), ("text", text)):
-            figures |= {f"{key}_{name}": value for key, value in tower_figures(rows).items()}
+            tower = tower_figures(rows) | crowd_figures(rows)
+            figures |= {f"{key}_{name}": value for key, value in tower.items()}
     return {f"{PREFIX}{name}": value for name, value in figures.items()}
 
 

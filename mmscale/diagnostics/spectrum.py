@@ -20,26 +20,27 @@ def tower_figures(rows: Float64[Tensor, "n d"]) -> dict[str, float]:
         rows, 0 of equal ones. `std`: mean deviation of a coordinate. `rankme` and `rankme_ratio`:
         effective rank of the uncentred rows, and its share of what isotropic rows would have.
         `participation` and `nesum`: effective dimensions of the covariance; free of scale, so blind
-        to a complete collapse, which `rankme` sees.
+        to a complete collapse, which `rankme` sees. `dims95`: directions that hold 95 % of the
+        variance; `dims_possible`: how many there could be. `knee`: how many times one eigenvalue
+        of the covariance exceeds the next where it breaks off, after `knee_at` directions;
+        `condition`: largest over smallest eigenvalue; `slope`: minus the slope of ln eigenvalue
+        over ln rank.
 
     Source: Garrido et al. 2023 (RankMe, eq. 2); He and Ozay 2022 (NESum, which is the stable rank
-    of
-        the centred rows).
+        of the centred rows); Agrawal et al. 2022 (alpha-ReQ: the slope, over ranks 11 to 100).
     """
     num, width = rows.shape
     mean = rows.mean(dim=0)
     squares = float(rows.square().sum())
     centred = rows - mean
     rank = rankme(rows)
-    participation, nesum = _effective_dimensions(centred)
     return {
         "intra": (num**2 * float(mean @ mean) - squares) / (num * (num - 1)),
         "variance": float(centred.square().sum()) / num,
         "std": float(rows.std(dim=0).mean()),
         "rankme": rank,
         "rankme_ratio": rank / isotropic_rankme(num, width),
-        "participation": participation,
-        "nesum": nesum,
+        **_covariance_figures(centred),
     }
 
 
@@ -72,14 +73,45 @@ def isotropic_rankme(num: int, width: int) -> float:
     return smaller * math.exp(math.log(mean) - log_mean / mean)
 
 
-def _effective_dimensions(centred: Float64[Tensor, "n d"]) -> tuple[float, float]:
-    """Participation ratio and NESum of the covariance; zeros if there is no variance."""
-    values = _squared_singular_values(centred)
+def _covariance_figures(centred: Float64[Tensor, "n d"]) -> dict[str, float]:
+    """What the covariance's eigenvalues say; zeros if there is no variance."""
+    possible = min(centred.shape[0] - 1, centred.shape[1])
+    # Centring takes one direction away, whose eigenvalue is rounding.
+    values = _squared_singular_values(centred).flip(0)[:possible]
     total = float(values.sum())
     # Below fp32's resolution of the rows the spectrum is that of rounding.
     if total <= 1e-14 * len(centred):
-        return 0.0, 0.0
-    return total**2 / float(values.square().sum()), total / float(values.max())
+        names = ("participation", "nesum", "dims95", "knee", "knee_at", "condition", "slope")
+        return dict.fromkeys(names, 0.0) | {"dims_possible": float(possible)}
+    return {
+        "participation": total**2 / float(values.square().sum()),
+        "nesum": total / float(values[0]),
+        "dims95": 1.0 + float((values.cumsum(0) < 0.95 * total).sum()),
+        **_knee_figures(values),
+        "dims_possible": float(possible),
+        "condition": float(values[0] / values[-1].clamp(min=1e-300)),
+        "slope": _slope(values),
+    }
+
+
+def _knee_figures(values: Float64[Tensor, " r"]) -> dict[str, float]:
+    """The steepest step down that the first sixth of the directions ends with a seventh left."""
+    steps = max(1, len(values) // 6)
+    left = 1 - values.cumsum(0)[:steps] / values.sum()
+    ratios = values[:steps] / values[1 : steps + 1].clamp(min=1e-12 * float(values[0]))
+    ratios = torch.where(left < 0.15, ratios, torch.ones_like(ratios))
+    return {"knee": float(ratios.max()), "knee_at": float(ratios.argmax()) + 1}
+
+
+def _slope(values: Float64[Tensor, " r"]) -> float:
+    """Weighted least squares through ln eigenvalue over ln rank, each rank weighing 1 / rank."""
+    last = min(100, len(values))
+    first = min(10, last - 2)
+    ranks = torch.arange(first + 1, last + 1, dtype=torch.float64)
+    heights = values[first:last].clamp(min=1e-300).log()
+    weights = (1 / ranks) / (1 / ranks).sum()
+    places = ranks.log() - (weights * ranks.log()).sum()
+    return -float((weights * places * heights).sum() / (weights * places.square()).sum())
 
 
 def _squared_singular_values(rows: Float64[Tensor, "n d"]) -> Float64[Tensor, " r"]:

@@ -1,69 +1,176 @@
-"""Device facts: the one file that names CUDA or MPS."""
+"""Device facts and the one policy over them: the one file that names CUDA or MPS."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 from mmscale.config.schema import EngineConfig
 from mmscale.errors import ConfigError
 
+# Preset towers that are known to fail on a device, and what works there in their place. BERT
+# fine-tunes wrongly on MPS without a word (github.com/pytorch/pytorch/issues/82707).
+FAILING_TOWERS: dict[str, dict[str, str]] = {
+    "mps": {"hf:google-bert/bert-base-uncased": "hf:albert/albert-base-v2"}
+}
+TF32_CAPABILITY = FLASH_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A CUDA device: its name, its compute capability, and whether it computes in bf16 itself."""
+
+    name: str
+    capability: tuple[int, int]
+    bf16: bool
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The accelerators that this process sees."""
+
+    gpus: tuple[Gpu, ...] = ()
+    mps: bool = False
+
 
 @dataclass(frozen=True)
 class DevicePolicy:
-    """Where a rank computes and in which precision.
+    """Where a rank computes and how.
 
     Attributes:
         device: This rank's device.
         dtype: Dtype of matrix products; parameters and losses stay in fp32.
         reason: Why this dtype, for the log.
         backend: `torch.distributed` backend for the device.
+        tf32: Products of fp32 matrices may be rounded to TF32's 10 bits.
+        fused_optimizer: AdamW runs as one kernel.
+        attention: What torch's attention runs on where a mask allows it, for the log.
+        failing_towers: Preset towers that fail here, and their stand-ins.
+        has_gaps: Torch lacks some operations here.
     """
 
     device: torch.device
     dtype: torch.dtype
     reason: str
     backend: str
+    tf32: bool = False
+    fused_optimizer: bool = True
+    attention: str = "flash"
+    failing_towers: Mapping[str, str] = field(default_factory=dict)
+    has_gaps: bool = False
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        products = ", TF32 products" if self.tf32 else ""
+        optimizer = "fused" if self.fused_optimizer else "plain"
+        return (
+            f"{self.device}, {dtype}{products} ({self.reason}), {optimizer} AdamW, "
+            f"{self.attention} attention"
+        )
+
+
+def this_machine() -> Machine:
+    """What torch finds here."""
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    gpus = tuple(
+        Gpu(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index), bf16)
+        for index in range(torch.cuda.device_count())
+    )
+    return Machine(gpus, torch.backends.mps.is_available())
 
 
 def choose(config: EngineConfig, local_rank: int = 0) -> DevicePolicy:
-    """Pick the device and precision that `config` allows and the machine has.
+    """Pick the device and precision that `config` allows and the machine has, and apply them.
 
     Raises:
         ConfigError: The device is not there, or it does not compute in the precision asked for.
     """
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    kind = config.device
-    if kind == "auto":
-        kind = "cuda" if present["cuda"] else "mps" if present["mps"] else "cpu"
-    elif kind != "cpu" and not present[kind]:
-        raise ConfigError(
-            f"engine.device={kind}: this machine has no such device; set engine.device=cpu or auto"
-        )
-    device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    policy = plan_device(config, local_rank, this_machine())
+    if policy.device.type == "cuda":
+        torch.cuda.set_device(policy.device)
+    # Convolutions take TF32 by torch's default, which is not what fp32 means here.
+    torch.backends.cuda.matmul.allow_tf32 = policy.tf32
+    torch.backends.cudnn.allow_tf32 = policy.tf32
+    return policy
+
+
+def plan_device(config: EngineConfig, local_rank: int, machine: Machine) -> DevicePolicy:
+    """The policy for a machine, without touching it."""
+    kind = device_kind(config, machine)
+    gpu = None
     if kind == "cuda":
-        if local_rank >= torch.cuda.device_count():
+        if local_rank >= len(machine.gpus):
             raise ConfigError(
                 f"engine.device=cuda: local rank {local_rank} has no GPU, the machine shows "
-                f"{torch.cuda.device_count()}; start at most one rank a GPU"
+                f"{len(machine.gpus)}; start at most one rank a GPU"
             )
-        torch.cuda.set_device(device)
-    dtype, reason = _dtype(config.precision, kind)
-    # Small agreements are made on the CPU, whatever the rows are gathered on.
-    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-    return DevicePolicy(device, dtype, reason, backend)
+        gpu = machine.gpus[local_rank]
+    dtype, reason = _dtype(config.precision, kind, gpu)
+    flash = gpu is not None and gpu.capability >= FLASH_CAPABILITY and dtype != torch.float32
+    return DevicePolicy(
+        device=torch.device(kind, local_rank) if gpu else torch.device(kind),
+        dtype=dtype,
+        reason=reason,
+        # Small agreements are made on the CPU, whatever the rows are gathered on.
+        backend="cpu:gloo,cuda:nccl" if gpu else "gloo",
+        tf32=config.precision == "tf32",
+        fused_optimizer=kind != "mps",
+        attention={
+            "cuda": "flash" if flash else "memory-efficient",
+            "mps": "plain",
+            "cpu": "flash",
+        }[kind],
+        failing_towers=FAILING_TOWERS.get(kind, {}),
+        has_gaps=kind == "mps",
+    )
 
 
-def _dtype(precision: str, kind: str) -> tuple[torch.dtype, str]:
+def device_kind(config: EngineConfig, machine: Machine) -> str:
+    """`cuda`, `mps` or `cpu`.
+
+    Raises:
+        ConfigError: The device that was asked for is not there.
+    """
+    present = {"cuda": bool(machine.gpus), "mps": machine.mps, "cpu": True}
+    if config.device == "auto":
+        return next(kind for kind, there in present.items() if there)
+    if not present[config.device]:
+        raise ConfigError(
+            f"engine.device={config.device}: this machine has no such device; set "
+            f"engine.device=cpu or auto"
+        )
+    return config.device
+
+
+def _dtype(precision: str, kind: str, gpu: Gpu | None) -> tuple[torch.dtype, str]:
     if precision == "auto":
-        if kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "the GPU computes in bf16"
-        return torch.float32, f"{kind} has no fast bf16 that we know of"
-    if precision == "fp16" and kind != "cuda":
+        if gpu is not None and gpu.bf16:
+            return torch.bfloat16, f"the {gpu.name} computes in bf16"
+        what = f"the {gpu.name}" if gpu else kind
+        return torch.float32, f"{what} has no fast bf16 that we know of"
+    if precision == "fp16" and gpu is None:
         raise ConfigError(f"engine.precision=fp16 needs a CUDA device, this is {kind}; use fp32")
     if precision == "bf16" and kind == "mps":
         raise ConfigError("engine.precision=bf16 is not known to train on mps; use fp32")
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return dtypes[precision], f"engine.precision={precision}"
+    if precision == "bf16" and gpu is not None and not gpu.bf16:
+        raise ConfigError(
+            f"engine.precision=bf16: the {gpu.name} only imitates it, slower than fp32; use fp16 "
+            f"or fp32"
+        )
+    if precision == "tf32" and (gpu is None or gpu.capability < TF32_CAPABILITY):
+        raise ConfigError(
+            f"engine.precision=tf32 needs a CUDA device of compute capability 8.0 or more, this is "
+            f"{gpu.name if gpu else kind}; use fp32"
+        )
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return dtypes.get(precision, torch.float32), f"engine.precision={precision}"
+
+
+def send(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Rows on `device`; a CUDA device fetches them while this process goes on."""
+    if device.type != "cuda":
+        return rows.to(device)
+    return rows.pin_memory().to(device, non_blocking=True)
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -14,10 +14,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmscale.config.schema import Config
-from mmscale.contracts import NamedTensor, World
+from mmscale.contracts import NamedTensor, Shadow, World
 from mmscale.dist.device import DevicePolicy
 from mmscale.dist.peers import average_gradients
 from mmscale.dist.world import check_world
+from mmscale.engine.momentum import Replica
 from mmscale.engine.optimizer import (
     build_optimizer,
     parameter_groups,
@@ -45,7 +46,7 @@ class AccelerateEngine:
         self._clip = config.optim.clip_norm
         self._parts = trained_parts(model)
         self.groups = parameter_groups(model, config.optim)
-        optimizer = build_optimizer(self.groups, config.optim, fused=policy.device.type != "mps")
+        optimizer = build_optimizer(self.groups, config.optim, fused=policy.fused_optimizer)
         self._optimizer = self._accelerator.prepare_optimizer(optimizer)
 
     def call(self, mode: str, *inputs: Any) -> Any:
@@ -57,8 +58,16 @@ class AccelerateEngine:
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self._accelerator.backward(loss)
-        if last and self._world.size > 1:
-            average_gradients([p for part in self._parts.values() for p in part])
+        if not last:
+            return
+        trained = [p for part in self._parts.values() for p in part]
+        for parameter in trained:
+            # The optimizer would pass over what took no part in this window: on several ranks, and
+            # in sharded gradients, it is zero.
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self._world.size > 1:
+            average_gradients(trained)
 
     def component_norms(self) -> Float[Tensor, " components"]:
         if self._accelerator.scaler is not None:
@@ -94,6 +103,9 @@ class AccelerateEngine:
             yield NamedTensor(name, parameter.detach(), moments)
         for name, buffer in persistent_buffers(self.module):
             yield NamedTensor(name, buffer, {})
+
+    def shadow(self, module: nn.Module) -> Shadow:
+        return Replica(module, self.module, self.device)
 
     def restore(self, moments: Callable[[str], dict[str, Tensor]], updates: int) -> None:
         state = self._optimizer.optimizer.state

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from mmscale.config.deepspeed import fill, read_deepspeed
 from mmscale.config.schema import Config
-from mmscale.contracts import NamedTensor, World
+from mmscale.contracts import NamedTensor, Shadow, World
 from mmscale.dist.device import DevicePolicy
 from mmscale.dist.world import check_world
+from mmscale.engine.momentum import Replica, averaged
 from mmscale.engine.optimizer import (
     build_optimizer,
     parameter_groups,
@@ -50,7 +51,7 @@ class DeepSpeedEngine:
         self.module = model.to(policy.device)
         self._parts = trained_parts(model)
         self.groups = parameter_groups(model, config.optim)
-        optimizer = build_optimizer(self.groups, config.optim, fused=policy.device.type != "mps")
+        optimizer = build_optimizer(self.groups, config.optim, fused=policy.fused_optimizer)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
@@ -106,6 +107,11 @@ class DeepSpeedEngine:
         for name, buffer in persistent_buffers(self.module):
             yield NamedTensor(name, buffer, {})
 
+    def shadow(self, module: nn.Module) -> Shadow:
+        if self._stage != 3:
+            return Replica(module, self.module, self.device)
+        return _ShardedShadow(self._deepspeed, module.to(self.device), self.module)
+
     def restore(self, moments: Callable[[str], dict[str, Tensor]], updates: int) -> None:
         self._updates = updates
         if updates == 0:
@@ -127,13 +133,7 @@ class DeepSpeedEngine:
                 self._set_moment(parameter, value.to(self.device), key)
 
     def close(self) -> None:
-        root = self._engine.module
-        self._engine.destroy()
-        # ZeRO-3 keeps every root module alive in a module-level list (deepspeed 0.19.8).
-        from deepspeed.runtime.zero import parameter_offload
-
-        stack = parameter_offload.FWD_MODULE_STACK
-        stack[:] = [module for module in stack if module is not root]
+        _destroy(self._engine)
 
     def _link_moments(self) -> None:
         """Let ZeRO 1 and 2 find each parameter's moments.
@@ -174,6 +174,55 @@ class DeepSpeedEngine:
         padded[: value.numel()] = value.flatten()
         own = padded.narrow(0, rank * size, size)
         self._deepspeed.utils.safe_set_local_optimizer_state(parameter, own, key)
+
+
+class _ShardedShadow:
+    """A second ZeRO-3 model, without an optimizer, whose shards follow those of the first."""
+
+    def __init__(self, deepspeed: Any, module: nn.Module, trained: nn.Module):
+        self._deepspeed = deepspeed
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,
+            # A parameter that stays whole between forwards would go stale (deepspeed 0.19.8).
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        }
+        self._engine, *_ = deepspeed.initialize(
+            model=module, config=settings, dist_init_required=False
+        )
+        self.module = self._engine
+        ours, theirs = dict(module.named_parameters()), dict(trained.named_parameters())
+        self._parameters: dict[str, tuple[Any, Any]] = {
+            name: (ours[name], p) for name, p in theirs.items() if p.requires_grad
+        }
+        own, other = averaged(module, trained), averaged(trained, trained)
+        self._statistics = {n: (own[n], other[n]) for n in other if n not in self._parameters}
+
+    @torch.no_grad()
+    def follow(self, share: float) -> None:
+        for own, trained in self._parameters.values():
+            own.ds_tensor.data.lerp_(trained.ds_tensor.data.to(own.ds_tensor), share)
+        for mean, latest in self._statistics.values():
+            mean.lerp_(latest, share)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, (own, _) in self._parameters.items():
+            with self._deepspeed.zero.GatheredParameters([own]):
+                yield name, own.detach().clone()
+        for name, (mean, _) in self._statistics.items():
+            yield name, mean
+
+    def close(self) -> None:
+        _destroy(self._engine)
+
+
+def _destroy(engine: Any) -> None:
+    root = engine.module
+    engine.destroy()
+    # ZeRO-3 keeps every root module alive in a module-level list (deepspeed 0.19.8).
+    from deepspeed.runtime.zero import parameter_offload
+
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [module for module in stack if module is not root]
 
 
 def _settings(config: Config, plan: BatchPlan, policy: DevicePolicy) -> dict[str, Any]:

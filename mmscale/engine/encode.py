@@ -16,8 +16,8 @@ from mmscale.data.lanes import sections
 from mmscale.data.samples import SampleBatch, SampleBatches
 from mmscale.data.shards import ShardSet
 from mmscale.data.stream import pad
-from mmscale.data.transform import normalise
 from mmscale.dist.peers import from_all
+from mmscale.engine.feed import images_on
 from mmscale.errors import DataError
 
 Call = Callable[..., Any]
@@ -91,7 +91,7 @@ def _images(call: Call, device: torch.device, batch: SampleBatch, spec: InputSpe
         size = spec.image_size
         empty = call("image", torch.zeros(1, 3, size, size, device=device))
         return empty[:0].float().cpu()
-    return call("image", normalise(batch.pixels.to(device), spec)).float().cpu()
+    return call("image", images_on(batch.pixels, device, spec)).float().cpu()
 
 
 @torch.no_grad()
@@ -129,6 +129,7 @@ def _gather(
         "keys": [key for batch in batches for key in batch.keys],
         "captions": [captions for batch in batches for captions in batch.captions],
         "damaged": [line for batch in batches for line in batch.damaged],
+        "cut": [cut for batch in batches for cut in batch.cut],
     }
     everyone = from_all(peers, {**words, "image": image, "text": text})
     count = shards.samples
@@ -150,6 +151,7 @@ def _gather(
         first=first,
         image_ids=ids,
         good=good,
+        cut=torch.tensor([cut for part in everyone for cut in part["cut"]], dtype=torch.bool),
         keys=keys,
         captions=[caption for texts in captions for caption in texts],
         damaged=[line for part in everyone for line in part["damaged"]],

@@ -5,24 +5,37 @@ A file's name is a digest of the shards, the towers' weights and how they are fe
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from mmscale.contracts import InputSpec, Peers
+from mmscale.data.cache_room import make_room
 from mmscale.data.features import FeatureTable
 from mmscale.data.shards import ShardSet
-from mmscale.dist.peers import barrier
+from mmscale.dist.peers import barrier, from_all
+from mmscale.model.two_tower import TwoTower
+
+# Cleaning, splitting and cutting that differ show in the tokens of these.
+_PROBES = ("a photograph of two dogs, running", "  A  Caf\u00c3\u00a9 &amp;amp; B's T-shirt_! ")
 
 
 class FeatureCache:
-    """Feature tables of one pair of towers in one folder."""
+    """Feature tables of one pair of towers in one folder.
 
-    def __init__(self, folder: Path, model: nn.Module, spec: InputSpec):
-        self._folder = folder
+    Args:
+        folder: Shared by all runs.
+        model: The towers.
+        spec: How they are fed.
+        limit: Most bytes in the folder; tables used longest ago go first. Those of this run stay.
+    """
+
+    def __init__(self, folder: Path, model: TwoTower, spec: InputSpec, limit: float):
+        self._folder, self._limit = folder, limit
         self._towers = _towers_digest(model, spec)
+        self._in_use: set[Path] = set()
 
     def table(
         self, shards: ShardSet, peers: Peers, make: Callable[[], FeatureTable]
@@ -30,26 +43,34 @@ class FeatureCache:
         """The set's table, made by `make` where it is not kept yet. Collective."""
         digest = hashlib.sha256(f"{self._towers}/{shards.digest}".encode()).hexdigest()[:32]
         path = self._folder / f"{digest}.safetensors"
-        # Every rank must take the same way, so all look before one writes.
-        kept = path.exists()
-        barrier()
-        if not kept:
+        self._in_use.add(path)
+        # Every rank must take the same way, also where one sees a shared folder late.
+        if not all(from_all(peers, path.exists())):
             made = make()
             if peers.rank == 0:
                 made.save(path)
             barrier()
-        return FeatureTable.load(path)
+        table = FeatureTable.load(path)
+        if peers.rank == 0:
+            os.utime(path)
+            make_room(
+                self._folder,
+                "*.safetensors",
+                self._limit,
+                0,
+                lambda other, used: other not in self._in_use,
+            )
+        return table
 
 
-def _towers_digest(model: nn.Module, spec: InputSpec) -> str:
+def _towers_digest(model: TwoTower, spec: InputSpec) -> str:
     """What the outputs depend on, besides the data."""
     digest = hashlib.sha256()
     feeding = [spec.image_size, spec.mean, spec.std, spec.interpolation, spec.context_length]
-    probe = spec.tokenize(["a photograph of two dogs, running"])
-    digest.update(json.dumps([feeding, probe, spec.pad_token]).encode())
-    digest.update(str(model).encode())
-    for name, tensor in model.state_dict().items():
-        if name.startswith(("vision.", "text.")):
+    digest.update(json.dumps([feeding, spec.tokenize(_PROBES), spec.pad_token]).encode())
+    for side, tower in (("vision", model.vision), ("text", model.text)):
+        digest.update(f"{side}: {tower}".encode())
+        for name, tensor in tower.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -1,22 +1,41 @@
 """A batch larger than memory, with every negative: forward in chunks, twice.
 
-The cut is after the towers: heads and loss run once over all of a rank's rows. Both passes over a
-chunk draw the same random numbers, so dropout masks agree.
+The cut is after the towers: heads, fusion and loss run once over all of a rank's rows. Both passes
+over a chunk draw the same random numbers, so dropout masks agree. Where fusion takes part, the
+tokens of all of a rank's rows, and their gradient, are held besides the pooled features.
 
 Source: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"
     (arXiv 2101.06983), section 3.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from mmscale.contracts import Batch, Embeddings, Engine, LossOutput
+from mmscale.contracts import Batch, Embeddings, Engine, Features, LossOutput
 from mmscale.dist.device import rng_state, set_rng_state
 
-HeadsAndLoss = Callable[[Tensor, Tensor], tuple[Embeddings, Embeddings, LossOutput]]
+TOWERS = {"image": "vision", "text": "text"}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What comes after the towers, for all of a rank's rows.
+
+    Attributes:
+        image: Images' embeddings.
+        text: Captions' embeddings.
+        scale: 1 / temperature.
+        loss: The objective.
+    """
+
+    image: Embeddings
+    text: Embeddings
+    scale: Float[Tensor, "1"]
+    loss: LossOutput
 
 
 @dataclass(frozen=True)
@@ -26,46 +45,70 @@ class _Chunk:
 
 
 def forward_backward(
-    engine: Engine, batch: Batch, micro_rows: int, heads_and_loss: HeadsAndLoss
-) -> tuple[Embeddings, Embeddings, LossOutput]:
+    engine: Engine,
+    batch: Batch,
+    micro_rows: int,
+    sequences: bool,
+    judge: Callable[[Features], Judged],
+) -> Judged:
     """One window: all gradients of the batch's loss.
 
     Args:
         engine: With its window open.
         batch: This rank's rows, on the engine's device.
         micro_rows: Rows that fit in memory at once.
-        heads_and_loss: From raw features of all rows to embeddings and loss, with a graph.
+        sequences: `judge` wants both towers' tokens too.
+        judge: From the features of all rows to embeddings and loss, with a graph.
     """
-    chunks, image, text = _encode(engine, batch, micro_rows)
+    chunks, features = _encode(engine, batch, micro_rows, sequences)
     # A tower whose output has no gradient to receive is frozen: nothing to replay.
     trained = [
-        name
-        for name in ("image", "text")
-        if any(p.requires_grad for p in _tower(engine, name).parameters())
+        modality
+        for modality, tower in TOWERS.items()
+        if any(p.requires_grad for p in engine.module.get_submodule(tower).parameters())
     ]
-    image.requires_grad_("image" in trained)
-    text.requires_grad_("text" in trained)
-    embedded = heads_and_loss(image, text)
-    engine.backward(embedded[2].total, last=not trained)
+    for name, leaf in _named(features).items():
+        leaf.requires_grad_(name.split("_")[0] in trained)
+    judged = judge(features)
+    engine.backward(judged.loss.total, last=not trained)
     if trained:
-        _replay(engine, batch, chunks, {"image": image.grad, "text": text.grad}, trained)
-    return embedded
+        gradients = {name: leaf.grad for name, leaf in _named(features).items()}
+        _replay(engine, batch, chunks, gradients, trained)
+    return judged
 
 
-def _tower(engine: Engine, name: str) -> torch.nn.Module:
-    return engine.module.get_submodule({"image": "vision", "text": "text"}[name])
+def encode_rows(engine: Engine, batch: Batch, rows: slice, sequences: bool) -> Features:
+    """Some of the batch's rows through both towers."""
+    parts: dict[str, Tensor] = {}
+    for modality in TOWERS:
+        parts |= _tower(engine, batch, rows, modality, sequences)
+    return Features(**parts)
 
 
-def _encode(engine: Engine, batch: Batch, micro_rows: int) -> tuple[list[_Chunk], Tensor, Tensor]:
+def _tower(
+    engine: Engine, batch: Batch, rows: slice, modality: str, sequences: bool
+) -> dict[str, Tensor]:
+    assert batch.mask is not None, "towers see undecoded rows, never cached features"
+    inputs = (batch.image[rows],) if modality == "image" else (batch.tokens[rows], batch.mask[rows])
+    if not sequences:
+        return {modality: engine.call(modality, *inputs)}
+    pooled, sequence = engine.call(f"{modality}_sequence", *inputs)
+    return {modality: pooled, f"{modality}_sequence": sequence}
+
+
+def _encode(
+    engine: Engine, batch: Batch, micro_rows: int, sequences: bool
+) -> tuple[list[_Chunk], Features]:
     """First pass: features without a graph, and the random state that each chunk started from."""
-    chunks, images, texts = [], [], []
+    chunks, parts = [], []
     with torch.no_grad():
         for start in range(0, len(batch), micro_rows):
             chunk = _Chunk(slice(start, start + micro_rows), rng_state(engine.device))
-            images.append(_image(engine, batch, chunk))
-            texts.append(_text(engine, batch, chunk))
+            parts.append(_named(encode_rows(engine, batch, chunk.rows, sequences)))
             chunks.append(chunk)
-    return chunks, torch.cat(images), torch.cat(texts)
+    return chunks, Features(
+        **{name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    )
 
 
 def _replay(
@@ -77,23 +120,21 @@ def _replay(
 ) -> None:
     """Second pass: each chunk again, with a graph, pulled by the gradient at its features."""
     after = rng_state(engine.device)
+    sequences = "image_sequence" in gradients
     for chunk in chunks:
         set_rng_state(engine.device, chunk.random)
         surrogate = torch.zeros((), device=engine.device)
         # A frozen tower runs in evaluation mode and draws nothing, so leaving it out is safe.
-        for name in trained:
-            forward = _image if name == "image" else _text
-            gradient = gradients[name]
-            assert gradient is not None, f"the {name} features took part in the loss"
-            surrogate = surrogate + (forward(engine, batch, chunk) * gradient[chunk.rows]).sum()
+        for modality in trained:
+            for name, output in _tower(engine, batch, chunk.rows, modality, sequences).items():
+                gradient = gradients[name]
+                # An output that no term of the objective looked at pulls nothing.
+                pull = 0.0 if gradient is None else gradient[chunk.rows]
+                surrogate = surrogate + (output * pull).sum()
         engine.backward(surrogate, last=chunk is chunks[-1])
     set_rng_state(engine.device, after)
 
 
-def _image(engine: Engine, batch: Batch, chunk: _Chunk) -> Tensor:
-    return engine.call("image", batch.image[chunk.rows])
-
-
-def _text(engine: Engine, batch: Batch, chunk: _Chunk) -> Tensor:
-    assert batch.mask is not None, "chunks are cut from undecoded rows, never from cached features"
-    return engine.call("text", batch.tokens[chunk.rows], batch.mask[chunk.rows])
+def _named(features: Features) -> dict[str, Tensor]:
+    named = {field.name: getattr(features, field.name) for field in fields(features)}
+    return {name: value for name, value in named.items() if value is not None}

@@ -14,7 +14,9 @@ class Inference:
     def __init__(self, model: nn.Module, policy: DevicePolicy):
         self.device = policy.device
         self._dtype = policy.dtype
-        self._model = model.to(policy.device).eval()
+        self._model = model.to(policy.device)
+        # An engine's own eval() gives nothing back.
+        self._model.eval()
 
     @torch.no_grad()
     def call(self, mode: str, *inputs: Any) -> Any:

@@ -3,6 +3,7 @@
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +13,17 @@ from mmscale.contracts import (
     Batch,
     Embeddings,
     Engine,
+    Features,
     LossInput,
     LossOutput,
     Peers,
     StepRecord,
 )
-from mmscale.engine.gradient_cache import forward_backward
+from mmscale.engine.companions import Companions
+from mmscale.engine.gradient_cache import Judged, encode_rows, forward_backward
 from mmscale.loss.objective import Objective
+
+ALONE = Companions()
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ def update(
     factor: float,
     step: int,
     stop: bool,
+    companions: Companions = ALONE,
 ) -> Update:
     """Train on one batch.
 
@@ -59,34 +65,57 @@ def update(
         factor: Factor of every group's rate.
         step: Updates taken before this one.
         stop: This rank was told to stop.
+        companions: Momentum encoder and pair mining, where they are used.
     """
-    scale = torch.zeros(1)
+    scale_module: Any = engine.module.get_submodule("scale")
+    scale_module.begin(step)
+    momentum: tuple[Tensor | None, Tensor | None] = (None, None)
+    if companions.momentum and companions.momentum_rows:
+        momentum = companions.momentum.encode(batch)
+    sequences = companions.matcher is not None
 
-    def heads_and_loss(image: Tensor, text: Tensor) -> tuple[Embeddings, Embeddings, LossOutput]:
-        nonlocal scale
-        image_rows, text_rows, scale = engine.call("heads", image, text)
-        return image_rows, text_rows, loss_of(image_rows, text_rows)
-
-    def loss_of(image: Embeddings, text: Embeddings) -> LossOutput:
-        labels = batch.labels
-        return objective(LossInput(image, text, batch.match_ids, scale, step, labels))
+    def judge(features: Features) -> Judged:
+        image, text, scale, bias = engine.call("heads", features.image, features.text)
+        matched = None
+        if companions.matcher:
+            similarity = (scale * image.unit @ text.unit.T).detach()
+            matched = companions.matcher(engine.call, batch, features, similarity, step)
+        rows = LossInput(
+            image=image,
+            text=text,
+            ids=batch.match_ids,
+            scale=scale,
+            bias=bias,
+            step=step,
+            labels=batch.labels,
+            momentum_image=momentum[0],
+            momentum_text=momentum[1],
+            matching=matched.logits if matched else None,
+            matching_targets=matched.targets if matched else None,
+            class_logits=matched.class_logits if matched else None,
+        )
+        return Judged(image, text, scale, objective(rows))
 
     engine.open_window()
-    if batch.mask is None:
-        image, text, loss = heads_and_loss(batch.image, batch.tokens)
-        engine.backward(loss.total, last=True)
-    elif micro_rows < len(batch):
-        image, text, loss = forward_backward(engine, batch, micro_rows, heads_and_loss)
+    if batch.mask is not None and micro_rows < len(batch):
+        judged = forward_backward(engine, batch, micro_rows, sequences, judge)
     else:
-        image, text, scale = engine.call("both", batch.image, batch.tokens, batch.mask)
-        loss = loss_of(image, text)
-        engine.backward(loss.total, last=True)
-    record = _agree(engine, peers, batch, loss, lr, float(scale.detach()), stop)
+        features = (
+            Features(batch.image, batch.tokens)
+            if batch.mask is None
+            else encode_rows(engine, batch, slice(None), sequences)
+        )
+        judged = judge(features)
+        engine.backward(judged.loss.total, last=True)
+    scale = float(judged.scale.detach())
+    record = _agree(engine, peers, batch, judged.loss, lr, scale, stop)
     if record.applied:
         engine.apply(factor, record.grad_norm["total"])
+        if companions.momentum:
+            companions.momentum.follow()
     else:
         engine.discard()
-    return Update(record, _detached(image), _detached(text))
+    return Update(record, _detached(judged.image), _detached(judged.text))
 
 
 def _agree(
@@ -106,13 +135,15 @@ def _agree(
             torch.stack([value.double().cpu() for value in values]) / peers.size,
             engine.component_norms().double().cpu(),
             torch.tensor(_digest_parts(batch.keys), dtype=torch.float64),
-            torch.tensor([float(len(batch.damaged)), float(stop)], dtype=torch.float64),
+            torch.tensor(
+                [float(len(batch.damaged)), float(stop), float(batch.cut)], dtype=torch.float64
+            ),
         ]
     )
     total, *rest = peers.total(numbers).tolist()
     terms, rest = dict(zip(names, rest, strict=False)), rest[len(names) :]
     squares, rest = rest[: len(COMPONENTS)], rest[len(COMPONENTS) :]
-    parts, (damaged, stops) = rest[:4], rest[4:]
+    parts, (damaged, stops, cut) = rest[:4], rest[4:]
     norms = {name: math.sqrt(s) for name, s in zip(COMPONENTS, squares, strict=True) if s == s}
     norm = math.sqrt(sum(squares)) if all(map(math.isfinite, squares)) else math.nan
     return StepRecord(
@@ -124,6 +155,7 @@ def _agree(
         keys_digest=_digest(parts),
         applied=math.isfinite(norm),
         damaged=int(damaged),
+        cut=int(cut),
         stop=stops > 0,
     )
 

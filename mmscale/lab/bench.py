@@ -1,4 +1,4 @@
-"""`mmscale bench NAME`: ours against open_clip's in one run, and against the limit where one is known.
+"""`mmscale bench NAME`: ours against open_clip's in one run, and the limit where one is known.
 
 Each bench is a module `bench_NAME` beside this one, with a `run() -> list[Result]`.
 """

@@ -1,66 +1,110 @@
-"""Softmax losses over the similarity of images and captions.
+"""Softmax losses across modalities.
 
 A loss takes this rank's rows and the peers, and returns the mean over its own rows; see
-`dist/peers.py` for what that means for the gradients.
+`dist/peers.py` for what that means for the gradients. Each is the mean of both directions.
 """
 
+import math
+
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mmscale.contracts import Peers
+from mmscale.contracts import Bank, Peers
+from mmscale.loss.contrast import Contrast, contrasts, logsumexp_where, mean_where
 
 
 def infonce(
     image: Float[Tensor, "b d"],
     text: Float[Tensor, "b d"],
-    image_ids: Int64[Tensor, " b"],
+    ids: Int64[Tensor, " b"],
     scale: Float[Tensor, "1"],
     peers: Peers,
+    bank: Bank | None = None,
+    smoothing: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """Symmetric multi-positive InfoNCE: cross-entropy against uniform targets over equal image ids.
+    """Symmetric multi-positive InfoNCE: cross-entropy against uniform targets over equal ids.
 
     For each image i: logsumexp_j(s x_i.y_j) - mean_{p: id_p = id_i}(s x_i.y_p); the same for each
-    caption over the images; half the sum of both means. With distinct ids it is CLIP's loss, with
-    equal ones SupCon's L_out across modalities. Its floor is the mean of ln(number of positives).
-
-    Each similarity block is computed once: a rank holds the rows of its own images, and the
-    captions' sums over images are completed over ranks.
+    caption over the images. With distinct ids it is CLIP's loss, with equal ones SupCon's L_out
+    across modalities. Its floor is the mean of ln(number of positives).
 
     Args:
         image: Unit rows of the images.
         text: Unit rows of the captions; row i belongs to image i.
-        image_ids: Identity of each row's image.
+        ids: Identity of each row.
         scale: 1 / temperature.
         peers: The ranks that contrast together.
+        bank: Further negatives.
+        smoothing: Share of the target that goes to all columns alike.
 
     Source: Radford et al. 2021 (arXiv 2103.00020), figure 3; Khosla et al. 2020 (arXiv 2004.11362),
         equation 2.
     """
-    columns, column_ids = peers.columns(text), peers.columns(image_ids)
-    wide = torch.promote_types(image.dtype, torch.float32)
-    logits = scale.to(wide) * (image.to(wide) @ columns.to(wide).T)
-    positive = image_ids[:, None] == column_ids[None, :]
-    image_loss = logits.logsumexp(1) - _mean_where(logits, positive)
 
-    own = slice(peers.first_row(len(text)), peers.first_row(len(text)) + len(text))
-    column_sum = peers.logsumexp(logits.logsumexp(0))[own]
-    positive_sum = peers.total(logits.where(positive, logits.new_zeros(())).sum(0))[own]
-    positive_count = (column_ids[own, None] == column_ids[None, :]).sum(1)
-    text_loss = column_sum - positive_sum / positive_count
-    return (image_loss.mean() + text_loss.mean()) / 2
+    def direction(way: Contrast) -> Float[Tensor, ""]:
+        logits, everything = scale * way.similarity, way.positive | way.negative
+        target = mean_where(logits, way.positive)
+        if smoothing:
+            target = (1 - smoothing) * target + smoothing * mean_where(logits, everything)
+        return (logsumexp_where(logits, everything) - target).mean()
+
+    first, second = (direction(way) for way in contrasts(image, text, ids, peers, bank))
+    return (first + second) / 2
 
 
-def chance(image_ids: Int64[Tensor, " n"]) -> float:
-    """InfoNCE of a model that tells nothing apart: ln n, nats."""
-    return float(torch.tensor(float(len(image_ids))).log())
+def dcl(
+    image: Float[Tensor, "b d"],
+    text: Float[Tensor, "b d"],
+    ids: Int64[Tensor, " b"],
+    scale: Float[Tensor, "1"],
+    peers: Peers,
+    bank: Bank | None = None,
+) -> Float[Tensor, ""]:
+    """Decoupled contrastive loss across modalities: InfoNCE without positives in the denominator.
+
+    For each image i: log sum_{j: id_j != id_i} exp(s x_i.y_j) - mean_{p: id_p = id_i}(s x_i.y_p).
+    Unbounded below. A row without a negative adds nothing.
+
+    Source: Yeh et al. 2022, "Decoupled Contrastive Learning" (arXiv 2110.06848), equation 6,
+        without its negatives of the same modality.
+    """
+    return hn_nce(image, text, ids, scale, peers, bank, alpha=0.0, beta=0.0)
 
 
-def floor(image_ids: Int64[Tensor, " n"]) -> float:
-    """InfoNCE of these ids at best: the mean of ln(number of positives), nats."""
-    _, inverse, counts = image_ids.unique(return_inverse=True, return_counts=True)
-    return float(counts[inverse].double().log().mean())
+def hn_nce(
+    image: Float[Tensor, "b d"],
+    text: Float[Tensor, "b d"],
+    ids: Int64[Tensor, " b"],
+    scale: Float[Tensor, "1"],
+    peers: Peers,
+    bank: Bank | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.5,
+) -> Float[Tensor, ""]:
+    """InfoNCE whose negatives weigh more the harder they are.
 
+    For each image i, with l = s x.y, its positives p and its m negatives j:
+    log(alpha sum_p e^{l_ip} + sum_j w_ij e^{l_ij}) - mean_p l_ip, w_ij = m softmax_j(beta l_ij).
+    alpha = 1 and beta = 0 is InfoNCE; alpha = 0 and beta = 0 is DCL. A row without negatives adds
+    nothing where alpha = 0.
 
-def _mean_where(logits: Float[Tensor, "b n"], positive: Bool[Tensor, "b n"]) -> Float[Tensor, " b"]:
-    return logits.where(positive, logits.new_zeros(())).sum(1) / positive.sum(1)
+    Source: Radenovic et al. 2023, "Filtering, Distillation, and Hard Negatives for Vision-Language
+        Pre-Training" (arXiv 2301.02280), section 3.3.
+    """
+
+    def direction(way: Contrast) -> Float[Tensor, ""]:
+        logits = scale * way.similarity
+        count = way.negative.sum(1).to(logits.dtype)
+        # Without negatives both sums are -inf: their difference must not be taken.
+        spread = logsumexp_where(beta * logits, way.negative)
+        offset = count.clamp(min=1).log() - spread.where(count > 0, torch.zeros_like(spread))
+        total = logsumexp_where((1 + beta) * logits + offset[:, None], way.negative)
+        if alpha:
+            positives = logsumexp_where(logits, way.positive) + math.log(alpha)
+            total = torch.logaddexp(total, positives)
+        loss = total - mean_where(logits, way.positive)
+        return loss.where(total > -torch.inf, torch.zeros_like(loss)).mean()
+
+    first, second = (direction(way) for way in contrasts(image, text, ids, peers, bank))
+    return (first + second) / 2

@@ -7,6 +7,7 @@ import torch
 
 from mmscale.config.schema import ModelConfig
 from mmscale.contracts import InputSpec
+from mmscale.model.fusion import Fusion
 from mmscale.model.heads import Head
 from mmscale.model.inputs import join_inputs
 from mmscale.model.openclip_preset import build_whole_openclip
@@ -15,6 +16,7 @@ from mmscale.model.scale import LogitScale
 from mmscale.model.text import build_text
 from mmscale.model.two_tower import TwoTower
 from mmscale.model.vision import build_vision
+from mmscale.model.width import Tower
 
 
 def build_model(
@@ -36,6 +38,7 @@ def build_model(
     if is_whole_openclip(config):
         with drawing_from(seed, 0):
             whole, pixels, tokens = build_whole_openclip(config, image_size)
+        whole.fusion = _build_fusion(config, whole.vision, whole.text, seed)
         return whole, join_inputs(pixels, tokens)
     with drawing_from(seed, 0):
         vision, pixels = build_vision(config.vision, image_size)
@@ -44,11 +47,20 @@ def build_model(
     heads = {}
     for part, (modality, tower) in enumerate({"image": vision, "text": text}.items(), start=2):
         with drawing_from(seed, part):
-            heads[modality] = Head(tower.width, config.embed_dim, config.head)
+            side, key = config.head.of(modality), f"model.head.{modality}"
+            heads[modality] = Head(tower.width, config.embed_dim, side, key)
     towers = {"vision": config.vision, "text": config.text}
-    frozen = frozenset(name for name, tower in towers.items() if tower.frozen)
-    model = TwoTower(vision, text, heads, LogitScale(config.logit_scale), frozen)
+    frozen = frozenset(name for name, tower in towers.items() if tower.frozen is True)
+    fusion = _build_fusion(config, vision, text, seed)
+    model = TwoTower(vision, text, heads, LogitScale(config.logit_scale), frozen, fusion)
     return model, join_inputs(pixels, tokens)
+
+
+def _build_fusion(config: ModelConfig, vision: Tower, text: Tower, seed: int) -> Fusion | None:
+    if not config.fusion.enabled:
+        return None
+    with drawing_from(seed, 4):
+        return Fusion(vision.sequence_width, text.sequence_width, config.fusion)
 
 
 @contextmanager

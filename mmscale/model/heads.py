@@ -1,56 +1,74 @@
 """The projection of a tower's features to the shared width."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mmscale.config.schema import HeadConfig
+from mmscale.config.heads import HeadConfig
 from mmscale.errors import ConfigError
+from mmscale.model.batch_norm import GlobalBatchNorm
+from mmscale.model.head_init import FITTED, draw, take_principal_axes, train_autoencoder
+from mmscale.model.head_inputs import Standardize, Whiten, to_unit_rms
 
-# Below this share of its mean, fp32 sums cannot tell a feature's deviation from rounding.
-CONSTANT = 1e-6
-
-
-class Standardize(nn.Module):
-    """Shifts and scales each feature by statistics fitted beforehand; the identity until then."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("std", torch.ones(width))
-
-    def set_statistics(self, mean: Float[Tensor, " f"], std: Float[Tensor, " f"]) -> None:
-        """Keep each feature's mean and deviation; a constant feature keeps deviation 1."""
-        constant = std <= CONSTANT * mean.abs()
-        self.mean.copy_(mean)
-        self.std.copy_(torch.where(constant, torch.ones_like(std), std))
-
-    def forward(self, rows: Float[Tensor, "b f"]) -> Float[Tensor, "b f"]:
-        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        return ((wide - self.mean) / self.std).to(rows.dtype)
+ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
 class Head(nn.Module):
-    """`linear` (W x, as CLIP's) or `mlp` (one GELU layer as wide as its input)."""
+    """Scales and whitens features where asked, then projects them.
 
-    def __init__(self, width: int, embed_dim: int, config: HeadConfig):
+    `linear` is W x, as CLIP's; `mlp` has one hidden layer; `projector` has at least two, with
+    batch normalisation, as VICReg's and Barlow Twins'; `identity` leaves features as they are.
+
+    Source: Bardes et al. 2022 (arXiv 2105.04906), section 4.2, for the projector.
+    """
+
+    def __init__(self, width: int, embed_dim: int, config: HeadConfig, key: str = "model.head"):
+        """Build one side's head with drawn weights.
+
+        Args:
+            width: Of the tower's features.
+            embed_dim: Shared width.
+            config: Of this side (`HeadConfig.of`).
+            key: The setting that names this head, for messages.
+
+        Raises:
+            ConfigError: `identity` where the widths differ.
+        """
         super().__init__()
+        if config.kind == "identity" and width != embed_dim:
+            raise ConfigError(
+                f"{key}.kind=identity, but the tower gives {width} features and model.embed_dim="
+                f"{embed_dim}; set model.embed_dim={width} or {key}.kind=linear"
+            )
         self.width = width
+        self.init, self.gain = config.init, config.gain
+        self.unit_rms = config.unit_rms
         self.standardize = Standardize(width) if config.standardize else None
-        layers: list[nn.Module] = []
-        if config.kind == "mlp":
-            layers += [nn.Linear(width, width, bias=config.bias), nn.GELU()]
-        layers.append(nn.Linear(width, embed_dim, bias=config.bias))
-        self.layers = nn.Sequential(*layers)
-        self.layers.apply(_initialise)
+        whitens = config.whiten != "none"
+        self.whiten = Whiten(width, config.whiten, config.shrinkage) if whitens else None
+        self.layers = nn.Sequential(*_layers(width, embed_dim, config))
+        self._starts_from_rows = config.init in FITTED and config.kind != "identity"
+        draw(self.layers, config.init if config.init not in FITTED else "normal", config.gain)
+        self.fit_rows = max(
+            config.standardize, config.fit_rows if whitens or self._starts_from_rows else 0
+        )
 
-    def set_statistics(self, mean: Float[Tensor, " f"], std: Float[Tensor, " f"]) -> None:
-        """Fit the input standardisation (`model.head.standardize` > 0)."""
-        assert self.standardize is not None, "model.head.standardize is 0: nothing to fit"
-        self.standardize.set_statistics(mean, std)
+    def fit(self, rows: Float[Tensor, "n f"]) -> None:
+        """Fit what the settings ask to be fitted, in the order in which a row passes it.
+
+        Args:
+            rows: Features of at least `fit_rows` pairs, over all ranks.
+        """
+        if self.unit_rms:
+            rows = to_unit_rms(rows)
+        for part in (self.standardize, self.whiten):
+            if part is not None:
+                part.fit(rows)
+                rows = part(rows)
+        if self._starts_from_rows:
+            if self.init == "pca":
+                take_principal_axes(self.layers, rows, self.gain)
+            else:
+                train_autoencoder(self.layers, rows)
 
     def forward(self, rows: Float[Tensor, "b f"]) -> Float[Tensor, "b d"]:
         if rows.shape[-1] != self.width:
@@ -58,14 +76,26 @@ class Head(nn.Module):
                 f"features of width {rows.shape[-1]} reached a head made for {self.width}, the "
                 f"tower's own width; rebuild the feature cache with this model."
             )
+        if self.unit_rms:
+            rows = to_unit_rms(rows)
         if self.standardize is not None:
             rows = self.standardize(rows)
+        if self.whiten is not None:
+            rows = self.whiten(rows)
         return self.layers(rows)
 
 
-def _initialise(module: nn.Module) -> None:
-    """Normal with deviation width^-0.5, as CLIP's projections: unit variance stays so."""
-    if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=module.in_features**-0.5)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+def _layers(width: int, embed_dim: int, config: HeadConfig) -> list[nn.Module]:
+    if config.kind == "identity":
+        return [GlobalBatchNorm(width)] if config.batch_norm else []
+    normalise = config.kind == "projector" if config.batch_norm is None else config.batch_norm
+    hidden = config.hidden or width
+    count = {"linear": 0, "mlp": 1, "projector": config.layers - 1}[config.kind]
+    layers: list[nn.Module] = []
+    for _ in range(count):
+        layers.append(nn.Linear(width, hidden, bias=config.bias))
+        layers += [GlobalBatchNorm(hidden)] if normalise else []
+        layers.append(ACTIVATIONS[config.activation]())
+        width = hidden
+    layers.append(nn.Linear(width, embed_dim, bias=config.bias))
+    return layers + ([GlobalBatchNorm(embed_dim)] if normalise and not count else [])

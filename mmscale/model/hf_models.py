@@ -105,6 +105,14 @@ def without_pooler(model_class: type[PreTrainedModel]) -> dict[str, bool]:
     return {"add_pooling_layer": False} if "add_pooling_layer" in takes else {}
 
 
+def checkpoint_hf(model: Any) -> bool:
+    """Switch transformers' checkpointing on; False where the model has none."""
+    if not model.supports_gradient_checkpointing:
+        return False
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    return True
+
+
 def class_for(config: PretrainedConfig, mapping: Mapping[Any, Any], name: str, key: str) -> Any:
     """The model class that `mapping` has for this config."""
     if type(config) not in mapping:

@@ -17,9 +17,11 @@ from transformers import (
 
 from mmscale.config.schema import TextConfig
 from mmscale.errors import ConfigError
+from mmscale.model.freezing import chain
 from mmscale.model.hf_models import (
     BRING,
     build_model,
+    checkpoint_hf,
     class_for,
     model_folder,
     override,
@@ -28,8 +30,9 @@ from mmscale.model.hf_models import (
 )
 from mmscale.model.hub import hub_call
 from mmscale.model.inputs import TextInput, agreed_context
+from mmscale.model.pooling import Pooling
 from mmscale.model.sources import constructing
-from mmscale.model.width import Tower, output_width
+from mmscale.model.width import Tower, look
 
 KEY = "model.text"
 # Models trained for one pooled vector, which a mean over tokens would throw away.
@@ -44,25 +47,30 @@ class HfTextTower(Tower):
 
         Args:
             trunk: Encoder without a pooler.
-            pooling: `cls`, `mean`, or `model` for the model's own pooled output.
+            pooling: As `Pooling`'s, or `model` for the model's own pooled output.
         """
-        super().__init__()
-        self.trunk = trunk
+        super().__init__(trunk)
         self.pooling = pooling
+        self.pool = Pooling(pooling if pooling in ("cls", "eos") else "mean", 0)
         tokens = torch.ones(1, 4, dtype=torch.int64)
-        self.width = output_width(self, tokens, torch.ones_like(tokens, dtype=torch.bool))
+        row = tokens, torch.ones_like(tokens, dtype=torch.bool)
+        look(self, *row)
+        if pooling == "map":
+            self.pool = Pooling(pooling, self.sequence_width)
+            look(self, *row)
 
-    def forward(
+    def forward_sequence(
         self, tokens: Int64[Tensor, "b t"], mask: Bool[Tensor, "b t"]
-    ) -> Float[Tensor, "b f"]:
+    ) -> tuple[Float[Tensor, "b f"], Float[Tensor, "b t e"]]:
         output = self.trunk(input_ids=tokens, attention_mask=mask.long())
-        if self.pooling == "model":
-            return output.pooler_output
         states = output.last_hidden_state
-        if self.pooling == "cls":
-            return states[:, 0]
-        real = mask.unsqueeze(-1).to(states.dtype)
-        return (states * real).sum(1) / real.sum(1).clamp(min=1)
+        return output.pooler_output if self.pooling == "model" else self.pool(states, mask), states
+
+    def checkpoint_blocks(self) -> bool:
+        return checkpoint_hf(self.trunk)
+
+    def block_parameters(self) -> list[list[str]]:
+        return chain(self.trunk)
 
 
 class HfTokenize:
@@ -83,14 +91,18 @@ def build_hf_text(name: str, config: TextConfig) -> tuple[Tower, TextInput]:
     folder = model_folder(name, KEY)
     model_config = read_config(folder, KEY, "text_config")
     override(model_config, config.options, KEY, name)
-    mapping = MODEL_FOR_TEXT_ENCODING_MAPPING
-    if type(model_config) not in mapping:
-        mapping = MODEL_MAPPING
-    model_class = class_for(model_config, mapping, name, KEY)
-    trunk = build_model(model_class, model_config, folder, config, KEY)
+    trunk = build_model(text_class(model_config, name), model_config, folder, config, KEY)
     with constructing(KEY, f"hf:{name}"):
-        tower = HfTextTower(trunk, _pooling(folder, model_config, config.pooling))
+        tower = HfTextTower(trunk, pooling_of(folder, model_config, config.pooling))
     return tower, _text_input(folder, trunk, config)
+
+
+def text_class(config: PretrainedConfig, name: str) -> Any:
+    """The encoder's class; of an encoder with a decoder, the encoder's own."""
+    mapping = MODEL_FOR_TEXT_ENCODING_MAPPING
+    if type(config) not in mapping:
+        mapping = MODEL_MAPPING
+    return class_for(config, mapping, name, KEY)
 
 
 def _text_input(folder: str, trunk: PreTrainedModel, config: TextConfig) -> TextInput:
@@ -103,14 +115,14 @@ def _text_input(folder: str, trunk: PreTrainedModel, config: TextConfig) -> Text
             f"the tokenizer of hf:{folder} has {len(tokenizer)} tokens and the model embeds "
             f"{rows}; give the tokenizer that belongs to it, or model.text.options.vocab_size."
         )
-    longest = min(tokenizer.model_max_length, _max_positions(trunk))
+    longest = min(tokenizer.model_max_length, max_positions(trunk))
     length = agreed_context(config.context_length, longest, f"hf:{folder}")
     # The mask hides padding, so that a tokenizer without a padding token may use any.
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return TextInput(HfTokenize(tokenizer, length), pad, length)
 
 
-def _max_positions(trunk: PreTrainedModel) -> int:
+def max_positions(trunk: PreTrainedModel) -> int:
     """Tokens that the position table has rows for; RoBERTa's spends its first rows on padding."""
     longest: int = getattr(trunk.config, "max_position_embeddings", None) or 1 << 30
     for name, module in trunk.named_modules():
@@ -120,7 +132,7 @@ def _max_positions(trunk: PreTrainedModel) -> int:
     return longest
 
 
-def _pooling(folder: str, model_config: PretrainedConfig, asked: str) -> str:
+def pooling_of(folder: str, model_config: PretrainedConfig, asked: str) -> str:
     """`auto`: what sentence-transformers wrote beside the model, else its own, else `mean`."""
     if asked != "auto":
         return asked
@@ -130,14 +142,16 @@ def _pooling(folder: str, model_config: PretrainedConfig, asked: str) -> str:
     modes = {mode for mode in ("cls", "mean") if facts.get("pooling_mode") == mode}
     if facts.get("pooling_mode_cls_token"):
         modes.add("cls")
+    if facts.get("pooling_mode_lasttoken"):
+        modes.add("eos")
     modes |= {
         word.removesuffix("_tokens")
         for word in ("mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens")
         if facts.get(f"pooling_mode_{word}")
     }
-    if len(modes) == 1 and modes <= {"cls", "mean"}:
+    if len(modes) == 1 and modes <= {"cls", "mean", "eos"}:
         return modes.pop()
     raise ConfigError(
         f"hf:{folder} was made for a pooling that is not offered ({', '.join(sorted(modes))}): set "
-        f"model.text.pooling to cls or mean."
+        f"model.text.pooling to cls, mean, eos or map."
     )

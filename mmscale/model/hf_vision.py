@@ -1,5 +1,6 @@
 """Image towers of Hugging Face: `hf:NAME_OR_PATH`, the image part of a two-part model."""
 
+import re
 from typing import Any
 
 import torch
@@ -9,8 +10,10 @@ from transformers import MODEL_MAPPING, PreTrainedModel
 
 from mmscale.config.schema import VisionConfig
 from mmscale.errors import ConfigError
+from mmscale.model.freezing import chain
 from mmscale.model.hf_models import (
     build_model,
+    checkpoint_hf,
     class_for,
     model_folder,
     override,
@@ -18,12 +21,14 @@ from mmscale.model.hf_models import (
     read_json,
 )
 from mmscale.model.inputs import ImageInput, agreed_size, triple
+from mmscale.model.pooling import Pooling
 from mmscale.model.sources import constructing
-from mmscale.model.width import Tower, output_width
+from mmscale.model.width import Tower, look
 
 KEY = "model.vision"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_CLS = re.compile(r"cls_token|class_embedding")
 BILINEAR = 2  # PIL's number for the resampling in preprocessor_config.json
 
 
@@ -33,21 +38,38 @@ class HfVisionTower(Tower):
     A pooler that can be left out is left out: many checkpoints do not carry its weights.
     """
 
-    def __init__(self, trunk: PreTrainedModel, image_size: int):
-        super().__init__()
-        self.trunk = trunk
-        self.has_cls = any("cls_token" in name for name, _ in trunk.named_parameters())
-        self.width = output_width(self, torch.zeros(1, 3, image_size, image_size))
+    def __init__(self, trunk: PreTrainedModel, image_size: int, pooling: str = "auto"):
+        super().__init__(trunk)
+        self.pooling: Pooling | None = None
+        has_cls = any(_CLS.search(name) for name, _ in trunk.named_parameters())
+        if pooling == "cls" and not has_cls:
+            raise ConfigError(
+                f"{KEY}.pooling=cls, but this tower has no CLS token; set it to auto, mean or map."
+            )
+        row = torch.zeros(1, 3, image_size, image_size)
+        self.unpooled = Pooling("cls" if has_cls else "mean", 0)
+        look(self, row)
+        if pooling != "auto":
+            prefix = has_cls + getattr(trunk.config, "num_register_tokens", 0)
+            self.pooling = Pooling(pooling, self.sequence_width, prefix)
+            look(self, row)
 
-    def forward(self, pixels: Float[Tensor, "b c h w"]) -> Float[Tensor, "b f"]:
+    def forward_sequence(
+        self, pixels: Float[Tensor, "b c h w"]
+    ) -> tuple[Float[Tensor, "b f"], Float[Tensor, "b s e"]]:
         output = self.trunk(pixel_values=pixels)
-        pooled = getattr(output, "pooler_output", None)
-        if pooled is not None:
-            return pooled.flatten(1)
         states = output.last_hidden_state
-        if states.ndim == 4:
-            return states.mean((2, 3))
-        return states[:, 0] if self.has_cls else states.mean(1)
+        sequence = states if states.ndim == 3 else states.flatten(2).transpose(1, 2)
+        if self.pooling is not None:
+            return self.pooling(sequence), sequence
+        pooled = getattr(output, "pooler_output", None)
+        return self.unpooled(sequence) if pooled is None else pooled.flatten(1), sequence
+
+    def checkpoint_blocks(self) -> bool:
+        return checkpoint_hf(self.trunk)
+
+    def block_parameters(self) -> list[list[str]]:
+        return chain(self.trunk)
 
 
 def build_hf_vision(
@@ -62,12 +84,12 @@ def build_hf_vision(
         model_config.image_size = size
     model_class = class_for(model_config, MODEL_MAPPING, name, KEY)
     trunk = build_model(model_class, model_config, folder, config, KEY)
-    pixels = _image_input(folder, config, size or getattr(model_config, "image_size", None))
+    pixels = image_input(folder, config, size or getattr(model_config, "image_size", None))
     with constructing(KEY, f"hf:{name} at {pixels.image_size} pixels"):
-        return HfVisionTower(trunk, pixels.image_size), pixels
+        return HfVisionTower(trunk, pixels.image_size, config.pooling), pixels
 
 
-def _image_input(folder: str, config: VisionConfig, size: int | None) -> ImageInput:
+def image_input(folder: str, config: VisionConfig, size: int | None) -> ImageInput:
     """Normalisation from preprocessor_config.json; ImageNet's where random weights have none."""
     facts = read_json(folder, "preprocessor_config.json")
     known = config.weights == "random" or (config.mean is not None and config.std is not None)

@@ -17,6 +17,7 @@ from torch import nn
 
 from mmscale.config.schema import ModelConfig
 from mmscale.errors import CheckpointError, ConfigError
+from mmscale.model.freezing import settle
 from mmscale.model.hub import hub_call
 from mmscale.model.inputs import ImageInput, TextInput
 from mmscale.model.openclip_towers import (
@@ -26,6 +27,7 @@ from mmscale.model.openclip_towers import (
     openclip_config,
     openclip_pixels,
     openclip_tokens,
+    require_own_pooling,
 )
 from mmscale.model.presets import OPENCLIP
 from mmscale.model.scale import LogitScale
@@ -51,10 +53,14 @@ def build_whole_openclip(
     scale = LogitScale(config.logit_scale)
     if config.weights != "random":
         _take_scale(scale, model.logit_scale)
-    frozen = frozenset(part for part in ("vision", "text") if getattr(config, part).frozen)
+    vision = OpenClipVision(model.visual, pixels.image_size)
+    text = OpenClipText(model.text, tokens.pad_token)
+    settle(vision, config.vision, "model.vision")
+    settle(text, config.text, "model.text")
+    frozen = frozenset(part for part in ("vision", "text") if getattr(config, part).frozen is True)
     two_tower = TwoTower(
-        OpenClipVision(model.visual, pixels.image_size),
-        OpenClipText(model.text, tokens.pad_token),
+        vision,
+        text,
         {"image": nn.Identity(), "text": nn.Identity()},
         scale,
         frozen,
@@ -70,6 +76,7 @@ def _refuse_contradictions(config: ModelConfig, name: str, width: int) -> None:
         )
     for part in ("vision", "text"):
         tower = getattr(config, part)
+        require_own_pooling(tower, f"model.{part}", name)
         if tower.options or tower.weights not in ("pretrained", "random"):
             raise ConfigError(
                 f"model.{part}.options and .weights do not go with model.preset=openclip:{name}, "

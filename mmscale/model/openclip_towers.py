@@ -14,18 +14,29 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from open_clip.factory import get_model_config
+from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, _build_text_tower, _build_vision_tower
-from open_clip.transformer import TextTransformer, VisionTransformer
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import TextTransformer, Transformer, VisionTransformer
 from torch import Tensor, nn
 
 from mmscale.config.schema import TextConfig, TowerConfig, VisionConfig
 from mmscale.errors import ConfigError
+from mmscale.model.freezing import chain
+from mmscale.model.hf_models import checkpoint_hf
 from mmscale.model.hub import hub_call
 from mmscale.model.inputs import ImageInput, TextInput, agreed_context, agreed_size, triple
 from mmscale.model.openclip_tokens import read_tokenize
 from mmscale.model.sources import check_options, constructing, did_you_mean
+from mmscale.model.timm_vision import (
+    as_sequence,
+    checkpoint_timm,
+    show_features,
+    timm_blocks,
+)
 from mmscale.model.weights import load_strictly, read_weights
-from mmscale.model.width import Tower, output_width
+from mmscale.model.width import Tower, look
 
 # Names of a text tower in a whole CLIP's weights, where nothing stands in front of them.
 TEXT_PARTS = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "cls_emb")
@@ -35,13 +46,36 @@ PROJECTIONS = ("proj", "text_projection")
 class OpenClipVision(Tower):
     """An OpenCLIP image tower."""
 
-    def __init__(self, trunk: nn.Module, image_size: int):
-        super().__init__()
-        self.trunk = trunk
-        self.width = output_width(self, torch.zeros(1, 3, image_size, image_size))
+    def __init__(self, trunk: Any, image_size: int):
+        super().__init__(trunk)
+        if isinstance(trunk, VisionTransformer):
+            trunk.output_tokens = True
+        if isinstance(trunk, TimmModel):
+            show_features(trunk.trunk)
+        look(self, torch.zeros(1, 3, image_size, image_size))
 
-    def forward(self, pixels: Float[Tensor, "b c h w"]) -> Float[Tensor, "b f"]:
-        return _pooled(self.trunk(pixels))
+    def forward_sequence(
+        self, pixels: Float[Tensor, "b c h w"]
+    ) -> tuple[Float[Tensor, "b f"], Float[Tensor, "b s e"]]:
+        if isinstance(self.trunk, TimmModel):
+            pooled, sequence = self.trunk.trunk(pixels)
+            return self.trunk.head(pooled), sequence
+        if isinstance(self.trunk, ModifiedResNet):
+            outputs = self.trunk.forward_intermediates(pixels, indices=[4])
+            return outputs["image_features"], as_sequence(outputs["image_intermediates"][0], "NCHW")
+        return self.trunk(pixels)
+
+    def checkpoint_blocks(self) -> bool:
+        if isinstance(self.trunk, TimmModel):
+            return checkpoint_timm(self.trunk.trunk)
+        return _checkpoint(self.trunk)
+
+    def block_parameters(self) -> list[list[str]]:
+        if not isinstance(self.trunk, TimmModel):
+            return chain(self.trunk, PROJECTIONS)
+        groups = [[f"trunk.{name}" for name in group] for group in timm_blocks(self.trunk.trunk)]
+        groups[-1] += [f"head.{name}" for name, _ in self.trunk.head.named_parameters()]
+        return groups
 
 
 class OpenClipText(Tower):
@@ -51,24 +85,34 @@ class OpenClipText(Tower):
     padding, or append a token, get their rows padded back to the whole context.
     """
 
-    def __init__(self, trunk: nn.Module, pad_token: int):
-        super().__init__()
-        self.trunk = trunk
+    def __init__(self, trunk: Any, pad_token: int):
+        super().__init__(trunk)
         self.pad_token = pad_token
         self.whole_rows = 0
+        trunk.output_tokens = True
         if isinstance(trunk, TextTransformer):
             trunk.transformer.register_forward_pre_hook(_slice_mask, with_kwargs=True)
             at_end = trunk.pool_type in ("argmax", "eos") and trunk.cls_emb is None
             if trunk.attn_mask is None or not at_end:
                 self.whole_rows = trunk.context_length
         tokens = torch.ones(1, 2, dtype=torch.int64)
-        self.width = output_width(self, tokens, torch.ones_like(tokens, dtype=torch.bool))
+        look(self, tokens, torch.ones_like(tokens, dtype=torch.bool))
 
-    def forward(
+    def forward_sequence(
         self, tokens: Int64[Tensor, "b t"], mask: Bool[Tensor, "b t"]
-    ) -> Float[Tensor, "b f"]:
-        missing = max(self.whole_rows - tokens.shape[1], 0)
-        return _pooled(self.trunk(F.pad(tokens, (0, missing), value=self.pad_token)))
+    ) -> tuple[Float[Tensor, "b f"], Float[Tensor, "b t e"]]:
+        length = tokens.shape[1]
+        missing = max(self.whole_rows - length, 0)
+        pooled, sequence = self.trunk(F.pad(tokens, (0, missing), value=self.pad_token))
+        return pooled, sequence[:, :length]
+
+    def checkpoint_blocks(self) -> bool:
+        if isinstance(self.trunk, HFTextEncoder):
+            return checkpoint_hf(self.trunk.transformer)
+        return _checkpoint(self.trunk)
+
+    def block_parameters(self) -> list[list[str]]:
+        return chain(self.trunk, PROJECTIONS)
 
 
 def build_openclip_vision(
@@ -76,6 +120,7 @@ def build_openclip_vision(
 ) -> tuple[Tower, ImageInput]:
     """The image tower of an OpenCLIP config; `options` are keys of its `vision_cfg`."""
     key = "model.vision"
+    require_own_pooling(config, key, name)
     whole = openclip_config(name, f"{key}.name")
     if other := whole["vision_cfg"].get("timm_model_name"):
         raise ConfigError(f"the image tower of {name} is timm's: set {key}.name=timm:{other}.")
@@ -96,6 +141,7 @@ def build_openclip_vision(
 def build_openclip_text(name: str, config: TextConfig) -> tuple[Tower, TextInput]:
     """The text tower of an OpenCLIP config; `options` are keys of its `text_cfg`."""
     key = "model.text"
+    require_own_pooling(config, key, name)
     whole = openclip_config(name, f"{key}.name")
     if other := whole["text_cfg"].get("hf_model_name"):
         raise ConfigError(
@@ -190,6 +236,18 @@ def _slice_mask(
     return args, words
 
 
-def _pooled(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """Configs with `output_tokens` give tokens besides."""
-    return output[0] if isinstance(output, tuple) else output
+def _checkpoint(trunk: nn.Module) -> bool:
+    transformer = getattr(trunk, "transformer", None)
+    if not isinstance(transformer, Transformer):
+        return False
+    transformer.grad_checkpointing = True
+    return True
+
+
+def require_own_pooling(config: VisionConfig | TextConfig, key: str, name: str) -> None:
+    """Refuse a pooling from outside: OpenCLIP's towers carry theirs in their options."""
+    if config.pooling != "auto":
+        raise ConfigError(
+            f"{key}.pooling={config.pooling}, but openclip:{name} pools by its own configuration; "
+            f"set {key}.options.pool_type, or {key}.pooling=auto."
+        )

@@ -1,5 +1,6 @@
 """Named pairs of towers, and how explicit settings win over them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from mmscale.config.schema import ModelConfig
@@ -20,6 +21,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "text": {"name": "hf:flaubert/flaubert_small_cased"},
         "embed_dim": 512,
     },
+    "medium-mobilebert": {
+        "vision": {"name": "timm:vit_base_patch16_224"},
+        "text": {"name": "hf:google/mobilebert-uncased"},
+        "embed_dim": 512,
+    },
     "large": {
         "vision": {"name": "timm:vit_base_patch16_224"},
         "text": {"name": "hf:google-bert/bert-base-uncased"},
@@ -28,8 +34,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def fill_preset(config: ModelConfig) -> ModelConfig:
+def fill_preset(config: ModelConfig, failing: Mapping[str, str] | None = None) -> ModelConfig:
     """`config` with what its preset says and the user did not; filled again it stays the same.
+
+    Args:
+        config: `model`.
+        failing: Towers that a preset must not bring here, and what it brings in their place.
 
     Raises:
         ConfigError: There is no such preset.
@@ -37,12 +47,28 @@ def fill_preset(config: ModelConfig) -> ModelConfig:
     if config.preset is None:
         return config
     settings = _settings(config.preset)
+    for tower in ("vision", "text"):
+        name = settings[tower]["name"]
+        settings[tower] = {"name": (failing or {}).get(name, name)}
     words = config.model_dump(exclude_unset=True)
     for tower in ("vision", "text"):
         chosen = words.get(tower, {})
         name = chosen.get("name") or settings[tower]["name"]
         settings[tower] = {**chosen, "name": name}
     return ModelConfig.model_validate({**words, **settings, **_explicit(words)})
+
+
+def stand_in_line(asked: ModelConfig, filled: ModelConfig) -> str | None:
+    """What to tell where `fill_preset` put a stand-in into a preset."""
+    usual = fill_preset(asked)
+    for tower in ("vision", "text"):
+        name, stand_in = getattr(usual, tower).name, getattr(filled, tower).name
+        if name != stand_in:
+            return (
+                f"model.preset={asked.preset} takes {stand_in} in place of {name}, which is known "
+                f"to fail here; model.{tower}.name={name} takes it all the same"
+            )
+    return None
 
 
 def is_whole_openclip(config: ModelConfig) -> bool:

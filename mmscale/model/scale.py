@@ -1,38 +1,98 @@
-"""The learnt inverse temperature."""
+"""The inverse temperature, in one place: learnt, fixed or scheduled, and fitted to the data's size.
+
+With it lives the logits' bias of losses that judge each pair alone (SigLIP).
+"""
 
 import math
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mmscale.config.schema import LogitScaleConfig
+from mmscale.config.ramp import StepsOf, whole_steps
+from mmscale.config.schema import LogitScaleConfig, ModelConfig
 from mmscale.errors import ConfigError
+
+SMALL_SET = 1_000
+SMALL_SET_TEMPERATURE = 0.8
 
 
 class LogitScale(nn.Module):
-    """Log of the scale as a parameter of shape (1,); a 0-D parameter crashes DeepSpeed.
+    """Log of the scale as a tensor of shape (1,); a 0-D parameter crashes DeepSpeed.
 
     Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language
-    Supervision", section 2.5 (learnt, clipped at 100).
+    Supervision", section 2.5 (learnt, clipped at 100); Zhai et al. 2023, "Sigmoid Loss for Language
+    Image Pre-Training", section 3.2 (bias).
     """
+
+    log_scale: Tensor
+    bias: nn.Parameter | None
 
     def __init__(self, config: LogitScaleConfig):
         super().__init__()
-        if config.max < 1 or not 1 <= config.init <= config.max:
-            raise ConfigError(
-                f"model.logit_scale.init={config.init:g} lies outside [1, "
-                f"model.logit_scale.max={config.max:g}]; move it inside."
-            )
+        _check(config)
         self.log_max = math.log(config.max)
-        self.log_scale = nn.Parameter(torch.full((1,), math.log(config.init)))
+        self._course = config.course
+        self._steps_of: StepsOf = whole_steps
+        first = config.init if config.course is None else config.course.first
+        log_scale = torch.full((1,), math.log(first))
+        if config.learn and config.course is None:
+            self.log_scale = nn.Parameter(log_scale)
+        else:
+            self.register_buffer("log_scale", log_scale)
+        bias = None if config.bias is None else nn.Parameter(torch.full((1,), config.bias))
+        self.register_parameter("bias", bias)
 
-    def forward(self) -> Float[Tensor, "1"]:
-        """The scale in [1, max], fp32 at least.
+    def follow(self, steps_of: StepsOf) -> None:
+        """Take the length of the run, by which a course in epochs or samples is read."""
+        self._steps_of = steps_of
+
+    def begin(self, step: int) -> None:
+        """Before update `step`: move to where the course says, if there is one."""
+        if self._course is not None:
+            self.log_scale.fill_(math.log(self._course.at(step, self._steps_of)))
+
+    def forward(self, part: str = "scale") -> Float[Tensor, "1"] | None:
+        """The scale in [1, max], fp32 at least; or the `bias`, None without one.
 
         Clamped where it is used, so that shards of the parameter cannot disagree; the gradient
         passes straight through, so that a scale beyond the limit can come back.
         """
-        log_scale = self.log_scale.to(torch.promote_types(self.log_scale.dtype, torch.float32))
+        if part == "bias":
+            return None if self.bias is None else _wide(self.bias) * 1
+        log_scale = _wide(self.log_scale)
         clamped = log_scale.detach().clamp(0.0, self.log_max)
         return (clamped + (log_scale - log_scale.detach())).exp()
+
+
+def with_scale_fitted(model: ModelConfig, num_images: int) -> ModelConfig:
+    """With `by_data_size`: the temperature times 0.8 where there are fewer than 1,000 images."""
+    config = model.logit_scale
+    if not config.by_data_size or num_images >= SMALL_SET:
+        return model
+
+    def raised(scale: float) -> float:
+        return min(scale / SMALL_SET_TEMPERATURE, config.max)
+
+    course = config.course
+    if course is not None:
+        course = replace(course, first=raised(course.first), last=raised(course.last))
+    fitted = config.model_copy(update={"init": raised(config.init), "course": course})
+    return model.model_copy(update={"logit_scale": fitted})
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def _check(config: LogitScaleConfig) -> None:
+    named = {"init": config.init}
+    if config.course is not None:
+        named |= {"course.from": config.course.first, "course.to": config.course.last}
+    for name, value in named.items():
+        if config.max < 1 or not 1 <= value <= config.max:
+            raise ConfigError(
+                f"model.logit_scale.{name}={value:g} lies outside [1, "
+                f"model.logit_scale.max={config.max:g}]; move it inside."
+            )

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from mmscale.config.schema import TextConfig
+from mmscale.model.freezing import settle
 from mmscale.model.hf_text import build_hf_text
 from mmscale.model.inputs import TextInput
 from mmscale.model.openclip_towers import build_openclip_text
@@ -15,11 +16,13 @@ BUILDERS: dict[str, Builder] = {"hf": build_hf_text, "openclip": build_openclip_
 
 
 def build_text(config: TextConfig) -> tuple[Tower, TextInput]:
-    """The text tower that `model.text` asks for; its `width` is read from the model.
+    """The text tower that `model.text` asks for; its widths are read from the model.
 
     Raises:
         ConfigError: The name, an option or the weights cannot be had.
         CheckpointError: A weights file does not fit.
     """
     source, name = parse_source(config, "model.text", BUILDERS)
-    return BUILDERS[source](name, config)
+    tower, tokens = BUILDERS[source](name, config)
+    settle(tower, config, "model.text")
+    return tower, tokens

@@ -1,24 +1,30 @@
 """Image towers of timm: `timm:NAME` as `timm.create_model` knows it, without its classifier."""
 
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import timm
 import torch
 from jaxtyping import Float
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 from mmscale.config.schema import VisionConfig
 from mmscale.errors import ConfigError
+from mmscale.model.freezing import chain
 from mmscale.model.hub import hub_call
 from mmscale.model.inputs import ImageInput, agreed_size, triple
+from mmscale.model.pooling import Pooling
 from mmscale.model.sources import constructing, did_you_mean
 from mmscale.model.weights import load_strictly, read_weights, refuse
-from mmscale.model.width import Tower, output_width
+from mmscale.model.width import Tower, look
 
 KEY = "model.vision"
 HUB = ("hf-hub:", "hf_hub:")
+_INDEXED = re.compile(r"\.\d+\.")
 BRING = (
     "set model.vision.weights to a file of its weights, or to random to train it from scratch; "
     "or put the weights into the hub's local cache"
@@ -26,15 +32,79 @@ BRING = (
 
 
 class TimmTower(Tower):
-    """A timm model that ends in its pooled features."""
+    """A timm model that ends in its own pooled features, or in another pooling of its tokens."""
 
-    def __init__(self, trunk: nn.Module, image_size: int):
-        super().__init__()
-        self.trunk = trunk
-        self.width = output_width(trunk, torch.zeros(1, 3, image_size, image_size))
+    def __init__(self, trunk: Any, image_size: int, pooling: str = "auto"):
+        super().__init__(trunk)
+        show_features(trunk)
+        self.pooling: Pooling | None = None
+        row = torch.zeros(1, 3, image_size, image_size)
+        look(self, row)
+        prefix = getattr(trunk, "num_prefix_tokens", 0)
+        if pooling == "cls" and not prefix:
+            raise ConfigError(
+                f"{KEY}.pooling=cls, but this tower has no CLS token; set it to auto, mean or map."
+            )
+        if pooling != "auto":
+            self.pooling = Pooling(pooling, self.sequence_width, prefix)
+            look(self, row)
 
-    def forward(self, pixels: Float[Tensor, "b c h w"]) -> Float[Tensor, "b f"]:
-        return self.trunk(pixels)
+    def forward_sequence(
+        self, pixels: Float[Tensor, "b c h w"]
+    ) -> tuple[Float[Tensor, "b f"], Float[Tensor, "b s e"]]:
+        pooled, sequence = self.trunk(pixels)
+        return pooled if self.pooling is None else self.pooling(sequence), sequence
+
+    def checkpoint_blocks(self) -> bool:
+        return checkpoint_timm(self.trunk)
+
+    def block_parameters(self) -> list[list[str]]:
+        return timm_blocks(self.trunk)
+
+
+def show_features(trunk: Any) -> None:
+    """Let a timm model return its tokens besides what it pools from them.
+
+    Its own forward is replaced, because only calls of the model itself make sharded parameters
+    whole.
+    """
+    trunk.forward = MethodType(_pooled_and_tokens, trunk)
+
+
+def _pooled_and_tokens(trunk: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    features = trunk.forward_features(pixels)
+    pooled = trunk.forward_head(features)
+    if not isinstance(features, Tensor):
+        return pooled, pooled[:, None]
+    return pooled, as_sequence(features, getattr(trunk, "output_fmt", "NCHW"))
+
+
+def as_sequence(features: Tensor, layout: str) -> Float[Tensor, "b s e"]:
+    """Tokens as they are; the places of a map, row by row."""
+    if features.ndim != 4:
+        return features
+    return features.flatten(1, 2) if layout == "NHWC" else features.flatten(2).transpose(1, 2)
+
+
+def checkpoint_timm(trunk: Any) -> bool:
+    """Switch timm's checkpointing on; False where the model has none."""
+    try:
+        trunk.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError, NotImplementedError):
+        return False
+    return True
+
+
+def timm_blocks(trunk: Any) -> list[list[str]]:
+    """As timm groups its layers; the input side first."""
+    if not hasattr(trunk, "group_matcher"):
+        return chain(trunk)
+    found = group_parameters(trunk, trunk.group_matcher())
+    groups = [list(found[index]) for index in sorted(found)]
+    if len(groups) > 2 and not any(_INDEXED.search(name) for name in groups[-1]):
+        ending = groups.pop()
+        groups[-1] += ending
+    return groups
 
 
 def build_timm_vision(
@@ -61,7 +131,7 @@ def build_timm_vision(
         interpolation="bilinear" if facts["interpolation"] == "bilinear" else "bicubic",
     )
     with constructing(KEY, f"timm:{name} at {pixels.image_size} pixels"):
-        return TimmTower(trunk, pixels.image_size), pixels
+        return TimmTower(trunk, pixels.image_size, config.pooling), pixels
 
 
 def _create(name: str, options: Mapping[str, Any], image_size: int | None, pretrained: bool) -> Any:

@@ -1,4 +1,4 @@
-"""Two towers, their heads and the logit scale, as one module whose parameters name their component.
+"""Towers, heads, scale and fusion as one module whose parameters name their component.
 
 The engine wraps `TwoTower` and reaches everything through its `forward`, so that hooks of sharded
 parameters fire; `mode` says which part runs. Called by engine, checkpoint and diagnostics.
@@ -14,22 +14,28 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmscale.contracts import COMPONENTS, Embeddings
+from mmscale.model.fusion import fuse_pairs
+from mmscale.model.scale import LogitScale
 
 
 class TwoTower(nn.Module):
-    """Image tower, text tower, heads and scale.
+    """Image tower, text tower, heads, scale and, where it is asked for, fusion.
 
     A frozen tower has no gradient, runs without a graph and stays in evaluation mode. A trained
     tower keeps its BatchNorm statistics: they would depend on how the batch is cut.
     """
+
+    vision: Any
+    text: Any
 
     def __init__(
         self,
         vision: nn.Module,
         text: nn.Module,
         heads: Mapping[str, nn.Module],
-        scale: nn.Module,
+        scale: LogitScale,
         frozen: frozenset[str] = frozenset(),
+        fusion: nn.Module | None = None,
     ):
         """Put the parts together.
 
@@ -37,14 +43,16 @@ class TwoTower(nn.Module):
             vision: Pixels [b c h w] -> [b f].
             text: Tokens and mask [b t] -> [b f].
             heads: `image` and `text`, features to the shared width.
-            scale: () -> [1].
+            scale: 1 / temperature, and the bias of the logits.
             frozen: Which of `vision` and `text` keep their weights.
+            fusion: A `Fusion` over both towers' tokens.
         """
         super().__init__()
         self.vision = vision
         self.text = text
         self.head = nn.ModuleDict(dict(heads))
         self.scale = scale
+        self.fusion = fusion
         self.frozen = frozen
         for name in frozen:
             self.get_submodule(name).requires_grad_(False)
@@ -63,35 +71,52 @@ class TwoTower(nn.Module):
     def forward(self, mode: str, *inputs: Any) -> Any:
         """Run one part of the model.
 
-        `image`: pixels -> features. `text`: tokens, mask -> features. `heads`: image features, text
-        features -> Embeddings of each and the scale. `both`: pixels, tokens, mask -> as `heads`.
+        `image`: pixels -> features. `text`: tokens, mask -> features. `image_sequence`,
+        `text_sequence`: the same with the tower's tokens besides. `heads`: image features, text
+        features -> Embeddings of each, the scale, and the logits' bias or None. `both`: pixels,
+        tokens, mask -> as `heads`. `fuse`: as `fuse_pairs` after its first argument.
         """
         match mode:
             case "image":
                 return self._image(*inputs)
             case "text":
                 return self._text(*inputs)
+            case "image_sequence":
+                with self._graph("vision"):
+                    return self.vision.forward_sequence(*inputs)
+            case "text_sequence":
+                with self._graph("text"):
+                    return self.text.forward_sequence(*inputs)
             case "heads":
                 return self._heads(*inputs)
             case "both":
                 pixels, tokens, mask = inputs
                 return self._heads(self._image(pixels), self._text(tokens, mask))
+            case "fuse":
+                assert self.fusion is not None, "this model was built without fusion"
+                return fuse_pairs(self.fusion, *inputs)
         raise AssertionError(f"unknown mode {mode!r} of TwoTower.forward")
 
+    def _graph(self, tower: str) -> torch.set_grad_enabled:
+        """A frozen tower runs without a graph."""
+        return torch.set_grad_enabled(torch.is_grad_enabled() and tower not in self.frozen)
+
     def _image(self, pixels: Float[Tensor, "b c h w"]) -> Float[Tensor, "b f"]:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and "vision" not in self.frozen):
+        with self._graph("vision"):
             return self.vision(pixels)
 
     def _text(
         self, tokens: Int64[Tensor, "b t"], mask: Bool[Tensor, "b t"]
     ) -> Float[Tensor, "b f"]:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and "text" not in self.frozen):
+        with self._graph("text"):
             return self.text(tokens, mask)
 
     def _heads(
         self, image: Float[Tensor, "b f"], text: Float[Tensor, "b g"]
-    ) -> tuple[Embeddings, Embeddings, Float[Tensor, "1"]]:
-        return self._embed("image", image), self._embed("text", text), self.scale()
+    ) -> tuple[Embeddings, Embeddings, Float[Tensor, "1"], Float[Tensor, "1"] | None]:
+        embedded = self._embed("image", image), self._embed("text", text)
+        # Asked for by calls: only those make sharded parameters whole.
+        return *embedded, self.scale(), self.scale("bias")
 
     def _embed(self, modality: str, raw: Float[Tensor, "b f"]) -> Embeddings:
         projected = self.head[modality](raw)
@@ -100,7 +125,7 @@ class TwoTower(nn.Module):
 
 
 def component_of(name: str) -> str:
-    """Component of a parameter or buffer by its name: `vision`, `text`, `head` or `scale`."""
+    """Component of a parameter or buffer by its name: one of `COMPONENTS`."""
     component = name.split(".", 1)[0]
     assert component in COMPONENTS, f"{name} belongs to none of {', '.join(COMPONENTS)}"
     return component

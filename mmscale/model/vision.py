@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from mmscale.config.schema import VisionConfig
+from mmscale.model.freezing import settle
 from mmscale.model.hf_vision import build_hf_vision
 from mmscale.model.inputs import ImageInput
 from mmscale.model.openclip_towers import build_openclip_vision
@@ -20,7 +21,7 @@ BUILDERS: dict[str, Builder] = {
 
 
 def build_vision(config: VisionConfig, image_size: int | None) -> tuple[Tower, ImageInput]:
-    """The image tower that `model.vision` asks for; its `width` is read from the model.
+    """The image tower that `model.vision` asks for; its widths are read from the model.
 
     Args:
         config: `model.vision`.
@@ -32,4 +33,5 @@ def build_vision(config: VisionConfig, image_size: int | None) -> tuple[Tower, I
     """
     source, name = parse_source(config, "model.vision", BUILDERS)
     tower, pixels = BUILDERS[source](name, config, image_size)
+    settle(tower, config, "model.vision")
     return tower, pixels.override(config)

@@ -1,31 +1,54 @@
 """What a model that has learnt nothing scores: the line that every figure is read against."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
+from mmscale.config.loss import LossConfig
+from mmscale.config.ramp import Ramp
+from mmscale.loss.reference import Facts, reference
+
 
 def chance_loss(settings: Mapping[str, Any], num_ranks: int | None = None) -> float | None:
-    """Loss in nats of a model that cannot tell the pairs of a batch apart.
+    """The objective of a model that cannot tell the pairs of a batch apart.
 
-    InfoNCE over n pairs is ln n at chance (each pair its own image).
+    Of distinct images, with the queue full of others and ramps at their ends; training logs each
+    term's own chance value for the batch at hand. InfoNCE over n pairs is ln n.
 
     Args:
         settings: The resolved configuration as plain mappings.
         num_ranks: Processes; needed only where negatives stay on their rank.
 
     Returns:
-        None where the objective holds a term whose chance level is not a function of the batch.
+        None where a term's chance value is not a function of the batch.
     """
     pairs = settings.get("train", {}).get("global_batch_size")
-    terms = settings.get("loss", {}).get("terms", ())
-    if not pairs or not terms or any(term.get("kind") != "infonce" for term in terms):
+    negatives, model = settings.get("negatives", {}), settings.get("model", {})
+    remembered = (negatives.get("queue") or {}).get("size", 0)
+    try:
+        terms = LossConfig.model_validate(settings.get("loss", {})).terms
+    except ValidationError:
         return None
-    if not settings.get("negatives", {}).get("gather", True):
+    if not pairs or "loss" not in settings or not isinstance(remembered, int):
+        return None
+    if not negatives.get("gather", True):
         if num_ranks is None:
             return None
-        pairs = pairs / num_ranks
-    return float(sum(term.get("weight", 1.0) for term in terms)) * math.log(pairs)
+        pairs //= num_ranks
+    classes = (model.get("fusion") or {}).get("classes")
+    facts = Facts.expected(pairs, remembered, model.get("embed_dim", 1), classes)
+    total = 0.0
+    for term in terms:
+        chance = reference(term, facts, _end).chance
+        if chance is None:
+            return None
+        total += _end(term.weight) * chance
+    return total
+
+
+def _end(ramp: Ramp) -> float:
+    return ramp.last
 
 
 def chance_recall(k: int, num_candidates: int, num_correct: float = 1) -> float:

@@ -38,6 +38,7 @@ def training_line(
         "keys_digest": record.keys_digest,
         "epoch": progress.position.epoch,
         "damaged": progress.damaged,
+        "captions_cut": record.cut / rows,
         "skipped": progress.step - progress.updates,
     }
 
@@ -74,5 +75,5 @@ def first_batch_line(batch: Batch) -> str:
     image = batch.image.float()
     shapes = f"images {list(batch.image.shape)}, captions {list(batch.tokens.shape)}"
     spread = f"image mean {image.mean():.3f}, deviation {image.std():.3f}"
-    ids = f"{len(batch.image_ids.unique())} distinct images"
+    ids = f"{len(batch.image_ids.unique())} distinct images, {batch.cut} captions cut"
     return f"first batch: {shapes}, {spread}, {ids}; {batch.keys[0]}: {batch.captions[0]}"

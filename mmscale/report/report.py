@@ -33,6 +33,7 @@ class Report:
         require_wandb(config)
         self._console: TrainingConsole | None = None
         self._sinks: list[MetricsLog | WandbSink] = []
+        self._has_told_cuts = False
         if world.is_main:
             chance = chance_loss(config.model_dump(), world.size)
             self._console = TrainingConsole(total_steps, chance)
@@ -64,6 +65,13 @@ class Report:
     def training(self, line: Mapping[str, Any]) -> None:
         """Record what one update measured, or several since the last line."""
         self._write(line)
+        if line.get("captions_cut") and not self._has_told_cuts:
+            self._has_told_cuts = True
+            self.warn(
+                f"step {line['step']}: {line['captions_cut']:.1%} of the captions are longer than "
+                "the text tower's context and were cut (`captions_cut` in metrics.jsonl); raise "
+                "model.text.context_length if the tower allows"
+            )
         if self._console:
             self._console.training(line)
 

@@ -7,9 +7,12 @@ import torch
 
 from mmscale.contracts import InputSpec, Position, World
 from mmscale.data.features import CachedStream, FeatureTable
-from mmscale.data.shards import SampleReader, open_shards
-from mmscale.data.stream import TrainStream, plan_schedule
+from mmscale.data.reader import SampleReader
+from mmscale.data.schedule import plan_schedule
+from mmscale.data.shards import open_train
+from mmscale.data.stream import TrainStream
 from mmscale.engine.plan import plan_batch
+from tests.unit.data.web_server import serving
 
 BATCHES = 3
 BATCH = 16
@@ -26,22 +29,22 @@ SPEC = InputSpec(
 )
 
 
-def _parts(synthetic, workers, captions="random"):
+def _parts(synthetic, workers, *words):
     """Configuration, shards and the order, as a run puts them together."""
     config = synthetic.config(
         f"data.workers={workers}",
-        f"data.captions={captions}",
         f"train.global_batch_size={BATCH}",
         "data.shuffle_buffer=40",
+        *words,
     )
-    shards = open_shards("data.train", config.data.train)
+    shards = open_train(config.data)
     lanes = plan_batch(config, 4).lanes
-    return config, shards, plan_schedule(config, [s.captions for s in shards.shards], lanes)
+    return config, shards, plan_schedule(config, shards, lanes)
 
 
-def _joint(synthetic, world, workers, start=BEGINNING, count=BATCHES, captions="random"):
+def _joint(synthetic, world, workers, *words, start=BEGINNING, count=BATCHES):
     """Some global batches: the rows of all ranks laid end to end, and the position after each."""
-    config, shards, schedule = _parts(synthetic, workers, captions)
+    config, shards, schedule = _parts(synthetic, workers, *words)
     ranks = [
         list(
             islice(
@@ -103,14 +106,78 @@ def test_global_batches_are_the_same_ordered_list(synthetic, reference, world, w
 def test_going_on_at_a_position_gives_the_rows_that_came_next(synthetic, reference, world, workers):
     """From the middle of an epoch over its end, in another world than the one that stopped."""
     start = reference[3]["after"]
-    _assert_same(_joint(synthetic, world, workers, start, count=4), reference[4:8])
+    _assert_same(_joint(synthetic, world, workers, start=start, count=4), reference[4:8])
+
+
+def _weighted(synthetic):
+    """Of 64 images, 32 and 16 more; of the other 32, 8: an epoch of seven and a half batches."""
+    first = f"{synthetic.train}/train-{{000000..000001}}.tar"
+    last = f"{synthetic.train}/train-000002.tar"
+    sources = f"[{{shards: '{first}', weight: 1.75}}, {{shards: ['{last}'], weight: 0.25}}]"
+    return [f"data.train={sources}"]
+
+
+def _resampled(synthetic):
+    return [f"data.train={synthetic.train}", "data.resampled=true", "data.epoch_samples=70"]
+
+
+MODES = {"weighted": (_weighted, 7), "resampled": (_resampled, 4)}
+
+
+@pytest.fixture(scope="module", params=MODES)
+def mode(synthetic, request):
+    """Settings, batches of an epoch, and an epoch and two batches more in one process."""
+    make, steps = MODES[request.param]
+    words = make(synthetic)
+    return words, steps, _joint(synthetic, 1, 0, *words, count=steps + 2)
+
+
+@pytest.mark.parametrize(("world", "workers"), CASES)
+def test_weighted_and_resampled_batches_are_the_same_ordered_list(synthetic, mode, world, workers):
+    words, _, reference = mode
+    _assert_same(_joint(synthetic, world, workers, *words), reference[:BATCHES])
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 1), (2, 2)])
+def test_weighted_and_resampled_go_on_at_a_position(synthetic, mode, world, workers):
+    words, steps, reference = mode
+    assert reference[steps - 1]["after"] == Position(1, 0)
+    start = reference[steps - 3]["after"]
+    got = _joint(synthetic, world, workers, *words, start=start, count=4)
+    _assert_same(got, reference[steps - 2 :])
+
+
+def test_an_image_that_comes_again_brings_another_caption_and_crop(synthetic):
+    words = [f"data.train=[{{shards: '{synthetic.train}', weight: 2}}]", "data.augment=crop"]
+    for captions in ("random", "first"):
+        rows = {}
+        for batch in _joint(synthetic, 1, 0, *words, f"data.captions={captions}", count=12):
+            for key, pixels in zip(batch["keys"], batch["image"], strict=True):
+                image, caption = key.split("#")
+                rows.setdefault(image, []).append((caption, pixels))
+        assert len(rows) == 96
+        for (first, pixels), (second, others) in rows.values():
+            assert (first != second) == (captions == "random")
+            assert not torch.equal(pixels, others)
+
+
+@pytest.mark.parametrize(("world", "workers", "ranges"), [(1, 2, True), (2, 0, False)])
+def test_shards_behind_a_server_give_the_same_rows(
+    synthetic, reference, monkeypatch, world, workers, ranges
+):
+    monkeypatch.setattr("mmscale.data.remote.FIRST_PAUSE", 0.005)
+    with serving(synthetic.train) as server:
+        server.ranges, server.drops = ranges, 2
+        got = _joint(synthetic, world, workers, f"data.train={server.url}")
+        assert server.drops == 0
+    _assert_same(got, reference[:BATCHES])
 
 
 @pytest.mark.parametrize("captions", ["random", "first", "flat", 2])
 @pytest.mark.parametrize("world", [1, 2])
 def test_cached_features_come_in_the_order_of_the_decoded_rows(synthetic, captions, world):
-    decoded = _joint(synthetic, 1, 0, captions=captions)
-    _, shards, schedule = _parts(synthetic, 0, captions)
+    decoded = _joint(synthetic, 1, 0, f"data.captions={captions}")
+    _, shards, schedule = _parts(synthetic, 0, f"data.captions={captions}")
     reader, samples = SampleReader(shards), []
     for number, shard in enumerate(shards.shards):
         samples += [reader.read(number, sample) for sample in range(shard.samples)]
@@ -121,6 +188,7 @@ def test_cached_features_come_in_the_order_of_the_decoded_rows(synthetic, captio
         first=torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]),
         image_ids=torch.tensor([sample.image_id for sample in samples]),
         good=torch.ones(len(samples), dtype=torch.bool),
+        cut=torch.zeros(int(counts.sum()), dtype=torch.bool),
         keys=[sample.key for sample in samples],
         captions=[caption for sample in samples for caption in sample.captions],
         damaged=[],

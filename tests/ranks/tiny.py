@@ -12,6 +12,7 @@ from mmscale.dist.peers import connect
 from mmscale.engine.plan import plan_batch
 from mmscale.engine.step import update
 from mmscale.loss.objective import Objective
+from mmscale.model.batch_norm import connect_batch_norms
 from mmscale.model.build import build_model
 
 ROWS = 12
@@ -79,6 +80,7 @@ def build_engine(config: Config, world: World, kind: str, dtype: torch.dtype = t
     model, _ = build_model(config.model, None, 0)
     policy, plan = choose(config.engine), plan_batch(config, world.size)
     model = model.to(dtype).train()
+    connect_batch_norms(model, connect(world))
     if kind == "accelerate":
         from mmscale.engine.accelerate import AccelerateEngine
 

@@ -25,6 +25,8 @@ def read_coco(file: Path) -> Listing:
     entries: dict[Any, Entry] = {}
     try:
         for image in content["images"]:
+            if image["id"] in entries:
+                raise DataError(f"{file}: has two images of id {image['id']}; download it again")
             entries[image["id"]] = Entry(str(image["file_name"]), [], split, number_of(image["id"]))
         for annotation in content["annotations"]:
             entries[annotation["image_id"]].captions.append(annotation["caption"])

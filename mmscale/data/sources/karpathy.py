@@ -2,7 +2,14 @@
 
 from pathlib import Path
 
-from mmscale.data.sources.listing import Entry, Listing, number_of, read_json
+from mmscale.data.sources.listing import (
+    Entry,
+    Listing,
+    label_of,
+    name_of,
+    number_of,
+    read_json,
+)
 from mmscale.data.sources.records import Rejection
 
 
@@ -20,6 +27,7 @@ def read_karpathy(file: Path) -> Listing:
             reason = f"no filename, split or sentences with raw text ({error})"
             listing.faults.append(Rejection(f"{file.name}: image {place}", reason))
             continue
-        image_id, label = number_of(image.get("cocoid")), number_of(image.get("label"))
-        listing.entries.append(Entry(name, captions, split, image_id, label))
+        image_id, label = number_of(image.get("cocoid")), label_of(image.get("label"))
+        group = name_of(image.get("group"))
+        listing.entries.append(Entry(name, captions, split, image_id, label, group))
     return listing

@@ -1,10 +1,14 @@
-"""Which caption files a folder holds, and who reads each."""
+"""Which caption files a folder holds, who reads each, and whether they tell of the same images."""
 
+import glob
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from mmscale.data.sources.coco import read_coco
 from mmscale.data.sources.karpathy import read_karpathy
 from mmscale.data.sources.listing import Listing, read_json
+from mmscale.data.sources.names import stem_of
 from mmscale.data.sources.numbered import read_token
 from mmscale.data.sources.recipe import Recipe
 from mmscale.data.sources.table import read_table
@@ -23,52 +27,135 @@ _TOKENS = ("results_20130124.token", "results.token", "Flickr8k.token.txt", "tok
 _COCO = ("annotations/captions_*.json", "captions_*.json", "captions.json")
 
 
-def read_listings(recipe: Recipe) -> list[Listing]:
-    """Read the caption file that the recipe names, else the first that is known; COCO has several.
+@dataclass(frozen=True)
+class _Description:
+    """Files that tell of a data set's images together, and who reads them."""
+
+    files: tuple[Path, ...]
+    read: Callable[[Path], Listing]
+
+    @property
+    def title(self) -> str:
+        """Its files, by path."""
+        return " and ".join(map(str, self.files))
+
+
+def read_listings(recipe: Recipe) -> tuple[list[Listing], list[str]]:
+    """Read the caption files that come first, and make sure that the others agree with them.
+
+    Returns:
+        A listing for each file that is used; a line for each description that is not.
 
     Raises:
-        DataError: None is there, or one cannot be read.
+        DataError: None is there, one cannot be read, or two disagree about the images.
     """
-    if recipe.captions is not None:
-        found = _find(recipe.root, recipe.captions)
-        if found is None:
-            raise DataError(f"{recipe.root}: holds none of {', '.join(recipe.captions)}")
-        return [_read_by_content(found)]
+    found = _known(recipe.root) if recipe.captions is None else _named(recipe, recipe.captions)
+    chosen, *others = found
+    listings = [chosen.read(file) for file in chosen.files]
+    _require_disjoint(listings)
+    images, notes = _images(listings), []
+    for other in others:
+        described = _images([other.read(file) for file in other.files])
+        _require_agreement(chosen, images, other, described)
+        more = len(described - images)
+        notes.append(
+            f"captions come from {chosen.title}; {other.title} describes "
+            + (f"{more:,} images more" if more else "no other images")
+            + " and is not used"
+        )
+    return listings, notes
+
+
+def _known(root: Path) -> list[_Description]:
+    """Descriptions of known names in a folder, best first."""
+    found, folders = [], _folders(root)
     for names, read in (
         (_KARPATHY, read_karpathy),
         (_TABLES, read_table),
         (_TOKENS, read_token),
     ):
-        if found := _find(recipe.root, names):
-            return [read(found)]
-    if found_coco := _find_coco(recipe.root):
-        return [read_coco(file) for file in found_coco]
-    if len(tables := sorted(recipe.root.glob("*.csv"))) == 1:
-        return [read_table(tables[0])]
+        found += [_Description((file,), read) for name in names for file in _find(folders, name)]
+    coco = next((files for pattern in _COCO if (files := sorted(root.glob(pattern)))), None)
+    if coco:
+        found.append(_Description(tuple(coco), read_coco))
+    if found:
+        return found
+    tables = sorted((*root.glob("*.csv"), *root.glob("*.tsv")))
+    if len(tables) == 1:
+        return [_Description((tables[0],), read_table)]
+    seen = f" (it holds {', '.join(table.name for table in tables)})" if tables else ""
     raise DataError(
-        f"{recipe.root}: no known data set; looked for "
+        f"{root}: no known data set{seen}; looked for "
         f"{', '.join((*_KARPATHY, *_TABLES, *_TOKENS))}, "
-        "annotations/captions_*.json; name the caption file in a recipe (captions: FILE)"
+        "annotations/captions_*.json or a single csv or tsv; name the caption file in a recipe "
+        "(captions: FILE)"
     )
 
 
-def _find(root: Path, names: tuple[str, ...]) -> Path | None:
-    """The first of these files, plain or gzipped, in a folder or one folder below."""
-    for name in names:
-        for file in (root / name, root / f"{name}.gz"):
-            if file.is_file():
-                return file
-        below = sorted((*root.glob(f"*/{name}"), *root.glob(f"*/{name}.gz")))
-        if below:
-            return below[0]
-    return None
+def _named(recipe: Recipe, patterns: Sequence[str]) -> list[_Description]:
+    """Descriptions that a recipe names; a pattern with a star may be several files together."""
+    found, folders = [], _folders(recipe.root)
+    for pattern in patterns:
+        if glob.has_magic(pattern):
+            # Unlike Path.glob this takes absolute patterns too.
+            matches = sorted(glob.glob(str(recipe.root / pattern)))  # noqa: PTH207
+            if matches:
+                found.append(_Description(tuple(map(Path, matches)), _read_by_content))
+        else:
+            found += [_Description((file,), _read_by_content) for file in _find(folders, pattern)]
+    if not found:
+        raise DataError(f"{recipe.root}: holds none of {', '.join(patterns)}")
+    return found
 
 
-def _find_coco(root: Path) -> list[Path]:
-    for pattern in _COCO:
-        if found := sorted(root.glob(pattern)):
-            return found
-    return []
+def _folders(root: Path) -> list[Path]:
+    """A folder and those in it."""
+    return [root, *sorted(folder for folder in root.iterdir() if folder.is_dir())]
+
+
+def _find(folders: list[Path], name: str) -> list[Path]:
+    """Files of this name in folders, gzipped where there is no plain one."""
+    found = []
+    for folder in folders:
+        plain, packed = folder / name, folder / f"{name}.gz"
+        found += [file for file in (plain, packed) if file.is_file()][:1]
+    return found
+
+
+def _images(listings: list[Listing]) -> set[str]:
+    """What files name, without folders and endings, which differ between descriptions."""
+    return {stem_of(Path(entry.name).name) for one in listings for entry in one.entries}
+
+
+def _require_agreement(
+    chosen: _Description, images: set[str], other: _Description, described: set[str]
+) -> None:
+    """Refuse two descriptions that each name images which the other does not know.
+
+    One may hold fewer: Karpathy's splits leave out images that the token file has.
+    """
+    ours, theirs = sorted(images - described), sorted(described - images)
+    if ours and theirs:
+        raise DataError(
+            f"{chosen.title} and {other.title} disagree about the images: {ours[0]} is only in the "
+            f"first ({len(ours):,} such), {theirs[0]} only in the second ({len(theirs):,} such); "
+            "remove one, or name the one to use in a recipe (captions: FILE)"
+        )
+
+
+def _require_disjoint(listings: list[Listing]) -> None:
+    """Refuse files, read together, that both have an image: it would be in two splits."""
+    owners: dict[int, Path] = {}
+    for listing in listings if len(listings) > 1 else ():
+        for entry in listing.entries:
+            if entry.image_id is None:
+                continue
+            owner = owners.setdefault(entry.image_id, listing.file)
+            if owner != listing.file:
+                raise DataError(
+                    f"{owner} and {listing.file} disagree about image {entry.image_id}: both have "
+                    "it; name the files of one year in a recipe (captions: PATTERN)"
+                )
 
 
 def _read_by_content(file: Path) -> Listing:

@@ -21,6 +21,8 @@ IMAGE_FOLDERS = (
     "Flickr8k_Dataset",
     ".",
 )
+# No caption file of the field comes near.
+_UNPACKED_BYTES = 2**30
 
 
 @dataclass
@@ -31,7 +33,8 @@ class Entry:
     captions: list[str] = field(default_factory=list)
     split: str | None = None
     image_id: int | None = None
-    label: int | None = None
+    label: int | str | None = None
+    group: str | None = None
 
 
 @dataclass
@@ -45,34 +48,61 @@ class Listing:
     image_folders: tuple[str, ...] = IMAGE_FOLDERS
 
 
-def read_lines(file: Path) -> Iterator[tuple[str, str | None]]:
-    """Each line with its place; None where it is not UTF-8."""
-    try:
-        content = file.read_bytes()
-        if file.suffix == ".gz":
-            content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{file}: cannot be read ({error}); download it again") from error
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        try:
-            text = line.decode().rstrip("\r")
-        except UnicodeDecodeError:
-            yield f"{file.name}:{number}", None
-            continue
+def read_lines(file: Path) -> Iterator[tuple[str, str]]:
+    """Each line with its place; bytes that are not UTF-8 become lone surrogates.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    content = _read(file).removeprefix(b"\xef\xbb\xbf")
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        text = line.decode(errors="surrogateescape").rstrip("\r")
         if text.strip():
             yield f"{file.name}:{number}", text
 
 
+def _read(file: Path) -> bytes:
+    try:
+        if not file.is_file():
+            raise DataError(f"{file}: is not a file; name one that holds captions or a split")
+        if file.suffix != ".gz":
+            return file.read_bytes()
+        with gzip.open(file) as unpacked:
+            content = unpacked.read(_UNPACKED_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{file}: cannot be read ({error}); download it again") from error
+    if len(content) > _UNPACKED_BYTES:
+        raise DataError(
+            f"{file}: unpacks to more than {_UNPACKED_BYTES:,} bytes; unpack it if you trust it"
+        )
+    return content
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON file with a list of images."""
+    content = _read(file)
     try:
-        content = file.read_bytes()
-        parsed = json.loads(gzip.decompress(content) if file.suffix == ".gz" else content)
-    except (OSError, EOFError, ValueError, zlib.error, RecursionError) as error:
+        # A caption that is not UTF-8 costs that caption, not the file.
+        text = content.decode(json.detect_encoding(content), errors="surrogateescape")
+        parsed = json.loads(text.removeprefix("\ufeff"))
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: cannot be read as JSON ({error}); download it again") from error
     if not isinstance(parsed, dict) or not isinstance(parsed.get("images"), list):
         raise DataError(f'{file}: has no list "images"; it is not a caption file')
     return parsed
+
+
+def label_of(value: Any) -> int | str | None:
+    """A class: a number, or a name; None where it is neither."""
+    number = number_of(value)
+    return name_of(value) if number is None else number
+
+
+def name_of(value: Any) -> str | None:
+    """A name, also one written as a number; None where it is blank or anything else."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return value.strip() or None if isinstance(value, str) else None
 
 
 def number_of(value: Any) -> int | None:

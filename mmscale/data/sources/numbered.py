@@ -1,6 +1,7 @@
 """Files with a line for each image name, caption number and caption: token files, barred csv."""
 
 import re
+from itertools import islice
 from pathlib import Path
 
 from mmscale.data.sources.listing import Entry, Listing, read_lines
@@ -26,11 +27,10 @@ def _read_numbered(file: Path, form: re.Pattern[str], shape: str, skip: int = 0)
     """The lines of a file that have this form; captions are sorted by number."""
     listing = Listing(file, flickr_name(file), [])
     found: dict[str, list[tuple[int, str]]] = {}
-    for where, line in list(read_lines(file))[skip:]:
-        match = form.fullmatch(line) if line is not None else None
+    for where, line in islice(read_lines(file), skip, None):
+        match = form.fullmatch(line)
         if match is None:
-            reason = "is not UTF-8" if line is None else f"is not {shape}"
-            listing.faults.append(Rejection(where, reason))
+            listing.faults.append(Rejection(where, f"is not {shape}"))
         elif not PICTURE.fullmatch(name := match[1].strip()):
             listing.faults.append(Rejection(name, f"is not the name of an image ({where})"))
         else:

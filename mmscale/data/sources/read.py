@@ -1,11 +1,13 @@
 """A data set as it was downloaded, read into one list of records."""
 
+import os
 from pathlib import Path
 
 from mmscale.data.sources.layouts import read_listings
+from mmscale.data.sources.names import PICTURE, key_of
 from mmscale.data.sources.recipe import Recipe, read_recipe
 from mmscale.data.sources.records import Record, Rejection, Source
-from mmscale.data.sources.resolve import resolve, with_sound_ids
+from mmscale.data.sources.resolve import resolve, with_class_numbers, with_sound_ids
 from mmscale.data.sources.splits import apply_splits, split_lists, undescribed
 from mmscale.errors import DataError
 
@@ -23,20 +25,37 @@ def read_source(path: Path) -> Source:
         recipe = read_recipe(path)
     else:
         raise DataError(f"{path}: is neither a folder nor a recipe (*.yaml); check the path")
-    listings = read_listings(recipe)
+    listings, notes = read_listings(recipe)
     lists = split_lists(recipe, listings)
     records: list[Record] = []
     rejected: list[Rejection] = []
-    unlisted = 0
+    described: dict[Path, set[str]] = {}
     for listing in listings:
-        unlisted += apply_splits(listing, lists)
+        names = {entry.name for entry in listing.entries}
+        notes += apply_splits(listing, lists)
         rejected += listing.faults
-        resolve(recipe, listing, records, rejected)
+        folder = resolve(recipe, listing, records, rejected)
+        described.setdefault(folder, set()).update(names)
     rejected += undescribed(listings, lists)
+    rejected += _without_captions(recipe.root, described)
+    numbered, classes = with_class_numbers(with_sound_ids(records))
     return Source(
         recipe.name or listings[0].source,
         tuple(listing.file for listing in listings),
-        tuple(with_sound_ids(records)),
+        tuple(numbered),
         tuple(rejected),
-        unlisted,
+        classes,
+        tuple(notes),
     )
+
+
+def _without_captions(root: Path, described: dict[Path, set[str]]) -> list[Rejection]:
+    """Pictures in the folders of images that no caption file names."""
+    # Beside the caption files may lie pictures that were never part of the data set.
+    return [
+        Rejection(key_of(name), "no caption")
+        for folder, names in described.items()
+        if not folder.samefile(root)
+        for name in sorted(file.name for file in os.scandir(folder))
+        if PICTURE.fullmatch(name) and name not in names
+    ]

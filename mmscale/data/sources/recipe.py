@@ -1,12 +1,12 @@
 """Recipes (`shards/*.yaml`): where the parts of a data set lie, where they cannot be guessed."""
 
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mmscale.errors import DataError
+from mmscale.config.yaml import read_yaml
+from mmscale.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,18 @@ def read_recipe(path: Path) -> Recipe:
         DataError: A key it may not have, a value of another type, or no folder at its root.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read as YAML ({error}); mend the recipe") from error
+        content = read_yaml(path)
+    except (ConfigError, ValueError, RecursionError) as error:
+        raise DataError(str(error) or f"{path}: is not a recipe; mend the file") from error
     known = {"name", "root", "images", "captions", "splits"}
-    if not isinstance(content, dict) or not set(content) <= known:
-        unknown = sorted(map(str, set(content) - known)) if isinstance(content, dict) else content
-        raise DataError(f"{path}: {unknown!r} is not of a recipe; it may have {sorted(known)}")
+    if unknown := sorted(map(str, set(content) - known)):
+        raise DataError(f"{path}: {unknown} is not of a recipe; it may have {sorted(known)}")
     for key in ("name", "root"):
         if not isinstance(content.get(key, ""), str):
-            raise DataError(f"{path}: {key}={content[key]!r} is not a text; put it in quotes")
+            raise DataError(f"{path}: {key}={_shown(content[key])} is not a text; put it in quotes")
     splits = content.get("splits")
     if splits is not None and not isinstance(splits, dict):
-        raise DataError(f"{path}: splits={splits!r} is not a table of `split: list file`")
+        raise DataError(f"{path}: splits={_shown(splits)} is not a table of `split: list file`")
     root = path.parent / Path(content.get("root", ".")).expanduser()
     if not root.is_dir():
         raise DataError(
@@ -60,5 +59,10 @@ def _paths(recipe: Path, key: str, value: Any) -> tuple[str, ...] | None:
         return None
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
-        raise DataError(f"{recipe}: {key}={value!r} is neither a path nor a list of paths")
+        raise DataError(f"{recipe}: {key}={_shown(value)} is neither a path nor a list of paths")
     return tuple(values)
+
+
+def _shown(value: Any) -> str:
+    """A value in few words: aliases let a short file hold an endless one."""
+    return reprlib.repr(value)

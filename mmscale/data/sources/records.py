@@ -15,7 +15,8 @@ class Record:
         split: `train`, `val`, `test`, or a name of the source's own.
         source: Name of the data set.
         image_id: The source's own identity of the image, where it has one.
-        label: Class of the image, where it has one.
+        label: Class of the image, where it has one: a number, or a name as a source gives it.
+        group: Name of the group of images that it counts as one with, where it has one.
     """
 
     key: str
@@ -24,7 +25,8 @@ class Record:
     split: str
     source: str
     image_id: int | None = None
-    label: int | None = None
+    label: int | str | None = None
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,16 @@ class Source:
         described_by: The files that the captions came from.
         records: Its images in the order of those files.
         rejected: What was left out, and why.
-        unlisted: Images that no split list names; they belong to no split.
+        classes: Names of the labels' numbers, where the labels had names.
+        notes: What a person should know about how it was read, a line each.
     """
 
     name: str
     described_by: tuple[Path, ...]
     records: tuple[Record, ...]
     rejected: tuple[Rejection, ...]
-    unlisted: int = 0
+    classes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def splits(self) -> tuple[str, ...]:

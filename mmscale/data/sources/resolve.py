@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mmscale.data.members import too_long
 from mmscale.data.sources.listing import Entry, Listing
 from mmscale.data.sources.names import is_inside, key_of
 from mmscale.data.sources.recipe import Recipe
@@ -17,8 +18,8 @@ _KEY_BYTES = 90
 
 def resolve(
     recipe: Recipe, listing: Listing, records: list[Record], rejected: list[Rejection]
-) -> None:
-    """Append the record of every entry, or why it has none, to the lists.
+) -> Path:
+    """Append the record of every entry, or why it has none, to the lists; its folder of images.
 
     Raises:
         DataError: No image is where it should be.
@@ -32,22 +33,32 @@ def resolve(
         captions = []
         for place, caption in enumerate(entry.captions if fault is None else []):
             if reason := _caption_fault(caption):
-                rejected.append(Rejection(f"{key}#{place}", reason, split))
+                rejected.append(Rejection(f"{key}#{place}", reason, split or None))
             else:
                 captions.append(caption.strip())
         if fault is None and not captions:
             fault = "no caption"
         if fault is None and key in seen:
-            fault = "another image has this key"
+            fault = "duplicate key: another image has it"
         if fault is not None:
-            rejected.append(Rejection(key, fault, split))
+            rejected.append(Rejection(key, fault, split or None))
             continue
         seen.add(key)
         image = folder / entry.name
         name = recipe.name or listing.source
         records.append(
-            Record(key, image, tuple(captions), split, name, entry.image_id, entry.label)
+            Record(
+                key,
+                image,
+                tuple(captions),
+                split,
+                name,
+                entry.image_id,
+                entry.label,
+                entry.group,
+            )
         )
+    return folder
 
 
 def _image_folder(recipe: Recipe, listing: Listing) -> Path:
@@ -67,6 +78,8 @@ def _image_folder(recipe: Recipe, listing: Listing) -> Path:
 
 
 def _fault_of(entry: Entry, split: str) -> str | None:
+    if not entry.name:
+        return "no file name"
     if not is_inside(entry.name):
         return "its file name leaves the folder of images"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", split):
@@ -81,11 +94,29 @@ def _caption_fault(caption: Any) -> str | None:
         return "caption is not a text"
     if not caption.strip():
         return "empty caption"
+    if length := too_long(caption):
+        return f"caption too long: {length}"
+    if "\0" in caption:
+        return "caption not UTF-8: it holds NUL"
     try:
         caption.encode()
     except UnicodeEncodeError:
-        return "caption is not Unicode"
+        return "caption not UTF-8"
     return None
+
+
+def with_class_numbers(records: list[Record]) -> tuple[list[Record], tuple[str, ...]]:
+    """Labels as numbers, and the names that they number where one of them is a name."""
+    labels = [record.label for record in records]
+    if not any(isinstance(label, str) for label in labels):
+        return records, ()
+    names = sorted({str(label) for label in labels if label is not None})
+    numbers = {name: number for number, name in enumerate(names)}
+    numbered = [
+        record if record.label is None else replace(record, label=numbers[str(record.label)])
+        for record in records
+    ]
+    return numbered, tuple(names)
 
 
 def with_sound_ids(records: list[Record]) -> list[Record]:

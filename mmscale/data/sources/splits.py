@@ -31,8 +31,8 @@ def split_lists(recipe: Recipe, listings: list[Listing]) -> dict[str, str]:
     for name, file in _find_lists(recipe, listings):
         split = _SPLIT_NAMES.get(name, name)
         for where, line in read_lines(file):
-            stem = stem_of(line.strip()) if line is not None else None
-            if stem is not None and lists.setdefault(stem, split) != split:
+            stem = stem_of(line.strip())
+            if lists.setdefault(stem, split) != split:
                 raise DataError(
                     f"{where}: {stem} is in {split} and in {lists[stem]}; "
                     "an image may be in one split"
@@ -52,22 +52,29 @@ def _find_lists(recipe: Recipe, listings: list[Listing]) -> list[tuple[str, Path
         (match[1].lower(), file)
         for folder in dict.fromkeys((recipe.root, listings[0].file.parent))
         for file in sorted(folder.iterdir())
-        if (match := _SPLIT_LIST.fullmatch(file.name))
+        if (match := _SPLIT_LIST.fullmatch(file.name)) and file.is_file()
     ]
 
 
-def apply_splits(listing: Listing, lists: dict[str, str]) -> int:
-    """Give every entry its split, keep those that have one; how many have none."""
-    kept, unlisted = [], 0
+def apply_splits(listing: Listing, lists: dict[str, str]) -> list[str]:
+    """Give every entry its split and drop those without; a line for what a person should know."""
+    kept, without = [], 0
     for entry in listing.entries:
-        split = lists.get(stem_of(entry.name)) if lists else (entry.split or "train")
-        if split is None:
-            unlisted += 1
+        split = lists.get(stem_of(entry.name)) if lists else entry.split
+        without += not split
+        if lists and not split:
             continue
+        split = split or "train"
         entry.split = _SPLIT_NAMES.get(split, split) if isinstance(split, str) else ""
         kept.append(entry)
+    which = "all" if without == len(listing.entries) else f"{without:,} of"
+    total = f"{which} {len(listing.entries):,} images of {listing.file}"
     listing.entries = kept
-    return unlisted
+    if not without:
+        return []
+    if lists:
+        return [f"{total} are in no split list and are left out"]
+    return [f"no split is known for {total} (no column, no list beside it): they become train"]
 
 
 def undescribed(listings: list[Listing], lists: dict[str, str]) -> list[Rejection]:

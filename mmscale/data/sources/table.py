@@ -1,14 +1,24 @@
 """Tables with a header, csv or tab-separated: a caption a row, or a JSON list of them in a cell."""
 
 import csv
-import io
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mmscale.data.sources.listing import Entry, Listing, number_of, read_lines
+from mmscale.data.sources.listing import (
+    Entry,
+    Listing,
+    label_of,
+    name_of,
+    number_of,
+    read_lines,
+)
 from mmscale.data.sources.numbered import flickr_name, read_barred
 from mmscale.data.sources.records import Rejection
 from mmscale.errors import DataError
+
+if TYPE_CHECKING:
+    import _csv
 
 _IMAGE_COLUMNS = ("image", "image_name", "filename", "file_name", "filepath", "path")
 _CAPTION_COLUMNS = ("caption", "captions", "comment", "raw", "text", "title")
@@ -20,51 +30,81 @@ def read_table(file: Path) -> Listing:
     Raises:
         DataError: It has no such columns, or is not csv.
     """
-    header = next((line for _, line in read_lines(file)), None)
-    if header is None:
+    lines = list(read_lines(file))
+    if not lines:
         raise DataError(f"{file}: has no header line; it needs the columns image and caption")
+    header = lines[0][1]
     if "|" in header:
         return read_barred(file)
     is_flickr = file.name.startswith(("results", "flickr_annotations"))
-    name = flickr_name(file) if is_flickr else file.resolve().parent.name
-    lines = list(read_lines(file))
-    faults = [Rejection(where, "is not UTF-8") for where, line in lines if line is None]
-    text = "\n".join(line for _, line in lines if line is not None)
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in header else ",")
-    return Listing(file, name, _read_rows(file, rows), faults)
+    listing = Listing(file, flickr_name(file) if is_flickr else file.resolve().parent.name, [])
+    # A bare carriage return ends a row for csv, though it ended no line.
+    text = [line.replace("\r", " ") + "\n" for _, line in lines]
+    # Strict: else a quote that is never closed swallows the rows after it and nobody is told.
+    rows = csv.reader(text, delimiter="\t" if "\t" in header else ",", strict=True)
+    limit = csv.field_size_limit(sum(map(len, text)))
+    try:
+        _read_rows(listing, rows, [where for where, _ in lines])
+    finally:
+        csv.field_size_limit(limit)
+    return listing
 
 
-def _read_rows(file: Path, rows: "csv.DictReader[str]") -> list[Entry]:
-    columns = {column.strip().lower(): column for column in rows.fieldnames or [] if column}
-    image = next((columns[c] for c in _IMAGE_COLUMNS if c in columns), None)
-    caption = next((columns[c] for c in _CAPTION_COLUMNS if c in columns), None)
+def _read_rows(listing: Listing, rows: "_csv.Reader", places: list[str]) -> None:
+    entries: dict[str, Entry] = {}
+    columns: list[str] = []
+    start = 0
+    try:
+        for cells in rows:
+            where, start = places[start], rows.line_num
+            if not columns:
+                columns = _columns(listing.file, cells)
+            elif len(cells) != len(columns):
+                reason = f"has {len(cells)} cells for {len(columns)} columns"
+                listing.faults.append(Rejection(where, f"{reason}; commas in captions want quotes"))
+            else:
+                _take(entries, dict(zip(columns, cells, strict=True)), f"{listing.file}: {where}")
+    except csv.Error as error:
+        raise DataError(
+            f"{listing.file}: {places[start]}: is not csv ({error}); mend the row's quotes"
+        ) from error
+    listing.entries = list(entries.values())
+
+
+def _columns(file: Path, header: list[str]) -> list[str]:
+    """Names of the columns, `image` and `caption` under these names."""
+    names = [name.strip().lower() for name in header]
+    image = next((name for name in _IMAGE_COLUMNS if name in names), None)
+    caption = next((name for name in _CAPTION_COLUMNS if name in names), None)
     if image is None or caption is None:
         raise DataError(
-            f"{file}: its columns are {', '.join(columns)}; it needs "
+            f"{file}: its columns are {', '.join(names)[:200]}; it needs "
             f"one of {', '.join(_IMAGE_COLUMNS)} and one of {', '.join(_CAPTION_COLUMNS)}"
         )
-    entries: dict[str, Entry] = {}
-    try:
-        for row in rows:
-            fields = {key: row[column] for key, column in columns.items()}
-            name = str(row[image]).strip()
-            entry = entries.setdefault(name, Entry(name))
-            entry.captions += _cell_captions(row[caption])
-            entry.split = fields.get("split") or None
-            entry.image_id = number_of(fields.get("image_id"))
-            entry.label = number_of(fields.get("label"))
-    except csv.Error as error:
-        raise DataError(f"{file}:{rows.line_num}: is not csv ({error})") from error
-    return list(entries.values())
+    return [{image: "image", caption: "caption"}.get(name, name) for name in names]
 
 
-def _cell_captions(cell: str | None) -> list[str]:
+def _take(entries: dict[str, Entry], fields: dict[str, str], where: str) -> None:
+    """Add a row to its image's entry."""
+    name, split = fields["image"].strip(), fields.get("split") or None
+    entry = entries.setdefault(name, Entry(name, split=split))
+    if entry.split != split:
+        raise DataError(
+            f"{where}: {name} is in {split} and in {entry.split}; an image may be in one split"
+        )
+    entry.captions += _cell_captions(fields["caption"])
+    entry.image_id = number_of(fields.get("image_id"))
+    entry.label = label_of(fields.get("label"))
+    entry.group = name_of(fields.get("group"))
+
+
+def _cell_captions(cell: str) -> list[str]:
     """A cell's caption, or its captions where it holds a JSON list of texts."""
-    if cell and cell.lstrip().startswith("["):
+    if cell.lstrip().startswith("["):
         try:
             captions = json.loads(cell)
         except (ValueError, RecursionError):
             return [cell]
         if isinstance(captions, list) and all(isinstance(c, str) for c in captions):
             return captions
-    return [cell or ""]
+    return [cell]

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mmscale.data.index import index
 from mmscale.data.members import TEXT_BYTES, describe_members, image_id_of
-from mmscale.data.shards import DamagedSampleError, SampleReader, open_shards, parse_sample
-from mmscale.data.verify import index, walk_shard
+from mmscale.data.reader import DamagedSampleError, SampleReader, parse_sample
+from mmscale.data.shards import open_shards
+from mmscale.data.walk import walk_shard
 
 
 def picture(colour):

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from mmscale.data.manifest import read_manifest
-from mmscale.data.pack import PackResult, pack
+from mmscale.data.pack import pack
+from mmscale.data.pack_result import PackResult
 from mmscale.data.synth import render
 from mmscale.data.verify import verify
 from mmscale.errors import ConfigError, DataError
@@ -119,11 +120,14 @@ def test_bad_images_are_rejected_by_name_and_reason(table, tmp_path):
     (result,) = pack(table.folder, tmp_path / "out", max_pixels=10_000)
     assert (result.samples, result.rejected) == (1, 5)
     found = rejected(tmp_path / "out" / "train")
-    assert "truncated" in found["short"]
-    assert found["empty"] == "has zero bytes"
-    assert "not a JPEG, PNG or WebP" in found["text"]
-    assert "300 x 200 pixels, more than 10000" in found["wide"]
-    assert "cannot be read" in found["gone"]
+    assert found.pop("short").startswith("undecodable: image file is truncated")
+    assert found == {
+        "empty": "zero bytes",
+        "text": "undecodable: not a JPEG, PNG or WebP image",
+        "wide": "more pixels than 10000: 300 x 200",
+        "gone": "missing file",
+    }
+    assert "5 rejected, 2 undecodable, 1" in str(result)
     assert verify(tmp_path / "out" / "train") == []
 
 
@@ -138,25 +142,42 @@ def test_a_shard_of_rejected_images_is_left_out(table, tmp_path):
 
 def test_nothing_packed_is_an_error_that_names_the_first_reason(table, tmp_path):
     table("a.jpg", b"")
-    with pytest.raises(DataError, match="all 1 images were rejected, first a: has zero bytes"):
+    with pytest.raises(DataError, match="all 1 images were rejected, first a: zero bytes"):
         pack(table.folder, tmp_path / "out")
-    assert rejected(tmp_path / "out" / "train") == {"a": "has zero bytes"}
+    assert rejected(tmp_path / "out" / "train") == {"a": "zero bytes"}
     table("b.jpg", encoded())
     (result,) = pack(table.folder, tmp_path / "out")
     assert (result.samples, result.rejected) == (1, 1)
 
 
-def test_turned_photographs_are_packed_upright(table, tmp_path):
+@pytest.mark.parametrize("settings", [{"resize": 30}, {"quality": 80}])
+def test_photographs_that_are_encoded_anew_are_turned_upright(table, tmp_path, settings):
     exif = Image.Exif()
     exif[0x0112] = 6
-    table("turned.jpg", encoded((40, 30), exif=exif))
-    table("plain.jpg", encoded((40, 30)))
-    pack(table.folder, tmp_path / "out", split="train")
-    held = members(tmp_path / "out" / "train-000000.tar")
+    table("turned.jpg", encoded((80, 60), exif=exif))
+    pack(table.folder, tmp_path / "kept", split="train")
+    held = members(tmp_path / "kept" / "train-000000.tar")
+    assert held["turned.jpg"] == (table.folder / "images" / "turned.jpg").read_bytes()
+    pack(table.folder, tmp_path / "anew", split="train", **settings)
+    held = members(tmp_path / "anew" / "train-000000.tar")
     with Image.open(io.BytesIO(held["turned.jpg"])) as image:
-        assert image.size == (30, 40)
+        assert image.height > image.width
         assert image.getexif().get(0x0112, 1) == 1
-    assert held["plain.jpg"] == (table.folder / "images" / "plain.jpg").read_bytes()
+
+
+def test_quality_encodes_every_image_anew(table, tmp_path):
+    table("photo.jpg", encoded((80, 60)))
+    table("drawn.png", encoded((80, 60), "PNG"))
+    sizes = {}
+    for quality in (20, 90):
+        pack(table.folder, tmp_path / str(quality), split="train", quality=quality)
+        held = members(tmp_path / str(quality) / "train-000000.tar")
+        sizes[quality] = len(held["photo.jpg"])
+        with Image.open(io.BytesIO(held["drawn.png"])) as image:
+            assert (image.format, image.size) == ("PNG", (80, 60))
+    assert sizes[20] < sizes[90]
+    with pytest.raises(ConfigError, match="quality=101"):
+        pack(table.folder, tmp_path / "no", quality=101)
 
 
 def test_resize_shrinks_the_short_side_and_never_enlarges(table, tmp_path):

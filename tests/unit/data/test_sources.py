@@ -48,7 +48,9 @@ def test_flickr8k_token_file_with_split_lists(flickr8k):
     assert {key: record.split for key, record in records.items()} == {"1_a": "train", "2_b": "val"}
     assert records["1_a"].captions == ("A first caption .", "A second caption .")
     assert records["1_a"].image.is_file()
-    assert source.unlisted == 1
+    (note,) = source.notes
+    assert "1 of 4 images" in note
+    assert "in no split list" in note
 
 
 def test_lines_that_cannot_be_used_are_named(flickr8k):
@@ -132,7 +134,7 @@ def test_one_key_for_two_images_is_rejected(tmp_path):
     (tmp_path / "captions.csv").write_text("image,caption\na.jpg,A\na.png,B\n")
     source = read_source(tmp_path)
     assert by_key(source)["a"].captions == ("A",)
-    assert reasons(source) == {"a": "another image has this key"}
+    assert reasons(source) == {"a": "duplicate key: another image has it"}
 
 
 def test_an_image_in_two_splits_is_an_error(flickr8k):

@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
+from mmscale.data.index import index
 from mmscale.data.manifest import Manifest, read_manifest, write_manifest
 from mmscale.data.pack import pack
 from mmscale.data.synth import render
-from mmscale.data.verify import index, verify
+from mmscale.data.verify import verify, verify_all
 from mmscale.errors import DataError
 
 
@@ -89,11 +90,17 @@ def test_a_manifest_that_lies_about_samples_is_found(packed):
     first, *rest = manifest.shards
     moved = (first.offsets[0], first.offsets[1] + 512, *first.offsets[2:])
     write_manifest(packed, replace(manifest, shards=(replace(first, offsets=moved), *rest)))
-    only(verify(packed), "begins at byte", f"the manifest says {first.offsets[1] + 512}")
+    only(verify(packed), f"no sample begins at byte {first.offsets[1] + 512}, as the manifest says")
     counts = (4, *first.captions[1:])
     write_manifest(packed, replace(manifest, shards=(replace(first, captions=counts), *rest)))
     only(verify(packed), "has captions: 5, the manifest says 4")
-    fewer = replace(first, samples=9, offsets=first.offsets[:9], captions=first.captions[:9])
+    fewer = replace(
+        first,
+        samples=9,
+        offsets=first.offsets[:9],
+        captions=first.captions[:9],
+        identities=None,
+    )
     write_manifest(packed, replace(manifest, shards=(fewer, *rest)))
     assert verify(packed)
 
@@ -111,10 +118,42 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
 
 
 def test_a_key_in_two_shards_is_named(tmp_path):
+    shards, lines = [], []
     for name in ("x", "y"):
         write_tar(tmp_path / f"{name}.tar", [("a.jpg", picture()), ("a.txt", b"A")])
-    index(tmp_path.glob("*.tar"))
+        shards += index([tmp_path / f"{name}.tar"]).shards
+    write_manifest(tmp_path, Manifest(None, "s", tuple(shards)))
     only(verify(tmp_path), "sample a is in x.tar too")
+    manifest = index(tmp_path.glob("*.tar"), skipped=lines.append)
+    assert [(shard.samples, shard.skipped) for shard in manifest.shards] == [(1, 0), (0, 1)]
+    only(lines, "y.tar: sample a its key is in x.tar too")
+    assert verify(tmp_path) == []
+
+
+def test_a_manifest_that_lies_about_whose_image_it_is_is_found(packed):
+    manifest = read_manifest(packed)
+    first, *rest = manifest.shards
+    true = first.identities
+    for lie in (
+        replace(true, images=(true.images[1], *true.images[1:])),
+        replace(true, captions=(true.captions[1], *true.captions[1:])),
+        replace(true, labels=(7, *true.labels[1:])),
+    ):
+        write_manifest(packed, replace(manifest, shards=(replace(first, identities=lie), *rest)))
+        only(verify(packed), first.name, "identities are not those of its samples")
+
+
+def test_every_split_is_verified_also_behind_a_damaged_manifest(packed):
+    whole = packed.with_name("whole")
+    for split in ("train", "val"):
+        shutil.copytree(packed, whole / split)
+    assert verify_all(whole) == []
+    (whole / "train" / "manifest.json").write_text('{"half')
+    (whole / "val" / "train-000000.tar").unlink()
+    faults = verify_all(whole)
+    assert len(faults) == 2
+    only(faults, "train/manifest.json", "cannot be read as JSON")
+    only(faults, "val/train-000000.tar", "is missing")
 
 
 IMG2DATASET = [
@@ -157,16 +196,33 @@ def test_unknown_members_are_never_opened(tmp_path):
 def test_index_names_samples_that_it_leaves_out(tmp_path):
     held = [*IMG2DATASET, ("002.jpg", picture()), ("003.txt", b"no image"), ("000.jpg", b"again")]
     write_tar(tmp_path / "x.tar", held)
-    with pytest.raises(DataError, match="sample 002 has an empty caption or none"):
-        index([tmp_path / "x.tar"])
     lines = []
-    assert index([tmp_path / "x.tar"], skipped=lines.append).samples == 2
+    (shard,) = index([tmp_path / "x.tar"], skipped=lines.append).shards
+    assert (shard.samples, shard.skipped) == (2, 3)
     assert [line.split("sample ")[1] for line in lines] == [
         "002 has an empty caption or none",
         "003 has no image",
         "000 its key occurs twice",
     ]
     assert verify(tmp_path) == []
+
+
+def test_index_in_several_processes_writes_the_same_manifest(packed):
+    (packed / "manifest.json").unlink()
+    tars = sorted(packed.glob("*.tar"))
+    index(tars)
+    alone = (packed / "manifest.json").read_bytes()
+    index(tars, workers=2)
+    assert (packed / "manifest.json").read_bytes() == alone
+
+
+def test_index_names_all_damaged_shards_and_writes_nothing(packed):
+    (packed / "manifest.json").unlink()
+    (packed / "train-000000.tar").write_bytes(b"no tar")
+    (packed / "train-000002.tar").write_bytes(b"")
+    with pytest.raises(DataError, match=r"train-000000\.tar: .*\(1 more shards like it\)"):
+        index(packed.glob("*.tar"))
+    assert not (packed / "manifest.json").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"not a tar", b"\xff" * 2000])

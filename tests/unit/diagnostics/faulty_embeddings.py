@@ -1,6 +1,7 @@
 """Embeddings with a known fault, made without any code of the package."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -93,21 +94,106 @@ def shuffled(num: int, width: int, seed: int) -> Pairs:
     )
 
 
+def low_rank(rank: int, noise: float, side: str = "both") -> Generator:
+    """The meaning squeezed into `rank` directions, with a little noise in all."""
+
+    def make(num: int, width: int, seed: int) -> Pairs:
+        rng = np.random.default_rng(seed)
+        basis = np.linalg.qr(rng.normal(size=(width, rank)))[0].T
+        meaning = rng.normal(size=(num, rank))
+        meaning /= np.sqrt(rank)
+        sides = [meaning @ basis + noise * _noise(rng, num, width) for _ in range(2)]
+        if side == "text":
+            wide = healthy(0.5)(num, width, seed).image.numpy()
+            sides[0] = 0.6 * _unit(sides[0]) + 0.8 * wide
+        return as_pairs(*sides)
+
+    return make
+
+
+def with_features(make: Generator, paired: bool) -> Generator:
+    """Towers' own features that share the images' content, in spaces of different width."""
+
+    def made(num: int, width: int, seed: int) -> Pairs:
+        rng = np.random.default_rng(seed + 2)
+        content = rng.normal(size=(num, 24))
+        views = []
+        for features in (96, 80):
+            view = content @ rng.normal(size=(24, features))
+            views.append(np.maximum(view + 2 * rng.normal(size=view.shape), 0.0))
+        if not paired:
+            views[1] = rng.permutation(views[1])
+        image, text = (torch.tensor(view, dtype=torch.float32) for view in views)
+        return replace(make(num, width, seed), backbone_image=image, backbone_text=text)
+
+    return made
+
+
+def at_scale(make: Generator, scale: float) -> Generator:
+    def made(num: int, width: int, seed: int) -> Pairs:
+        return replace(make(num, width, seed), logit_scale=scale)
+
+    return made
+
+
+def sharp(num: int, width: int, seed: int) -> Pairs:
+    """Hardly any noise: every pair is told apart."""
+    rng = np.random.default_rng(seed)
+    meaning = rng.normal(size=(num, width))
+    return as_pairs(*(meaning + 0.1 * rng.normal(size=(num, width)) for _ in range(2)))
+
+
+def repeated(times: int) -> Generator:
+    """Each image in several rows, one for each caption, and nobody says so."""
+
+    def make(num: int, width: int, seed: int) -> Pairs:
+        rng = np.random.default_rng(seed)
+        scenes = healthy(0.5)(-(-num // times), width, seed)
+        rows = np.repeat(np.arange(-(-num // times)), times)[:num]
+        captions = scenes.text.numpy()[rows] + 0.5 * _noise(rng, num, width)
+        return as_pairs(scenes.image.numpy()[rows], captions)
+
+    return make
+
+
+def hubby(num: int, width: int, seed: int) -> Pairs:
+    """Images share a common direction, to which captions lean more or less."""
+    rng = np.random.default_rng(seed)
+    common = _unit(rng.normal(size=(1, width)))
+    meaning = _noise(rng, num, width)
+    lean = np.exp(rng.normal(size=(num, 1)))
+    images = meaning + 0.7 * _noise(rng, num, width) + 2.5 * common
+    captions = meaning + 0.7 * _noise(rng, num, width) + lean * common
+    return as_pairs(images, captions)
+
+
 MODES: dict[str, tuple[str, Generator]] = {
     "healthy, little noise": ("healthy", healthy(0.2)),
     "healthy, some noise": ("healthy", healthy(0.7)),
     "healthy, much noise": ("healthy", healthy(1.2)),
     "healthy, narrow cone": ("healthy", healthy(0.7, cone=2.0)),
     "healthy, all directions": ("healthy", healthy(0.7, width_share=1.0, cone=0.0)),
+    "healthy, scale at its limit": ("healthy", at_scale(weak, 100.0)),
+    "healthy, scale as at the start": ("healthy", at_scale(healthy(0.7), 14.3)),
+    "healthy, with features": ("healthy", with_features(healthy(0.7), True)),
     "weak but aligned": ("healthy", weak),
     "joint collapse, exact": ("complete_collapse", joint_collapse(0.0)),
     "joint collapse, a little left": ("complete_collapse", joint_collapse(0.1)),
     "dead image tower": ("dead_tower", dead("image")),
     "dead text tower": ("dead_tower", dead("text")),
     "nearly dead text tower": ("dead_tower", dead("text", 0.1)),
+    "rank 5": ("dimensional_collapse", low_rank(5, 0.1)),
+    "rank 8, noisy": ("dimensional_collapse", low_rank(8, 0.3)),
+    "rank 5, text alone": ("dimensional_collapse", low_rank(5, 0.1, "text")),
     "unaligned": ("unaligned", isotropic),
     "rotated": ("unaligned", rotated),
-    "shuffled": ("unaligned", shuffled),
+    "unaligned, pairs right": ("unaligned", with_features(isotropic, True)),
+    "shuffled, no features": ("unaligned", shuffled),
+    "shuffled": ("shuffled_pairs", with_features(shuffled, False)),
+    "scale saturated": ("scale_saturated", at_scale(sharp, 100.0)),
+    "scale stuck low": ("scale_stuck_low", at_scale(healthy(0.5), 1.0)),
+    "five captions an image": ("false_negatives", repeated(5)),
+    "hubs": ("hubness", hubby),
 }
 
 

@@ -30,7 +30,7 @@ def contrast(image, text, scale):
 def test_modes_agree_and_rows_are_unit():
     model, spec = build_model(model_config(), 32, seed=0)
     pixels, tokens, mask = batch(spec)
-    image, text, scale = model("both", pixels, tokens, mask)
+    image, text, scale, _ = model("both", pixels, tokens, mask)
     raw_image, raw_text = model("image", pixels), model("text", tokens, mask)
     again = model("heads", raw_image, raw_text)
     assert image.raw.shape == (4, model.vision.width) == (4, 40)
@@ -46,9 +46,9 @@ def test_modes_agree_and_rows_are_unit():
 def test_float64_stays_float64_and_bfloat16_is_normalised_wider():
     model, spec = build_model(model_config(), 32, seed=0)
     pixels, tokens, mask = batch(spec)
-    image, text, scale = model.double()("both", pixels.double(), tokens, mask)
+    image, text, scale, _ = model.double()("both", pixels.double(), tokens, mask)
     assert {image.unit.dtype, text.unit.dtype, scale.dtype} == {torch.float64}
-    image, text, scale = model.bfloat16()("both", pixels.bfloat16(), tokens, mask)
+    image, text, scale, _ = model.bfloat16()("both", pixels.bfloat16(), tokens, mask)
     assert image.projected.dtype == torch.bfloat16
     assert {image.unit.dtype, text.unit.dtype, scale.dtype} == {torch.float32}
 
@@ -57,7 +57,7 @@ def test_float64_stays_float64_and_bfloat16_is_normalised_wider():
 def test_every_trainable_parameter_gets_a_gradient(bert_folder, hugging_face):
     text = {"text": {"name": f"hf:{bert_folder}"}} if hugging_face else {}
     model, spec = build_model(model_config(**text), 32, seed=0)
-    contrast(*model("both", *batch(spec))).backward()
+    contrast(*model("both", *batch(spec))[:3]).backward()
     for name, param in model.named_parameters():
         assert param.grad is not None, name
         assert component_of(name) in COMPONENTS
@@ -75,7 +75,7 @@ def test_frozen_towers_have_no_gradient_and_stay_in_evaluation_mode(bert_folder)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     first, second = model("both", *inputs), model("both", *inputs)
     assert torch.equal(first[1].raw, second[1].raw), "dropout of a frozen tower is on"
-    contrast(*first).backward()
+    contrast(*first[:3]).backward()
     trained = {name for name, param in model.named_parameters() if param.grad is not None}
     assert {component_of(name) for name in trained} == {"head", "scale"}
     assert not first[0].raw.requires_grad
@@ -88,7 +88,7 @@ def test_trained_towers_keep_batch_norm_statistics_and_train_its_weights():
     model.train()
     assert model.vision.training
     before = {name: buffer.clone() for name, buffer in model.vision.named_buffers()}
-    contrast(*model("both", *batch(spec))).backward()
+    contrast(*model("both", *batch(spec))[:3]).backward()
     for name, buffer in model.vision.named_buffers():
         assert torch.equal(buffer, before[name]), name
     assert model.vision.trunk.bn1.weight.grad is not None
@@ -144,7 +144,7 @@ def test_an_openclip_preset_is_the_openclip_model(tmp_path):
     config = ModelConfig(preset="openclip:ViT-S-32-alt", weights=str(path))
     model, spec = build_model(config, 64, seed=0)
     pixels, tokens, mask = batch(spec, 64)
-    image, text, scale = model.eval()("both", pixels, tokens, mask)
+    image, text, scale, _ = model.eval()("both", pixels, tokens, mask)
     theirs = open_clip.get_tokenizer("ViT-S-32-alt")(CAPTIONS)
     with torch.no_grad():
         torch.testing.assert_close(image.unit, peer.encode_image(pixels, normalize=True))

@@ -1,0 +1,154 @@
+"""What is wrong with a configuration, one sentence for each setting at fault."""
+
+import difflib
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from mmscale.config.loss import AnyTerm
+from mmscale.config.schema import Config
+
+TERMS = ["loss", "terms"]
+KINDS = {get_args(term.model_fields["kind"].annotation)[0]: term for term in get_args(AnyTerm)}
+
+# Names that users bring from other trainers, and the setting that they mean here.
+FOREIGN_NAMES = {
+    "epochs": "train.duration",
+    "num_epochs": "train.duration",
+    "max_steps": "train.duration",
+    "steps": "train.duration",
+    "batchsize": "train.global_batch_size",
+    "batch_size": "train.global_batch_size",
+    "gradient_accumulation_steps": "train.micro_batch_size",
+    "accum_freq": "train.micro_batch_size",
+    "learning_rate": "optim.lr",
+    "wd": "optim.weight_decay",
+    "grad_clip_norm": "optim.clip_norm",
+    "num_workers": "data.workers",
+    "train_data": "data.train",
+    "val_data": "data.eval",
+    "temperature": "model.logit_scale.init",
+    "output_dir": "run.dir",
+    "resume_from_checkpoint": "run.resume",
+    "train_num_samples": "data.epoch_samples",
+    "dataset_resampled": "data.resampled",
+    "train_data_upsampling_factors": "data.train",
+}
+
+
+def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, field in model.model_fields.items():
+        yield prefix + name, field
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from _paths(annotation, f"{prefix}{name}.")
+
+
+def explain(error: ValidationError) -> list[str]:
+    """One sentence for each setting at fault, its unions' alternatives put together."""
+    known = dict(_paths(Config))
+    rules: dict[str, tuple[Any, list[str]]] = {}
+    terms: dict[str, str] = {}
+    for fault in error.errors():
+        parts = [str(part) for part in fault["loc"]]
+        if parts[:2] == TERMS and len(parts) > 2:
+            path, sentence = _about_term(parts, fault)
+            terms.setdefault(path, sentence)
+            continue
+        if fault["type"] == "extra_forbidden":
+            value = fault["input"]
+            # `trian.duration=...` fails at `trian`; the whole path has the better neighbour.
+            while isinstance(value, dict) and len(value) == 1:
+                ((name, value),) = value.items()
+                parts.append(str(name))
+            rules[".".join(parts)] = (value, ["unknown"])
+            continue
+        length = max((n for n in range(len(parts) + 1) if ".".join(parts[:n]) in known), default=0)
+        tail = [part for part in parts[length:] if part.isdigit()]
+        path = ".".join(parts[:length] + tail) or ".".join(parts)
+        rules.setdefault(path, (fault["input"], []))[1].append(_rule(fault))
+    found = [_sentence(path, value, found, known) for path, (value, found) in rules.items()]
+    return found + list(terms.values())
+
+
+def _about_term(parts: list[str], fault: Any) -> tuple[str, str]:
+    """Path and sentence of a fault in an entry of `loss.terms`; its tag follows the number."""
+    path, value = ".".join([*parts[:3], *parts[4:5]]), fault["input"]
+    if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        named = value.get("kind") if isinstance(value, dict) else value
+        close = difflib.get_close_matches(str(named), KINDS, 1)
+        hint = f"did you mean {close[0]}?" if close else "name one"
+        return path, f"{path}.kind={named!r} must be one of {', '.join(KINDS)}; {hint}"
+    if fault["type"] == "extra_forbidden":
+        options = [name for name in KINDS[parts[3]].model_fields if name != "kind"]
+        close = difflib.get_close_matches(parts[4], options, 1)
+        hint = f"did you mean {close[0]}?" if close else "remove it"
+        return path, f"{path} is no option of {parts[3]} ({', '.join(options)}); {hint}"
+    if len(parts) < 5:
+        return path, f"{path}={value!r} must be {_rule(fault)}; write for example {{kind: infonce}}"
+    field = KINDS[parts[3]].model_fields[parts[4]]
+    about = (field.description or "").rstrip(".").replace(chr(10), " ")
+    default = f"its default is {field.default}"
+    return path, f"{path}={value!r} must be {_rule(fault)} ({about}); {default}"
+
+
+def _rule(fault: Any) -> str:
+    kind, context = fault["type"], fault.get("ctx", {})
+    fixed = {
+        "float_parsing": "a number, like 3e-4",
+        "float_type": "a number, like 3e-4",
+        "int_parsing": "a whole number",
+        "int_type": "a whole number",
+        "int_from_float": "a whole number",
+        "bool_parsing": "true or false",
+        "bool_type": "true or false",
+        "string_type": "text",
+        "none_required": "null",
+        "missing": "missing",
+    }
+    if kind in fixed:
+        return fixed[kind]
+    if kind == "literal_error":
+        return str(context["expected"])
+    if kind == "value_error":
+        return str(context["error"]).removeprefix("must be ")
+    return str(fault["msg"]).removeprefix("Input should be ").lower()
+
+
+def _sentence(path: str, value: Any, rules: list[str], known: dict[str, Any]) -> str:
+    if rules == ["unknown"]:
+        return _unknown(path, value, known)
+    doc = getattr(known.get(path), "description", None) or ""
+    about = f" ({doc.rstrip('.').replace(chr(10), ' ')})" if doc else ""
+    if "missing" in rules:
+        return f"{path} is not set: it has no default{about}; add {path}=VALUE"
+    wanted = " or ".join(dict.fromkeys(rules))
+    example = f"write for example {path}={_example(path, known)}"
+    return f"{path}={value!r} must be {wanted}{about}; {example}"
+
+
+def _example(path: str, known: dict[str, Any]) -> str:
+    field = known.get(path)
+    default = getattr(field, "default", None)
+    choices = [arg for arg in get_args(getattr(field, "annotation", None)) if isinstance(arg, str)]
+    if isinstance(default, (int, float, str)) and not isinstance(default, bool):
+        return str(default)
+    text = str(default)
+    return f"'{text}'" if " " in text and "=" not in text else choices[0] if choices else "VALUE"
+
+
+def _unknown(path: str, value: Any, known: dict[str, Any]) -> str:
+    leaf = path.rsplit(".", 1)[-1]
+    meant = FOREIGN_NAMES.get(leaf.lower())
+    if meant is None:
+        leaves = {name.rsplit(".", 1)[-1]: name for name in known}
+        close = difflib.get_close_matches(path, known, 1, 0.75)
+        near = difflib.get_close_matches(leaf, leaves, 1, 0.75)
+        meant = close[0] if close else leaves[near[0]] if near else None
+    if meant is None:
+        return f"{path} is not a setting; remove it (docs/settings.md lists them all)"
+    if meant == "train.duration" and isinstance(value, (int, float)):
+        unit = "steps" if "step" in leaf.lower() else "epochs"
+        return f"{path} is not a setting; did you mean train.duration='{value} {unit}'?"
+    return f"{path} is not a setting; did you mean {meant}?"

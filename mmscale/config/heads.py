@@ -1,0 +1,86 @@
+"""Settings of the projections to the shared width, and of the fusion model on top."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mmscale.config.section import Positive, PositiveFloat, Section
+
+Kind = Literal["identity", "linear", "mlp", "projector"]
+Init = Literal["normal", "orthogonal", "pca", "autoencoder"]
+Activation = Literal["gelu", "relu"]
+Depth = Annotated[int, Field(ge=3)]
+
+
+class HeadSideConfig(Section):
+    """What is different about one side's head; null: as in `model.head`."""
+
+    kind: Kind | None = None
+    """`model.head.kind` of this side."""
+    bias: bool | None = None
+    """`model.head.bias` of this side."""
+    batch_norm: bool | None = None
+    """`model.head.batch_norm` of this side."""
+    hidden: Positive | None = None
+    """`model.head.hidden` of this side."""
+    layers: Depth | None = None
+    """`model.head.layers` of this side."""
+    activation: Activation | None = None
+    """`model.head.activation` of this side."""
+    init: Init | None = None
+    """`model.head.init` of this side."""
+
+
+class HeadConfig(Section):
+    """The projection of each tower's output to the shared width."""
+
+    kind: Kind = "linear"
+    """`linear`; `mlp` (one hidden layer); `projector` (more); `identity` where widths agree."""
+    bias: bool = False
+    """Give linear layers a bias."""
+    batch_norm: bool | None = None
+    """Normalise over all ranks' rows, after a linear head or each hidden layer; null: projector."""
+    hidden: Positive | None = None
+    """Width of hidden layers; null: the tower's own."""
+    layers: Depth = 3
+    """Linear layers of a projector."""
+    activation: Activation = "gelu"
+    """Between linear layers: `gelu` or `relu`."""
+    init: Init = "normal"
+    """First weights: `normal`, `orthogonal`, or fitted on features: `pca`, `autoencoder`."""
+    gain: PositiveFloat = 1.0
+    """Factor of the first weights; an `autoencoder`'s are trained from them."""
+    unit_rms: bool = False
+    """Divide each feature row by the root of its mean square first: ranges then agree unfitted."""
+    standardize: Annotated[int, Field(ge=0)] = 0
+    """Rows on which each feature's mean and deviation are fitted before the first step; 0 = off."""
+    whiten: Literal["none", "zca", "pca"] = "none"
+    """Decorrelate features by a matrix fitted before the first step, after `standardize`."""
+    shrinkage: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of the identity in the covariance that `whiten` inverts."""
+    fit_rows: Positive = 4096
+    """Rows on which `whiten` and `init` are fitted before the first step."""
+    image: HeadSideConfig = HeadSideConfig()
+    """Images' head, where it differs."""
+    text: HeadSideConfig = HeadSideConfig()
+    """Captions' head, where it differs."""
+
+    def of(self, modality: str) -> "HeadConfig":
+        """The head of `image` or `text`: its own settings over the common ones."""
+        own = self.image if modality == "image" else self.text
+        return self.model_copy(update=own.model_dump(exclude_none=True))
+
+
+class FusionConfig(Section):
+    """Cross-attention between both towers' tokens: matching, classification, re-ranking."""
+
+    enabled: bool | None = None
+    """Build it; null: where a term of the objective (`matching`, `classification`) needs it."""
+    dim: Positive = 512
+    """Width of the cross-attention."""
+    layers: Positive = 2
+    """Blocks, each with attention both ways."""
+    heads: Positive = 8
+    """Attention heads; they divide `dim`."""
+    classes: Positive | None = None
+    """Classes of the classification head; null: none."""

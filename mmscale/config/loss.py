@@ -1,0 +1,277 @@
+"""Settings of the objective: a list of terms, or one of the named lists."""
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import Field, model_validator
+
+from mmscale.config.ramp import Ramp, within
+from mmscale.config.section import NonNegativeFloat, PositiveFloat, Section
+
+Share = Annotated[Ramp, within(0, 1)]
+AtLeastZero = Annotated[Ramp, within(0)]
+ONE, ZERO = Ramp.constant(1.0), Ramp.constant(0.0)
+
+
+class Term(Section):
+    """What every term has."""
+
+    weight: AtLeastZero = ONE
+    """Factor of this term in the objective; a number or a ramp. At 0 it is not computed."""
+
+
+class InfoNCETerm(Term):
+    """Symmetric multi-positive InfoNCE by id."""
+
+    kind: Literal["infonce"]
+    """CLIP's loss, with every caption of one image a positive."""
+    temperature: PositiveFloat | None = None
+    """A temperature of its own, fixed; null: the model's."""
+    label_smoothing: Share = ZERO
+    """Share of the target that is spread evenly over all columns; a number or a ramp."""
+
+
+class SigLIPTerm(Term):
+    """Sigmoid loss of each pair alone."""
+
+    kind: Literal["siglip"]
+    """Needs the logits' bias (`model.logit_scale.bias`)."""
+
+
+class DCLTerm(Term):
+    """Decoupled contrastive loss across modalities."""
+
+    kind: Literal["dcl"]
+    """InfoNCE without the positives in the denominator; has no floor."""
+    temperature: PositiveFloat | None = None
+    """A temperature of its own, fixed; null: the model's, which this loss drives to its limit."""
+
+
+class NTXentTerm(Term):
+    """SimCLR's loss over images and captions as two views."""
+
+    kind: Literal["ntxent"]
+    """Also contrasts images with images and captions with captions."""
+    temperature: PositiveFloat | None = None
+    """A temperature of its own, fixed; null: the model's."""
+
+
+class SupConTerm(Term):
+    """Supervised contrastive loss over images and captions as two views."""
+
+    kind: Literal["supcon"]
+    """Every row of the same id, in both modalities, is a positive."""
+    temperature: PositiveFloat | None = None
+    """A temperature of its own, fixed; null: the model's."""
+    base_temperature: PositiveFloat | None = None
+    """Multiplies the loss by temperature / base_temperature as its authors do; null: no factor."""
+
+
+class HingeTerm(Term):
+    """Margin ranking loss (VSE++)."""
+
+    kind: Literal["hinge"]
+    """Each negative's similarity must stay a margin below the pair's."""
+    margin: PositiveFloat = 0.2
+    """Distance that negatives keep."""
+    hardness: Share = ONE
+    """From all negatives (0) to only the hardest (1); a number or a ramp, to begin gently."""
+    semi_hard: bool = False
+    """Let the hardest be the hardest of those less similar than the pair."""
+
+
+class HardNegativeTerm(Term):
+    """InfoNCE with negatives weighted by their hardness (HN-NCE)."""
+
+    kind: Literal["hn_nce"]
+    """Negatives weigh more the more similar they are."""
+    alpha: NonNegativeFloat = 1.0
+    """Share of the positives in the denominator."""
+    beta: AtLeastZero = Ramp.constant(0.5)
+    """Concentration on hard negatives; 0 weighs all alike; a number or a ramp."""
+    temperature: PositiveFloat | None = None
+    """A temperature of its own, fixed; null: the model's."""
+
+
+class SpectralTerm(Term):
+    """Spectral contrastive loss on the heads' outputs."""
+
+    kind: Literal["spectral"]
+    """Has no temperature; rows longer than sqrt(mu) are shortened to it."""
+    mu: PositiveFloat = 1.0
+    """Largest squared length of a row."""
+
+
+class PrototypesTerm(Term):
+    """Each row must find its image's cluster."""
+
+    kind: Literal["prototypes"]
+    """Clusters of the momentum encoder's image features, made anew each epoch."""
+    clusters: tuple[Annotated[int, Field(gt=1)], ...] = (256,)
+    """Numbers of clusters; the loss is the mean over them."""
+    temperature: PositiveFloat = 0.2
+    """Mean temperature of the clusters."""
+
+
+class VICRegTerm(Term):
+    """Invariance, variance and covariance of the heads' outputs."""
+
+    kind: Literal["vicreg"]
+    """On outputs before they are made unit rows, with statistics of the global batch."""
+    invariance: NonNegativeFloat = 25.0
+    """Factor of the mean squared distance of pairs."""
+    variance: NonNegativeFloat = 25.0
+    """Factor of the hinge that keeps each dimension's deviation above 1."""
+    covariance: NonNegativeFloat = 1.0
+    """Factor of the squared covariances between dimensions."""
+
+
+class BarlowTerm(Term):
+    """Cross-correlation of the two modalities to the identity."""
+
+    kind: Literal["barlow"]
+    """On outputs before they are made unit rows, with statistics of the global batch."""
+    redundancy: NonNegativeFloat = 0.0051
+    """Factor of the correlations between different dimensions."""
+
+
+class DecorrelationTerm(Term):
+    """Squared correlations between a modality's dimensions."""
+
+    kind: Literal["decorrelation"]
+    """Sum over pairs of dimensions, divided by the width; mean of both modalities."""
+
+
+class AlignmentTerm(Term):
+    """Squared distance of the unit rows of a pair."""
+
+    kind: Literal["alignment"]
+    """2 for unrelated rows, 0 for equal ones."""
+
+
+class UniformityTerm(Term):
+    """How evenly each modality's rows cover the sphere."""
+
+    kind: Literal["uniformity"]
+    """Log of the mean Gaussian potential of rows of different ids; mean of both modalities."""
+    t: PositiveFloat = 2.0
+    """Sharpness of the potential."""
+
+
+class RegressionTerm(Term):
+    """Mean squared error between the heads' outputs of a pair."""
+
+    kind: Literal["regression"]
+    """VICReg's invariance alone."""
+
+
+class DiversityTerm(Term):
+    """Penalty on dimensions that hardly vary."""
+
+    kind: Literal["diversity"]
+    """Weighs up to twice as much the more dimensions are low."""
+    floor: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Least deviation of a unit row's dimension, as a share of the isotropic 1 / sqrt(width)."""
+
+
+class DistillationTerm(Term):
+    """InfoNCE towards what the momentum encoders find similar (ALBEF)."""
+
+    kind: Literal["distillation"]
+    """Contrasts with the momentum encoders' rows and the queue."""
+    alpha: Share = Ramp.constant(0.4)
+    """Share of the momentum encoders' opinion in the target; a number or a ramp."""
+
+
+class MatchingTerm(Term):
+    """Cross-entropy of the fusion model's match or no match."""
+
+    kind: Literal["matching"]
+    """Needs `model.fusion`."""
+
+
+class ClassificationTerm(Term):
+    """Cross-entropy of class labels."""
+
+    kind: Literal["classification"]
+    """Needs labels in the data; rows without one are left out."""
+
+
+AnyTerm: TypeAlias = (
+    InfoNCETerm
+    | SigLIPTerm
+    | DCLTerm
+    | NTXentTerm
+    | SupConTerm
+    | HingeTerm
+    | HardNegativeTerm
+    | SpectralTerm
+    | PrototypesTerm
+    | VICRegTerm
+    | BarlowTerm
+    | DecorrelationTerm
+    | AlignmentTerm
+    | UniformityTerm
+    | RegressionTerm
+    | DiversityTerm
+    | DistillationTerm
+    | MatchingTerm
+    | ClassificationTerm
+)
+
+_FIRST_EPOCH = "1 epochs"
+OBJECTIVES: dict[str, tuple[dict[str, Any], ...]] = {
+    "clip": ({"kind": "infonce"},),
+    "siglip": ({"kind": "siglip"},),
+    "vicreg_clip": ({"kind": "infonce"}, {"kind": "vicreg", "weight": 0.04}),
+    "albef": (
+        {"kind": "distillation", "alpha": {"from": 0, "to": 0.4, "over": _FIRST_EPOCH}},
+        {"kind": "matching"},
+    ),
+    "simple": (
+        {"kind": "infonce"},
+        {"kind": "regression", "weight": 0.5},
+        {"kind": "decorrelation", "weight": 0.2},
+    ),
+    "mixed": (
+        {"kind": "infonce"},
+        {"kind": "decorrelation", "weight": 0.2},
+        {
+            "kind": "hinge",
+            "weight": 0.5,
+            "hardness": {"from": 0, "to": 1, "over": _FIRST_EPOCH},
+        },
+        {"kind": "diversity", "weight": 0.1},
+        {"kind": "matching", "weight": 0.5},
+        {"kind": "classification", "weight": 0.5},
+    ),
+}
+
+
+class LossConfig(Section):
+    """The objective: a weighted sum of terms."""
+
+    preset: Literal["clip", "siglip", "vicreg_clip", "albef", "simple", "mixed"] | None = None
+    """A named list of terms (docs/losses.md); fills `terms`."""
+    terms: tuple[Annotated[AnyTerm, Field(discriminator="kind")], ...] = (
+        InfoNCETerm(kind="infonce"),
+    )
+    """Weighted terms whose sum is minimised; default InfoNCE alone."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, settings: Any) -> Any:
+        if isinstance(settings, dict) and "terms" not in settings:
+            named = OBJECTIVES.get(str(settings.get("preset")))
+            return settings if named is None else {**settings, "terms": named}
+        return settings
+
+    @model_validator(mode="after")
+    def _check(self) -> "LossConfig":
+        if not self.terms:
+            raise ValueError("given at least one term in loss.terms")
+        named: Any = OBJECTIVES.get(str(self.preset))
+        if named is not None and self.terms != LossConfig(terms=named).terms:
+            raise ValueError(
+                f"either loss.preset={self.preset} or other loss.terms, not both; remove one"
+            )
+        return self

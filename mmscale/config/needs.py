@@ -1,0 +1,51 @@
+"""What a run's objective and evaluation need besides two towers."""
+
+from collections.abc import Iterator
+
+from mmscale.config.schema import Config
+
+FUSION_TERMS = frozenset({"matching", "classification"})
+# R@10 is the deepest recall.
+LONGEST_LIST = 10
+MOMENTUM_TERMS = frozenset({"distillation", "prototypes"})
+
+
+def term_kinds(config: Config) -> frozenset[str]:
+    """Kinds of every term that the run trains on at any time."""
+    return frozenset(term.kind for term in config.loss.terms)
+
+
+def with_fusion_decided(config: Config) -> Config:
+    """`model.fusion.enabled` said, where it was left to the objective."""
+    fusion = config.model.fusion
+    if fusion.enabled is not None:
+        return config
+    decided = fusion.model_copy(update={"enabled": bool(FUSION_TERMS & term_kinds(config))})
+    model = config.model.model_copy(update={"fusion": decided})
+    return config.model_copy(update={"model": model})
+
+
+def fusion_faults(config: Config) -> Iterator[str]:
+    """Settings that fusion contradicts, or that need it."""
+    enabled = with_fusion_decided(config).model.fusion.enabled
+    if enabled and config.data.feature_cache is not None:
+        yield (
+            "data.feature_cache keeps pooled features, but fusion reads both towers' tokens; set "
+            "data.feature_cache=null, or remove the terms matching and classification"
+        )
+    rerank = config.eval.rerank
+    if rerank and "matching" not in term_kinds(config):
+        yield (
+            f"eval.rerank={rerank}, but no matching term trains the fusion model to rank; add "
+            "{kind: matching} to loss.terms or set eval.rerank=0"
+        )
+    if 0 < rerank < LONGEST_LIST:
+        yield (
+            f"eval.rerank={rerank} is shorter than the {LONGEST_LIST} candidates that recall looks "
+            f"at; set eval.rerank={LONGEST_LIST} or more, or 0"
+        )
+
+
+def needs_momentum(config: Config) -> bool:
+    """Whether a running mean of the weights is kept."""
+    return config.eval.weights == "ema" or bool(MOMENTUM_TERMS & term_kinds(config))

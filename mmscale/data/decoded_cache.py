@@ -1,0 +1,215 @@
+"""Decoded training images, shrunk as far as the crops allow, kept for the next epoch and run.
+
+A picture is found by the digest of its encoded bytes, in a folder named by what was done to it, so
+that nothing stale is ever met. Each process collects what it decodes and publishes whole segments,
+which all processes of all runs map into memory.
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torchvision
+from jaxtyping import UInt8
+from PIL import __version__ as pillow_version
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode, functional
+
+from mmscale.config.schema import DataConfig
+from mmscale.contracts import InputSpec
+from mmscale.data.cache_room import make_room
+from mmscale.data.decode import REDUCTIONS, open_picture
+from mmscale.durable import publish, sync
+
+SEGMENT_BYTES = 32 * 2**20
+# Changes when the same bytes would be kept as other pixels.
+_VERSION = 1
+_RESERVE = 2.0
+_ABANDONED_SECONDS = 3600
+
+
+@dataclass(frozen=True)
+class Shrinking:
+    """What is done to every picture before it is kept.
+
+    Attributes:
+        side: Shorter side of larger pictures, pixels; smaller ones stay as they are.
+        interpolation: As the transform resamples.
+        is_exact: Decode in full, so that the evaluation transform gives the same pixels from the
+            kept picture; else JPEGs may be decoded reduced.
+    """
+
+    side: int
+    interpolation: str
+    is_exact: bool
+
+    @classmethod
+    def for_run(cls, data: DataConfig, spec: InputSpec) -> "Shrinking":
+        """The smallest pictures whose smallest crops still have as many pixels as the input."""
+        if data.augment == "none":
+            return cls(spec.image_size, spec.interpolation, True)
+        side = math.ceil(spec.image_size / math.sqrt(data.crop_scale[0]))
+        return cls(side, spec.interpolation, False)
+
+    def __call__(self, content: bytes, where: str) -> "Kept":
+        """Decode and shrink.
+
+        Raises:
+            DamagedSampleError: The image cannot be decoded.
+        """
+        picture = open_picture(content, where)
+        wanted = min(picture.height, picture.width) / (self.side * _RESERVE)
+        part = next((part for part in REDUCTIONS if part <= wanted), 1)
+        pixels = picture.pixels(1 if self.is_exact else part)
+        if min(pixels.shape[1:]) > self.side:
+            mode = InterpolationMode(self.interpolation)
+            pixels = functional.resize_image(pixels, [self.side], mode, antialias=True)
+        return Kept(picture.height, picture.width, pixels.permute(1, 2, 0).contiguous())
+
+    @property
+    def name(self) -> str:
+        """Differs wherever the pixels may."""
+        versions = (_VERSION, torchvision.__version__, pillow_version)
+        facts = json.dumps([self.side, self.interpolation, self.is_exact, *versions])
+        return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A decoded picture, used like a `Picture`.
+
+    Attributes:
+        height: Of the whole picture, pixels: crops are drawn as they are without a cache.
+        width: Of the whole picture, pixels.
+        stored: What is kept of it.
+    """
+
+    height: int
+    width: int
+    stored: UInt8[Tensor, "h w 3"]
+
+    def pixels(self, reduction: int = 1) -> UInt8[Tensor, "3 h w"]:
+        """The pixels as they are kept; they are small already."""
+        return self.stored.permute(2, 0, 1)
+
+
+class DecodedCache:
+    """The pictures that one process finds and adds.
+
+    Args:
+        folder: Shared by all; one folder inside it for each way of shrinking.
+        shrink: What is done to a picture.
+        limit: Most bytes in the folder. What this run has not used gives way, oldest use first;
+            where that is not enough, no more is added: what a run reads in turn must not push out
+            what it will read next.
+    """
+
+    def __init__(self, folder: Path, shrink: Shrinking, limit: float):
+        self._root, self._folder = folder, folder / shrink.name
+        self._shrink, self._limit = shrink, limit
+        self._found: dict[str, tuple[Any, str]] = {}
+        self._segments: set[str] = set()
+        self._pending: dict[str, Kept] = {}
+        self._pending_bytes = 0
+        self._is_full = False
+        # The clock of a file system may lag behind.
+        self._opened = time.time() - 1
+
+    def picture(self, content: bytes, where: str) -> Kept:
+        """The picture of an encoded image, kept or decoded now; the same pixels either way.
+
+        Raises:
+            DamagedSampleError: It cannot be decoded.
+        """
+        digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+        if found := self._found.get(digest):
+            file, name = found
+            _, height, width = name.split("-")
+            return Kept(int(height), int(width), file.get_tensor(name))
+        if pending := self._pending.get(digest):
+            return pending
+        kept = self._shrink(content, where)
+        if not self._is_full:
+            self._pending[digest] = kept
+            self._pending_bytes += kept.stored.nbytes
+            if self._pending_bytes >= SEGMENT_BYTES:
+                self._publish()
+        return kept
+
+    def renew(self) -> None:
+        """Publish what is pending and find what others have published; each epoch begins so."""
+        if self._pending:
+            self._publish()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for path in self._folder.glob(".*.part"):
+            # What a killed process left; a living one is done with its own in seconds.
+            with suppress(OSError):
+                if path.stat().st_mtime < self._opened - _ABANDONED_SECONDS:
+                    path.unlink()
+        for path in sorted(self._folder.glob("*.safetensors")):
+            # Its last use, for whoever has to make room.
+            with suppress(OSError):
+                os.utime(path)
+            if path.name not in self._segments:
+                self._open(path)
+
+    def _open(self, path: Path) -> None:
+        try:
+            file = safe_open(path, "pt")
+        except (OSError, SafetensorError):
+            # Taken away meanwhile, or cut short by a full disk: then it is of no use to anybody.
+            path.unlink(missing_ok=True)
+            return
+        self._segments.add(path.name)
+        for name in file.keys():  # noqa: SIM118 - not a mapping
+            self._found.setdefault(name.split("-")[0], (file, name))
+
+    def _publish(self) -> None:
+        aside = self._folder / f".{os.getpid()}-{time.time_ns()}.part"
+        try:
+            tensors = {
+                f"{digest}-{kept.height}-{kept.width}": kept.stored
+                for digest, kept in self._pending.items()
+            }
+            save_file(tensors, aside)
+            sync(aside)
+            with self._alone():
+                if self._make_room(aside.stat().st_size):
+                    path = aside.with_name(f"{aside.name[1:-5]}.safetensors")
+                    publish(aside, path)
+                    self._open(path)
+                else:
+                    self._is_full = True
+        except OSError:
+            # A full disk costs the cache, not the run.
+            self._is_full = True
+        finally:
+            aside.unlink(missing_ok=True)
+        self._pending, self._pending_bytes = {}, 0
+
+    def _make_room(self, size: int) -> bool:
+        """Whether a segment fits, after what was used before this run has gone."""
+        return make_room(
+            self._root,
+            "*/*.safetensors",
+            self._limit,
+            size,
+            lambda path, used: used < self._opened,
+        )
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One process at a time: two that make room at once would both take it."""
+        with (self._root / ".lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield

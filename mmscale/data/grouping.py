@@ -1,0 +1,215 @@
+"""Which images count as one: the same content, the same caption in other dress, or a user's group.
+
+Samples' traits are read where a manifest is made; joined over a whole folder they become the
+identities that the stream hands on.
+"""
+
+import hashlib
+import sys
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from mmscale.errors import DataError
+
+
+@dataclass(frozen=True)
+class Trait:
+    """What tells a sample from others or joins it to them.
+
+    Attributes:
+        image: Image id.
+        joints: Digests of the image's bytes and of each normalised caption; samples that share
+            one are joined.
+        group: The user's group, hashed; None without one.
+        label: Class, a number or a name; None without one.
+    """
+
+    image: int
+    joints: tuple[int, ...]
+    group: int | None
+    label: int | str | None
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> "Trait":
+        """Read back from JSON that this program wrote."""
+        return cls(fields["image"], tuple(fields["joints"]), fields["group"], fields["label"])
+
+
+@dataclass(frozen=True)
+class Identities:
+    """Whose image each sample of a shard is; one entry a sample.
+
+    Attributes:
+        images: Image ids.
+        captions: One id for all images that share content or a normalised caption, over the whole
+            folder: the smallest image id among them.
+        groups: The user's groups, the image's id where a sample has none; None without any.
+        labels: Classes, -1 where a sample has none; None without any.
+    """
+
+    images: tuple[int, ...]
+    captions: tuple[int, ...]
+    groups: tuple[int, ...] | None
+    labels: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What manifests know of samples that their tars cannot tell; lists by shard.
+
+    Attributes:
+        match: Match id of each sample; None where its image id is it.
+        labels: Class of each sample; None for a shard without any.
+    """
+
+    match: Sequence[Sequence[int]] | None = None
+    labels: Sequence[Sequence[int] | None] = ()
+
+    def match_id(self, shard: int, sample: int, image_id: int) -> int:
+        """What defines a row's positives."""
+        return image_id if self.match is None else self.match[shard][sample]
+
+    def label(self, shard: int, sample: int) -> int:
+        """A row's class, -1 without one."""
+        labels = self.labels[shard] if self.labels else None
+        return -1 if labels is None else labels[sample]
+
+
+def read_marks(match: str, shards: Sequence[Identities | None]) -> Marks:
+    """The marks of `data.train`'s shards.
+
+    Args:
+        match: `image`, `caption` or `group`.
+        shards: What their manifests say.
+
+    Raises:
+        DataError: They do not say what `match` needs.
+    """
+    labels = [None if known is None else known.labels for known in shards]
+    if match == "image":
+        return Marks(None, labels)
+    known = require_identities(f"data.match={match}", shards)
+    if match == "caption":
+        return Marks([part.captions for part in known], labels)
+    if all(part.groups is None for part in known):
+        raise DataError(
+            "data.match=group, but no image of data.train has a group; give its table a column "
+            "`group` and pack it again, or run mmscale index on shards whose KEY.json has `group`"
+        )
+    return Marks([part.images if part.groups is None else part.groups for part in known], labels)
+
+
+def require_identities(setting: str, shards: Sequence[Identities | None]) -> list[Identities]:
+    """What manifests say about identities.
+
+    Raises:
+        DataError: One of them says nothing.
+    """
+    known = [part for part in shards if part is not None]
+    if len(known) < len(shards):
+        raise DataError(
+            f"{setting} needs the images' identities, which the manifest of data.train does not "
+            "hold; write it again with `mmscale index SHARDS...`"
+        )
+    return known
+
+
+def joints_of(image: bytes, captions: Sequence[str]) -> tuple[int, ...]:
+    """Digests of a sample's image bytes and of its captions, each once."""
+    texts = {normal_caption(caption).encode(errors="surrogatepass") for caption in captions}
+    return (_digest(b"image", image), *sorted(_digest(b"caption", text) for text in texts))
+
+
+def group_of(name: int | str) -> int:
+    """A user's group as an id that no image has."""
+    return _digest(b"group", str(name).encode(errors="surrogatepass"))
+
+
+def normal_caption(caption: str) -> str:
+    """What two captions share that differ only in case, punctuation, spaces or Unicode's forms."""
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", caption).casefold())
+    words = " ".join(folded.translate(_punctuation()).split())
+    # A caption of nothing but punctuation is like itself only.
+    return words or caption.strip()
+
+
+def join(traits: Sequence[Sequence[Trait]]) -> tuple[list[Identities], tuple[str, ...]]:
+    """The identities of a folder's shards from each shard's traits.
+
+    Returns:
+        One record a shard; the names of classes in the order of their numbers, none where labels
+        are numbers already.
+    """
+    everyone = [trait for part in traits for trait in part]
+    least = _least(everyone)
+    has_groups = any(trait.group is not None for trait in everyone)
+    has_labels = any(trait.label is not None for trait in everyone)
+    names = _class_names(everyone)
+    numbers = {name: number for number, name in enumerate(names)}
+    identities, start = [], 0
+    for part in traits:
+        groups = [trait.image if trait.group is None else trait.group for trait in part]
+        labels = [
+            -1 if label is None else numbers[str(label)] if names else int(label)
+            for label in (trait.label for trait in part)
+        ]
+        identities.append(
+            Identities(
+                tuple(trait.image for trait in part),
+                tuple(least[start : start + len(part)]),
+                tuple(groups) if has_groups else None,
+                tuple(labels) if has_labels else None,
+            )
+        )
+        start += len(part)
+    return identities, names
+
+
+def _class_names(traits: Sequence[Trait]) -> tuple[str, ...]:
+    labels = {trait.label for trait in traits} - {None}
+    if all(isinstance(label, int) for label in labels):
+        return ()
+    return tuple(sorted(map(str, labels)))
+
+
+def _least(traits: Sequence[Trait]) -> list[int]:
+    """The smallest image id among all samples that are linked by joints or by their image id."""
+    images = np.array([trait.image for trait in traits], np.int64)
+    owners = np.repeat(np.arange(len(traits)), [len(trait.joints) + 1 for trait in traits])
+    every_link = [link for trait in traits for link in (trait.image, *trait.joints)]
+    links = np.unique(np.array(every_link, np.int64), return_inverse=True)[1]
+    # Samples stand by the order of their image ids, so that the first of a component is the least.
+    order = np.argsort(images, kind="stable")
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    owners, root = rank[owners], np.arange(len(images))
+    while True:
+        before = root.copy()
+        first = np.full(links.max(initial=-1) + 1, len(images))
+        np.minimum.at(first, links, root[owners])
+        # Roots move with the samples that hang on them, so that a long chain shrinks by halves.
+        np.minimum.at(root, root[owners], first[links])
+        np.minimum.at(root, owners, first[links])
+        root = root[root]
+        if np.array_equal(root, before):
+            return images[order][root][rank].tolist()
+
+
+@cache
+def _punctuation() -> dict[int, str]:
+    return {
+        code: " "
+        for code in range(sys.maxunicode + 1)
+        if unicodedata.category(chr(code)).startswith("P")
+    }
+
+
+def _digest(kind: bytes, content: bytes) -> int:
+    """63 bits."""
+    digest = hashlib.blake2b(content, digest_size=8, person=kind).digest()
+    return int.from_bytes(digest, "big") >> 1

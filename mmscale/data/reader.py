@@ -1,0 +1,161 @@
+"""Samples out of shards by their place: one read a sample, nothing extracted to disk.
+
+Only images, `.txt` and `.json` are looked at; every other member is passed over unread.
+"""
+
+import io
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from webdataset.tariterators import base_plus_ext
+
+from mmscale.data.lanes import Item
+from mmscale.data.members import IMAGE_SUFFIXES, describe_members, image_of
+from mmscale.data.plain_tar import plain_members
+from mmscale.data.remote import is_remote
+from mmscale.data.shard_bytes import LocalShards, RemoteShards
+from mmscale.data.shards import ShardSet
+from mmscale.data.tar_header import SoundHeader
+
+_WANTED = (*IMAGE_SUFFIXES, "txt", "json")
+
+
+class DamagedSampleError(Exception):
+    """A sample that cannot be used; the stream puts another in its place."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image as it lies in a shard, undecoded, with its captions."""
+
+    key: str
+    image: bytes
+    captions: tuple[str, ...]
+    image_id: int
+
+
+@dataclass(frozen=True)
+class Drawn(Item):
+    """A turn whose sample has been read already, or the reason why it cannot be used."""
+
+    content: Sample | str = ""
+
+
+class SampleReader:
+    """Reads samples by (shard, sample).
+
+    Args:
+        shards: Where they lie: files of this machine, or URLs.
+        window: Samples that this process holds for shuffling; so many of remote shards are kept.
+    """
+
+    def __init__(self, shards: ShardSet, window: int = 0):
+        self._set = shards
+        self._local = LocalShards(shards.shards, shards.paths)
+        self._is_remote = [is_remote(path) for path in shards.paths]
+        self._remote = (
+            RemoteShards(shards.shards, shards.paths, window) if any(self._is_remote) else None
+        )
+
+    def read(self, shard: int, sample: int) -> Sample:
+        """The sample at a place.
+
+        Raises:
+            DamagedSampleError: What lies there is not a sample.
+            DataError: The shard cannot be read at all.
+        """
+        store = self._remote if self._remote and self._is_remote[shard] else self._local
+        content = store.sample(shard, sample)
+        return parse_sample(content, f"{self._set.shards[shard].name} sample {sample}")
+
+    def take(self, item: Item) -> Sample:
+        """The sample whose turn it is.
+
+        Raises:
+            DamagedSampleError: It is not a sample.
+            DataError: Its shard cannot be read at all.
+        """
+        if not isinstance(item, Drawn):
+            return self.read(item.shard, item.sample)
+        if isinstance(item.content, str):
+            raise DamagedSampleError(item.content)
+        return item.content
+
+    def ahead(self, items: Iterator[Item]) -> Iterator[Item]:
+        """The same items; what lies behind a URL is fetched before its turn comes."""
+        return self._remote.ahead(items, self._is_remote) if self._remote else items
+
+    def close(self) -> None:
+        """Free files and connections."""
+        self._local.close()
+        if self._remote:
+            self._remote.close()
+
+
+def parse_sample(content: bytes, where: str) -> Sample:
+    """A sample from its members' bytes.
+
+    Raises:
+        DamagedSampleError: Not a tar, no image, no caption, or a wrong description.
+    """
+    key: str | None = None
+    members: dict[str, bytes] = {}
+    try:
+        for base, suffix, start, end in _members(content):
+            if base is None:
+                continue
+            if key is not None and base != key:
+                break
+            if suffix in members:
+                raise DamagedSampleError(f"{where} {base}: has a member twice")
+            key, members[suffix] = base, content[start:end]
+    except DamagedSampleError:
+        raise
+    except Exception as error:
+        raise DamagedSampleError(f"{where}: not a tar member ({error})") from error
+    if key is None:
+        raise DamagedSampleError(f"{where}: holds no image, txt or json member")
+    return sample_of(key, members, where)
+
+
+def _members(content: bytes) -> Iterator[tuple[str | None, str, int, int]]:
+    """Key, ending, start and end of each member; no key where it is of no use."""
+    plain = plain_members(content)
+    if plain is not None:
+        for name, start, end in plain:
+            yield *_key_and_ending(name), start, end
+        return
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:", tarinfo=SoundHeader) as tar:
+        for member in tar:
+            end = member.offset_data + member.size
+            yield *wanted_name(member), member.offset_data, end
+
+
+def wanted_name(member: tarfile.TarInfo) -> tuple[str | None, str]:
+    """Key and ending of a member that samples are made of; no key for any other."""
+    # A sparse member of a few bytes may unfold to any size.
+    if not member.isreg() or member.issparse():
+        return None, ""
+    return _key_and_ending(member.name)
+
+
+def _key_and_ending(name: str) -> tuple[str | None, str]:
+    key, suffix = base_plus_ext(name)
+    suffix = (suffix or "").lower()
+    return (key, suffix) if suffix in _WANTED else (None, "")
+
+
+def sample_of(key: str, members: dict[str, bytes], where: str) -> Sample:
+    """A sample from the content of its members by ending.
+
+    Raises:
+        DamagedSampleError: No image, no caption, or a wrong description.
+    """
+    image = image_of(members)
+    if image is None:
+        raise DamagedSampleError(f"{where} {key}: has no image")
+    description = describe_members(key, members)
+    if description.fault:
+        raise DamagedSampleError(f"{where} {key}: {description.fault}")
+    return Sample(key, image, description.captions, description.image_id)

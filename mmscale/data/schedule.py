@@ -1,0 +1,234 @@
+"""Which items make up which batch: the order of a run's data, without reading a sample."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import islice, tee
+from typing import TypeAlias
+
+import numpy as np
+
+from mmscale.config.schema import Config
+from mmscale.contracts import NamedTensor, Position
+from mmscale.data.arrange import Arrangement
+from mmscale.data.grouping import Identities, Marks, read_marks, require_identities
+from mmscale.data.lanes import Item, Lane, Source, Tape, seeded, turns_of
+from mmscale.data.neighbours import Neighbours
+from mmscale.data.resampled import Resampling, SequentialLane, plan_resampling
+from mmscale.data.shards import ShardSet
+from mmscale.errors import ConfigError, DataError
+
+AnyLane: TypeAlias = Lane | SequentialLane
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which items make up which batch; shared by the decoding and the cached stream.
+
+    Attributes:
+        captions: For each shard, each sample's number of captions.
+        choice: `random`, `first`, `flat`, or captions an image.
+        seed: The run's seed.
+        lanes: Lanes of an epoch.
+        lane_items: Items a lane gives to each batch.
+        buffer: Samples that one lane holds for shuffling.
+        sources: How many of the shards each source has, and its weight; none: one source.
+        resampling: Draws shards instead of taking each once.
+        marks: Match ids and labels of the samples.
+        arrangement: Builds batches on purpose; None leaves them as the lanes give them.
+        neighbours: The table of hard batches.
+    """
+
+    captions: list[tuple[int, ...]]
+    choice: str | int
+    seed: int
+    lanes: int
+    lane_items: int
+    buffer: int
+    sources: tuple[tuple[int, float], ...] = ()
+    resampling: Resampling | None = None
+    marks: Marks = field(default_factory=Marks)
+    arrangement: Arrangement | None = None
+    neighbours: Neighbours | None = None
+
+    @property
+    def rows_per_item(self) -> int:
+        """Rows that one sample's turn gives."""
+        return self.choice if isinstance(self.choice, int) else 1
+
+    @cached_property
+    def items(self) -> int:
+        """Turns of an epoch, the remainder included."""
+        if self.resampling:
+            return self.resampling.epoch_samples
+        return sum(source.items for source in self.parts)
+
+    @cached_property
+    def parts(self) -> list[Source]:
+        """What an epoch is made of."""
+        turns = iter(turns_of(self.captions, self.choice == "flat"))
+        sources = self.sources or ((len(self.captions), 1.0),)
+        return [Source(list(islice(turns, shards)), weight) for shards, weight in sources]
+
+    @property
+    def steps(self) -> int:
+        """Full batches of an epoch."""
+        return self.items // (self.lanes * self.lane_items)
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of a global batch."""
+        return self.lanes * self.lane_items * self.rows_per_item
+
+    def epoch(self, epoch: int) -> list[Lane] | list[SequentialLane]:
+        """The lanes of one epoch."""
+        length = self.steps * self.lane_items
+        if self.resampling:
+            return self.resampling.lanes(self.lanes, length, self.buffer, self.seed, epoch)
+        tape = Tape(self.parts, self.seed, epoch)
+        return [
+            Lane(tape, index, length, self.buffer, self.seed, epoch) for index in range(self.lanes)
+        ]
+
+    def streams(
+        self, epoch: int, mine: Sequence[int], step: int
+    ) -> list[tuple[AnyLane, Iterator[Item]]]:
+        """Some lanes of an epoch, each with its items from batch `step` on."""
+        lanes = self.epoch(epoch)
+        if self.arrangement is None:
+            return [(lanes[lane], lanes[lane].items(step * self.lane_items)) for lane in mine]
+        # Every lane takes part in a batch that is built, so each worker follows all of them.
+        batches = tee(self._arranged(self.arrangement, lanes, step), len(mine))
+        return [
+            (lanes[lane], self._part(lane, whole))
+            for lane, whole in zip(mine, batches, strict=True)
+        ]
+
+    def _arranged(
+        self, arrangement: Arrangement, lanes: Sequence[AnyLane], step: int
+    ) -> Iterator[list[Item]]:
+        windows = [part for part in arrangement.windows(self.steps) if part.stop > step]
+        start = windows[0].start
+        streams = [lane.items(start * self.lane_items) for lane in lanes]
+        for window in windows:
+            batches = [
+                [item for stream in streams for item in islice(stream, self.lane_items)]
+                for _ in window
+            ]
+            yield from arrangement.arrange(batches)[max(0, step - window.start) :]
+
+    def _part(self, lane: int, batches: Iterator[list[Item]]) -> Iterator[Item]:
+        """One lane's items of whole batches."""
+        for batch in batches:
+            yield from batch[lane * self.lane_items : (lane + 1) * self.lane_items]
+
+    def tensors(self) -> Iterator[NamedTensor]:
+        """What a checkpoint must hold for the order to go on as it began."""
+        if self.neighbours is not None:
+            for name, value in self.neighbours.tensors().items():
+                yield NamedTensor(f"hard_batches.{name}", value, {})
+
+    def pick(self, key: str, captions: int, epoch: int, turn: int) -> list[int]:
+        """Which captions of a sample are its rows in this turn."""
+        if self.choice == "first":
+            return [0]
+        start = seeded(self.seed, epoch if self.choice != "flat" else "flat", key, "caption")
+        if self.choice == "flat":
+            return [(start + turn) % captions]
+        start += turn * self.rows_per_item
+        return [(start + offset) % captions for offset in range(self.rows_per_item)]
+
+    def after(self, position: Position) -> Position:
+        """The position one batch later."""
+        rows = position.rows + self.batch_rows
+        if rows >= self.steps * self.batch_rows:
+            return Position(position.epoch + 1, 0)
+        return Position(position.epoch, rows)
+
+
+def plan_schedule(
+    config: Config, shards: ShardSet, lanes: int, neighbours: Neighbours | None = None
+) -> Schedule:
+    """The order of a run's data.
+
+    Args:
+        config: The run.
+        shards: The training set.
+        lanes: Lanes of an epoch.
+        neighbours: The table of hard batches; None leaves batches without.
+
+    Raises:
+        ConfigError: The data does not fill one batch, or no order keeps its groups apart.
+        DataError: The manifests do not hold what the settings need.
+    """
+    choice = config.data.captions
+    per_item = choice if isinstance(choice, int) else 1
+    schedule = Schedule(
+        [shard.captions for shard in shards.shards],
+        choice,
+        config.run.seed,
+        lanes,
+        config.train.global_batch_size // per_item // lanes,
+        max(1, config.data.shuffle_buffer // lanes),
+        shards.sources,
+        plan_resampling(config.data, shards) if config.data.resampled else None,
+    )
+    if schedule.steps == 0:
+        raise ConfigError(
+            f"train.global_batch_size={config.train.global_batch_size} is more than the "
+            f"{schedule.items * per_item} rows of data.train={config.data.train}; lower it"
+        )
+    for number, source in enumerate(schedule.parts):
+        if source.items == 0 and not config.data.resampled:
+            raise ConfigError(
+                f"data.train, source {number}: weight={source.weight} of its {source.lap_items} "
+                "images is not one; raise the weight or leave the source out"
+            )
+    identities = [shard.identities for shard in shards.shards]
+    schedule = replace(schedule, marks=read_marks(config.data.match, identities))
+    if config.data.positive_share is None and neighbours is None:
+        return schedule
+    schedule = replace(schedule, neighbours=neighbours)
+    return replace(schedule, arrangement=_plan_arrangement(config, shards, schedule))
+
+
+def _plan_arrangement(config: Config, shards: ShardSet, schedule: Schedule) -> Arrangement:
+    data, steps, neighbours = config.data, schedule.steps, schedule.neighbours
+    setting = "data.hard_batches" if data.positive_share is None else "data.positive_share"
+    known = require_identities(setting, [shard.identities for shard in shards.shards])
+    groups = schedule.marks.match or [part.images for part in known]
+    width = data.hard_batches.window
+    if data.positive_share is not None:
+        turns: Counter[int] = Counter()
+        weights = [weight for count, weight in shards.sources for _ in range(count)]
+        for shard, ids, weight in zip(shards.shards, groups, weights, strict=True):
+            for group, captions in zip(ids, shard.captions, strict=True):
+                turns[group] += math.ceil(weight) * (captions if data.captions == "flat" else 1)
+        largest = max(turns.values())
+        if data.positive_share == 0 and largest > steps:
+            raise ConfigError(
+                f"data.positive_share=0, but {largest} images of one group (data.match="
+                f"{data.match}) cannot be kept apart in the {steps} batches of an epoch; lower "
+                "train.global_batch_size or leave data.positive_share unset"
+            )
+        width = max(width, largest)
+    return Arrangement(
+        width=width,
+        samples=tuple(shard.samples for shard in shards.shards),
+        groups=[group for part in groups for group in part],
+        positive_share=data.positive_share,
+        neighbours=None if neighbours is None else _places(neighbours, known),
+        hard_share=data.hard_batches.share,
+    )
+
+
+def _places(neighbours: Neighbours, known: Sequence[Identities]) -> np.ndarray:
+    places = neighbours.places(np.array([i for part in known for i in part.images], np.int64))
+    if not (places >= 0).any():
+        raise DataError(
+            "data.hard_batches.table names no two images of data.train; make it from the "
+            "embeddings of these very shards (mmscale embed RUN --data SHARDS --out F.npz)"
+        )
+    return places

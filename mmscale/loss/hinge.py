@@ -1,0 +1,52 @@
+"""Margin ranking: negatives must stay a margin below the pair."""
+
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from mmscale.contracts import Bank, Peers
+from mmscale.loss.contrast import Contrast, contrasts
+
+
+def hinge(
+    image: Float[Tensor, "b d"],
+    text: Float[Tensor, "b d"],
+    ids: Int64[Tensor, " b"],
+    peers: Peers,
+    bank: Bank | None = None,
+    margin: float = 0.2,
+    hardness: float = 1.0,
+    semi_hard: bool = False,
+) -> Float[Tensor, ""]:
+    """Triplet loss over all negatives (`hardness` 0), the hardest alone (1), or a mixture.
+
+    For each image i: (1 - h) sum_j c_ij + h max_j c_ij with c_ij = max(0, margin + x_i.y_j -
+    x_i.y_i) over captions j of other ids; plus the same for each caption. Averaged over pairs and
+    summed over directions: n times it is the paper's sum over the batch. A batch that collapses to
+    one point stays at 2 margin for hardness 1.
+
+    Args:
+        image: Unit rows of the images.
+        text: Unit rows of the captions; row i belongs to image i.
+        ids: Identity of each row.
+        peers: The ranks that contrast together.
+        bank: Further negatives.
+        margin: Distance that negatives keep.
+        hardness: Share of the hardest negative.
+        semi_hard: The hardest is taken among those less similar than the pair.
+
+    Source: Faghri et al. 2018, "VSE++" (arXiv 1707.05612), equations 5 and 6; semi-hard: Schroff
+        et al. 2015, "FaceNet" (arXiv 1503.03832), section 3.2.
+    """
+
+    def direction(way: Contrast) -> Float[Tensor, ""]:
+        cost = F.relu(margin + way.similarity - way.pair[:, None])
+        none = cost.new_zeros(())
+        candidates = way.negative
+        if semi_hard:
+            candidates = candidates & (way.similarity < way.pair[:, None])
+        every, hardest = cost.where(way.negative, none).sum(1), cost.where(candidates, none).amax(1)
+        return ((1 - hardness) * every + hardness * hardest).mean()
+
+    first, second = (direction(way) for way in contrasts(image, text, ids, peers, bank))
+    return first + second

@@ -1,0 +1,42 @@
+"""The spectral contrastive loss."""
+
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from mmscale.contracts import Peers
+from mmscale.loss.contrast import contrast, wide
+
+
+def spectral(
+    image: Float[Tensor, "b d"],
+    text: Float[Tensor, "b d"],
+    ids: Int64[Tensor, " b"],
+    peers: Peers,
+    mu: float = 1.0,
+) -> Float[Tensor, ""]:
+    """Pull pairs together, push the squared products of other ids to zero.
+
+    (-2 mean_i x_i.y_i + mean_{ij: id_i != id_j} (x_i.y_j)^2) / mu over rows that are shortened to
+    length sqrt(mu) where they are longer.
+
+    Args:
+        image: The head's outputs for the images, not unit rows.
+        text: The head's outputs for the captions; row i belongs to image i.
+        ids: Identity of each row.
+        peers: The ranks that contrast together.
+        mu: Largest squared length of a row.
+
+    Source: HaoChen et al. 2021, "Provable Guarantees for Self-Supervised Deep Learning with
+        Spectral Contrastive Loss" (arXiv 2106.04156), equation 6 and algorithm 1.
+    """
+    way = contrast(_shortened(image, mu), _shortened(text, mu), ids, peers)
+    squares = way.similarity.pow(2).where(way.negative, way.similarity.new_zeros(())).sum()
+    count = peers.total(way.negative.sum().to(squares.dtype)).clamp(min=1)
+    return (peers.size * squares / count - 2 * way.pair.mean()) / mu
+
+
+def _shortened(rows: Float[Tensor, "b d"], mu: float) -> Float[Tensor, "b d"]:
+    rows = wide(rows)
+    # The square is limited before the root: a row of zeros has a gradient too.
+    longest = rows.pow(2).sum(1, keepdim=True).clamp(min=mu)
+    return rows * (mu / longest).sqrt()

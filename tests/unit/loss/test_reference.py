@@ -1,0 +1,162 @@
+"""Floor and chance values against the losses themselves."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmscale.config.loss import LossConfig
+from mmscale.config.ramp import whole_steps
+from mmscale.contracts import Bank, Embeddings, LossInput
+from mmscale.dist.peers import Alone
+from mmscale.loss.reference import Facts, reference
+from mmscale.loss.terms import compute
+from mmscale.report.chance import chance_loss
+
+IDS = torch.tensor([0, 0, 1, 2, 2, 2, 3, 4])
+
+
+def term(kind, **options):
+    return LossConfig.model_validate({"terms": [{"kind": kind, **options}]}).terms[0]
+
+
+def at(ramp):
+    return ramp.at(0, whole_steps)
+
+
+def rows_of(unit, bank=None, scale=30.0, bias=None, **more):
+    # For losses of outputs that are not unit rows too.
+    embedded = Embeddings(unit, unit, unit)
+    scale = torch.tensor([scale], dtype=torch.float64)
+    return LossInput(embedded, embedded, IDS, scale, bank=bank, bias=bias, **more)
+
+
+def one_point(with_bank, **more):
+    """A model that tells nothing apart."""
+    unit = torch.ones(8, 1, dtype=torch.float64)
+    slots = torch.tensor([-1, 2, 7, 9, 0])
+    points = torch.ones(5, 1, dtype=torch.float64)
+    return rows_of(unit, Bank(points, points, slots) if with_bank else None, **more)
+
+
+def check(settings, rows, which):
+    found = getattr(reference(settings, Facts.of(rows, Alone()), at), which)
+    wanted = compute(settings, rows, Alone(), at).loss.item()
+    assert found == pytest.approx(wanted, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("with_bank", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        term("infonce"),
+        term("infonce", label_smoothing=0.2),
+        term("dcl"),
+        term("hn_nce", alpha=0.5, beta=1.0),
+        term("hn_nce", alpha=0.0),
+        term("hinge", hardness=0.4),
+        term("hinge", semi_hard=True),
+        term("ntxent"),
+        term("supcon", base_temperature=0.1),
+        term("supcon", temperature=0.2, base_temperature=0.1),
+        term("spectral"),
+        term("spectral", mu=4.0),
+        term("uniformity"),
+    ],
+    ids=lambda settings: settings.kind,
+)
+def test_chance_is_the_loss_of_a_model_that_tells_nothing_apart(settings, with_bank):
+    if settings.kind == "spectral" and settings.mu > 1:
+        # The best a constant product can do is 1.
+        assert reference(settings, Facts.of(one_point(False), Alone()), at).chance == -1 / 4
+        return
+    check(settings, one_point(with_bank), "chance")
+
+
+@pytest.mark.parametrize("with_bank", [False, True])
+def test_chance_of_siglip_is_its_loss_at_the_best_bias(with_bank):
+    settings, best = term("siglip"), math.inf
+    for logit in torch.linspace(-3, 1, 41).tolist():
+        bias = torch.tensor([logit - 30.0], dtype=torch.float64)
+        rows = one_point(with_bank, bias=bias)
+        best = min(best, compute(settings, rows, Alone(), at).loss.item())
+    chance = reference(settings, Facts.of(rows, Alone()), at).chance
+    assert chance == pytest.approx(best, rel=1e-3)
+    assert chance <= best
+
+
+@pytest.mark.parametrize("with_bank", [False, True])
+def test_chance_of_distillation_counts_positives_in_the_queue(with_bank):
+    rows = one_point(with_bank)
+    ones = rows.image.unit
+    rows = rows_of(ones, rows.bank, momentum_image=ones, momentum_text=ones)
+    check(term("distillation"), rows, "chance")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        term("infonce"),
+        term("hn_nce", alpha=0.5, beta=0.0),
+        term("supcon"),
+        term("ntxent"),
+        term("hinge"),
+        term("spectral"),
+        term("alignment"),
+        term("regression"),
+    ],
+    ids=lambda settings: settings.kind,
+)
+def test_floor_is_the_loss_of_a_model_that_knows_every_image(settings):
+    own = F.one_hot(IDS).double()
+    check(settings, rows_of(own, scale=1e4), "floor")
+
+
+def test_floor_of_smoothed_targets_is_their_entropy():
+    """Reached where the softmax is the target."""
+    smoothing, counts = 0.2, torch.tensor([2, 2, 1, 3, 3, 3, 1, 1])
+    target = (IDS[:, None] == IDS[None, :]).double() / counts[:, None]
+    target = (1 - smoothing) * target + smoothing / 8
+    entropy = torch.special.entr(target).sum(1).mean().item()
+    facts = Facts.of(one_point(False), Alone())
+    found = reference(term("infonce", label_smoothing=smoothing), facts, at).floor
+    assert found == pytest.approx(entropy)
+
+
+def test_matching_and_classification_at_chance():
+    targets = torch.tensor([1, 1, 0, 0, 0, 0])
+    logits = torch.zeros(8, 5)
+    rows = one_point(False, matching_targets=targets, class_logits=logits)
+    facts = Facts.of(rows, Alone())
+    entropy = math.log(3) - 2 / 3 * math.log(2)
+    assert reference(term("matching"), facts, at).chance == pytest.approx(entropy)
+    assert reference(term("classification"), facts, at).chance == pytest.approx(math.log(5))
+
+
+def settings_of(*terms, **more):
+    return {
+        "train": {"global_batch_size": 8},
+        "loss": {"terms": list(terms)},
+        "negatives": {"gather": True, "queue": {"size": 5}},
+        "model": {"embed_dim": 4, "fusion": {"classes": 3}},
+        **more,
+    }
+
+
+def test_the_page_and_the_training_line_agree_on_distinct_images():
+    kinds = ("infonce", "siglip", "dcl", "hn_nce", "ntxent", "supcon", "hinge", "uniformity")
+    unit = torch.ones(8, 1, dtype=torch.float64)
+    bank = Bank(torch.ones(5, 1), torch.ones(5, 1), torch.arange(100, 105))
+    embedded = Embeddings(unit, unit, unit)
+    rows = LossInput(embedded, embedded, torch.arange(8), torch.tensor([10.0]), bank=bank)
+    for kind in (*kinds, "matching", "distillation", "prototypes", "alignment"):
+        logged = reference(term(kind), Facts.of(rows, Alone()), at).chance
+        assert chance_loss(settings_of({"kind": kind})) == pytest.approx(logged), kind
+
+
+def test_the_page_adds_weights_at_the_end_of_their_ramps():
+    ramp = {"from": 0, "to": 0.5, "over": "1 epochs"}
+    settings = settings_of({"kind": "infonce", "weight": 2}, {"kind": "hinge", "weight": ramp})
+    assert chance_loss(settings) == pytest.approx(2 * math.log(13) + 0.5 * 0.4)
+    assert chance_loss(settings_of({"kind": "infonce"}, {"kind": "vicreg"})) is None

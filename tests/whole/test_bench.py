@@ -1,0 +1,87 @@
+"""`mmscale bench`: what it refuses, and that the comparison of data loading runs."""
+
+import json
+import sys
+
+import pytest
+from PIL import Image
+
+from mmscale import cli
+from mmscale.data.manifest import read_manifest
+from mmscale.errors import ConfigError, explained
+from mmscale.lab import bench, bench_data
+from mmscale.lab.bench import Result
+
+
+def bench_command(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["mmscale", "bench", *words])
+    return explained(cli._invoke)
+
+
+@pytest.fixture
+def without_peers(monkeypatch, tmp_path):
+    """An environment in which `make peers` was not run."""
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+
+
+@pytest.fixture
+def with_peers():
+    try:
+        bench.peers_folder()
+    except ConfigError:
+        pytest.skip("make peers was not run")
+
+
+@pytest.mark.usefixtures("without_peers")
+@pytest.mark.parametrize("name", bench.BENCHES)
+def test_without_peers_it_says_how_to_get_them(monkeypatch, capsys, name):
+    assert bench_command(monkeypatch, name) == 2
+    assert "make peers" in capsys.readouterr().err
+
+
+def test_an_unknown_bench_names_the_known_ones(monkeypatch, capsys):
+    assert bench_command(monkeypatch, "everything") == 2
+    message = capsys.readouterr().err
+    assert all(name in message for name in ("everything", *bench.BENCHES))
+
+
+def test_results_are_written_and_shown(monkeypatch, tmp_path, capsys):
+    results = [
+        Result("data, 1 worker", "samples_per_second", 768, 1, "cpu", 900.0, 300.0, 3.0, 1000.0),
+        Result("step", "time_s", 8, 2, "cpu", 0.25, None, None, None),
+    ]
+    monkeypatch.setattr("mmscale.lab.bench.run", lambda name: results)
+    path = tmp_path / "figures.json"
+    assert bench_command(monkeypatch, "data", "--json", str(path)) == 0
+    written = json.loads(path.read_text("utf-8"))["results"]
+    assert [Result(**entry) for entry in written] == results
+    assert set(written[0]) == {
+        "name", "metric", "n", "ranks", "device", "ours", "peer", "ratio", "limit"
+    }  # fmt: skip
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[1].split()[:3] == ["data,", "1", "worker"]
+    assert lines[2].split()[-3:] == ["-", "-", "-"]
+
+
+def test_its_pictures_are_as_heavy_as_photographs(tmp_path):
+    bench_data.render(tmp_path / "pictures", 12)
+    paths = sorted((tmp_path / "pictures").glob("*.jpg"))
+    assert len(paths) == 12
+    assert {Image.open(path).size for path in paths} == {(500, 375)}
+    bits = 8 * sum(path.stat().st_size for path in paths) / (12 * 500 * 375)
+    assert 1.5 < bits < 2.5, (
+        "20 COCO photographs of this size and quality take 0.8 to 3.1, mean 2.0"
+    )
+
+
+@pytest.mark.usefixtures("with_peers")
+def test_data_is_compared_with_open_clips_own_pipeline(tmp_path):
+    shards = bench_data.prepare(tmp_path, 24)
+    assert read_manifest(shards).samples == 24
+    (result,) = bench_data.measure(shards, batch=4, warm=1, count=2, rounds=1, workers=(1,))
+    assert result.ours > 0
+    assert result.peer > 0
+    assert result.limit > 0
+    assert result.ratio == result.ours / result.peer
+    assert (result.n, result.ranks, result.device) == (24, 1, "cpu")

@@ -1,0 +1,75 @@
+"""Hard batches from a run's own embeddings, going on without the file that they were drawn from."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.whole.command import run
+from tests.whole.small_run import (
+    ALONE,
+    course,
+    succeed,
+    torchrun,
+    training_lines,
+    words_for,
+    write_settings,
+)
+
+
+@pytest.mark.slow
+def test_hard_batches_go_on_as_they_began(synthetic, tmp_path):
+    settings = words_for(synthetic, write_settings(tmp_path))
+    first, second = tmp_path / "first", tmp_path / "second"
+    succeed([*ALONE, *settings, f"run.dir={first}", "train.duration=2 steps"])
+    table = tmp_path / "embeddings.npz"
+    succeed(["mmscale", "embed", first, "--data", synthetic.train, "--out", table])
+    words = [
+        *settings,
+        f"run.dir={second}",
+        f"data.hard_batches.table={table}",
+        "data.hard_batches.window=3",
+        "data.match=caption",
+        "data.positive_share=0",
+        "data.caption_cleaning=whitespace",
+        f"data.decoded_cache={tmp_path / 'decoded'}",
+        "model.text.context_length=26",
+        "train.duration=8 steps",
+        "checkpoint.every=4 steps",
+    ]
+    done = succeed([*ALONE, *words])
+    straight = course(second)
+    assert straight.keys() == set(range(1, 9))
+    assert straight[1][1] != course(first)[1][1]
+    cut = [line["captions_cut"] for line in training_lines(second)]
+    assert all(0 < share < 1 for share in cut)
+    assert "were cut" in done.stderr
+    # From the checkpoint in the middle, on two ranks, without the file.
+    shutil.rmtree(second / "checkpoints" / "step-00000008")
+    table.unlink()
+    succeed([*torchrun(), *words])
+    again = course(second)
+    assert again.keys() == straight.keys()
+    for step, (loss, digest) in straight.items():
+        assert again[step][1] == digest
+        assert again[step][0] == pytest.approx(loss, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_table_that_is_not_there_is_named(synthetic, tmp_path):
+    settings = words_for(synthetic, write_settings(tmp_path))
+    words = [f"run.dir={tmp_path / 'run'}", f"data.hard_batches.table={tmp_path / 'none.npz'}"]
+    done = run([*ALONE, *settings, *words])
+    assert done.returncode == 4
+    assert "data.hard_batches.table" in done.stderr
+    assert "none.npz" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_plan_knows_what_cannot_be_built(synthetic, tmp_path):
+    settings = words_for(synthetic, write_settings(tmp_path))
+    words = ["data.captions=flat", "data.positive_share=0", "train.global_batch_size=240"]
+    done = run(["mmscale", "plan", *settings, *words])
+    assert done.returncode == 2, json.dumps(done.stderr)
+    assert "data.positive_share=0" in done.stderr

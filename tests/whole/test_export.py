@@ -1,0 +1,70 @@
+"""A trained run, loaded in Python and exported by the command, gives what `mmscale embed` wrote."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+import mmscale
+from tests.whole.command import run
+from tests.whole.small_run import ALONE, succeed, words_for, write_settings
+
+
+@pytest.fixture(scope="module")
+def trained(synthetic, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    words = words_for(synthetic, write_settings(folder))
+    towers = ["model.vision.options={}", "model.vision.name=timm:test_convnext"]
+    succeed([*ALONE, *words, *towers, f"run.dir={folder / 'run'}", "train.duration=3 steps"])
+    return folder / "run"
+
+
+def photographs(packed: Path) -> list[tuple[Image.Image, str]]:
+    """Image and first caption of each sample, read as any tar is."""
+    pairs = {}
+    for shard in sorted(packed.glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                key, suffix = member.name.split(".")
+                content = tar.extractfile(member).read()
+                pairs.setdefault(key, {})[suffix] = content
+    return [(Image.open(io.BytesIO(p["jpg"])), p["txt"].decode()) for p in pairs.values()]
+
+
+def test_load_and_export_agree_with_embed(trained, synthetic, tmp_path):
+    npz = tmp_path / "pairs.npz"
+    succeed(["mmscale", "embed", trained, "--data", synthetic.val, "--out", npz])
+    stored = np.load(npz)
+    model, transform, tokenizer = mmscale.load(trained)
+    images, captions = zip(*photographs(Path(synthetic.val)), strict=True)
+    pixels = torch.stack([transform(image) for image in images])
+    with torch.no_grad():
+        rows = model.encode_image(pixels, normalize=True).numpy()
+        texts = model.encode_text(tokenizer(captions), normalize=True).numpy()
+    np.testing.assert_allclose(rows, stored["image"], atol=1e-5)
+    first = [np.flatnonzero(stored["text_ids"] == identity)[0] for identity in stored["image_ids"]]
+    np.testing.assert_allclose(texts, stored["text"][first], atol=1e-5)
+
+    out = tmp_path / "open_clip"
+    succeed(["mmscale", "export", trained, "--to", "open_clip", "--out", out])
+    theirs, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{out}")
+    theirs.eval()
+    with torch.no_grad():
+        same = theirs.encode_image(pixels, normalize=True).numpy()
+        own = theirs.encode_image(torch.stack([preprocess(i) for i in images]), normalize=True)
+    np.testing.assert_allclose(same, rows, atol=1e-5)
+    # With each side's own decoding and resizing.
+    np.testing.assert_allclose(own.numpy(), rows, atol=1e-3)
+
+
+def test_an_unknown_format_and_a_missing_run_are_told(trained, tmp_path):
+    done = run(["mmscale", "export", trained, "--to", "tflite", "--out", tmp_path / "out"])
+    assert done.returncode == 2
+    assert "open_clip, hf, onnx" in done.stderr
+    done = run(["mmscale", "export", tmp_path / "none", "--to", "onnx", "--out", tmp_path / "out"])
+    assert done.returncode == 5
