@@ -18,8 +18,8 @@ from mmscale.config.duration import Duration
 from mmscale.config.load import validate
 from mmscale.config.needs import (
     FUSION_TERMS,
-    MOMENTUM_TERMS,
     needs_momentum,
+    needs_momentum_rows,
     term_kinds,
     with_fusion_decided,
 )
@@ -37,6 +37,7 @@ from mmscale.diagnostics.retrieval import recalls
 from mmscale.dist.device import DevicePolicy, choose, rng_state, set_rng_state
 from mmscale.dist.peers import connect, from_main
 from mmscale.dist.world import join
+from mmscale.engine.bank import PREFIX, RowBank, slots
 from mmscale.engine.companions import Companions
 from mmscale.engine.encode import Call, encode
 from mmscale.engine.feature_cache import FeatureCache
@@ -112,8 +113,10 @@ def assemble(config: Config, world: World, tell: Tell) -> Training:
     schedule = plan_schedule(config, shards, plan.lanes)
     checkpoint = starting_point(config, world, tell)
     if config.data.hard_batches.table is not None:
+        tell(f"hard batches: neighbours from {config.data.hard_batches.table}")
         table = _neighbours(config.data.hard_batches, world, checkpoint)
         schedule = plan_schedule(config, shards, plan.lanes, table)
+        tell(f"hard batches: {schedule.with_neighbours:.0%} of the images have neighbours")
     # A checkpoint holds every weight: none is fetched for a model that it fills.
     wanted = config.model if checkpoint is None else _bare(config.model)
     wanted = with_scale_fitted(wanted, shards.samples)
@@ -142,6 +145,7 @@ def assemble(config: Config, world: World, tell: Tell) -> Training:
     model.scale.follow(steps_of)
     follower = _follower(config, kind, model, checkpoint)
     engine = _engine(kind, model.train(), config, plan, policy, world)
+    bank = _bank(config, shards.samples, engine.device, checkpoint)
     # Ranks draw different dropout masks; a resumed run gets each rank's own state back.
     torch.manual_seed(config.run.seed * 1_000_003 + world.rank)
     if checkpoint is not None:
@@ -155,7 +159,7 @@ def assemble(config: Config, world: World, tell: Tell) -> Training:
         plan=plan,
         policy=policy,
         engine=engine,
-        companions=_companions(config, engine, follower, policy, plan),
+        companions=_companions(config, engine, follower, policy, plan, bank),
         objective=Objective(config, peers, steps_of),
         stream=stream,
         spec=spec,
@@ -195,9 +199,7 @@ def _engine(
     return AccelerateEngine(model, config, policy, world)
 
 
-def _neighbours(
-    hard: HardBatchesConfig, world: World, checkpoint: Checkpoint | None
-) -> Neighbours:
+def _neighbours(hard: HardBatchesConfig, world: World, checkpoint: Checkpoint | None) -> Neighbours:
     """The table that the run began with, else the one that it is given; equal on every rank."""
     if checkpoint is not None:
         return Neighbours.of(checkpoint.companions("hard_batches."))
@@ -224,6 +226,7 @@ def _companions(
     follower: nn.Module | None,
     policy: DevicePolicy,
     plan: BatchPlan,
+    bank: RowBank | None,
 ) -> Companions:
     kinds = term_kinds(config)
     momentum = None
@@ -233,7 +236,21 @@ def _companions(
     matcher = None
     if kinds & FUSION_TERMS:
         matcher = Matcher(config.run.seed, plan.micro_rows, negatives="matching" in kinds)
-    return Companions(momentum, bool(kinds & MOMENTUM_TERMS), matcher)
+    from_momentum = bank is not None and config.negatives.queue.source == "momentum"
+    return Companions(momentum, needs_momentum_rows(config), matcher, bank, from_momentum)
+
+
+def _bank(
+    config: Config, images: int, device: torch.device, checkpoint: Checkpoint | None
+) -> RowBank | None:
+    """Rows of earlier batches, as the checkpoint left them."""
+    size, unique = slots(config.negatives.queue.size, images)
+    if not size:
+        return None
+    bank = RowBank(size, config.model.embed_dim, unique, device)
+    if checkpoint is not None:
+        bank.restore(checkpoint.companions(PREFIX))
+    return bank
 
 
 def _share_cores(policy: DevicePolicy, world: World) -> None:
@@ -373,7 +390,7 @@ def _figures(
 
 def save_checkpoint(training: Training, progress: Progress) -> Path:
     """Write a checkpoint of a run in training. Collective."""
-    momentum = training.companions.momentum
+    momentum, bank = training.companions.momentum, training.companions.bank
     return save(
         Path(training.config.run.dir),
         progress,
@@ -381,6 +398,7 @@ def save_checkpoint(training: Training, progress: Progress) -> Path:
         chain(
             training.engine.tensors(),
             momentum.tensors() if momentum else (),
+            bank.named() if bank else (),
             training.schedule.tensors(),
         ),
         rng_state(training.policy.device),

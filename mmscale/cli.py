@@ -278,6 +278,36 @@ def plan(
 
 
 @app.command()
+def models(
+    name: Annotated[
+        str | None, typer.Argument(help="A model, or timm:NAME, hf:NAME_OR_PATH, openclip:NAME.")
+    ] = None,
+    json_file: Json = None,
+) -> int:
+    """List the known towers by figure, or read one: width, input, size, licence, devices."""
+    from mmscale.dist.device import FAILING_TOWERS
+    from mmscale.model.registry import entries, find, unknown
+    from mmscale.model.registry_table import as_json, describe, overview
+
+    if name is None:
+        _write(json_file, [as_json(entry, FAILING_TOWERS) for entry in entries().values()])
+        _say(overview(FAILING_TOWERS))
+        return 0
+    known = find(name)
+    if known is None and name.partition(":")[0] not in ("timm", "hf", "openclip"):
+        raise unknown(name)
+    if known is None:
+        from mmscale.model.registry_measure import measure
+
+        found = measure(name)
+    else:
+        found = [known]
+    _write(json_file, [as_json(entry, FAILING_TOWERS) for entry in found])
+    _say("\n\n".join(describe(entry, FAILING_TOWERS) for entry in found))
+    return 0
+
+
+@app.command()
 def export(
     run: Run,
     to: Annotated[str, typer.Option(help="open_clip, hf or onnx.")],

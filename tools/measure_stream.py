@@ -1,6 +1,6 @@
 """Streams one epoch of a packed folder as training does: first batch, rate, memory along the way.
 
-python tools/measure_stream.py FOLDER [WORKERS] [BATCH]
+python tools/measure_stream.py FOLDER [WORKERS] [BATCH] [STEPS]
 
 Crops of 224 pixels with the CLIP tokenizer, no model. Memory is the proportional set size of this
 process and its workers (each shared page counted once), Linux only.
@@ -27,6 +27,7 @@ def main(words: list[str]) -> None:
     folder = words[0]
     workers = int(words[1]) if len(words) > 1 else 2
     batch_size = int(words[2]) if len(words) > 2 else 256
+    most = int(words[3]) if len(words) > 3 else None
     config = load_config(
         [
             "demo",
@@ -47,15 +48,16 @@ def main(words: list[str]) -> None:
     print(f"{len(shards.shards):,} shards, {shards.samples:,} images, {workers} workers")
     print(f"first batch {first:.2f} s after opening")
     begun, rows, memory, damaged = time.perf_counter(), 0, [], 0
-    every = max(1, schedule.steps // SAMPLES)
-    for step, (batch, _) in enumerate(islice(stream, schedule.steps - 1), start=2):
+    steps = schedule.steps if most is None else min(most, schedule.steps)
+    every = max(1, steps // SAMPLES)
+    for step, (batch, _) in enumerate(islice(stream, steps - 1), start=2):
         rows, damaged = rows + len(batch), damaged + len(batch.damaged)
         if step % every == 0:
             memory.append(megabytes())
             seconds = time.perf_counter() - begun
-            print(f"step {step}/{schedule.steps}: {memory[-1]:,.0f} MB, {rows / seconds:,.0f}/s")
+            print(f"step {step}/{steps}: {memory[-1]:,.0f} MB, {rows / seconds:,.0f}/s")
     seconds = time.perf_counter() - begun
-    print(f"epoch: {rows:,} rows in {seconds:.1f} s, {rows / seconds:,.0f} samples/s")
+    print(f"in all: {rows:,} rows in {seconds:.1f} s, {rows / seconds:,.0f} samples/s")
     half = len(memory) // 2
     print(
         f"memory: first half at most {max(memory[:half]):,.0f} MB, "

@@ -1,6 +1,7 @@
 """Write mmscale/model/registry.json: the figures of every curated tower and OpenCLIP configuration.
 
-python tools/write_registry.py [NAME...]      with names, only these are read again
+python tools/write_registry.py            everything, in about ten minutes
+python tools/write_registry.py NAME...    these, and what the file does not have yet
 """
 
 import json
@@ -27,11 +28,11 @@ def row(entry: Entry) -> str:
 
 def main(chosen: list[str]) -> None:
     kept = {}
-    if chosen:
+    if chosen and FIGURES.exists():
         kept = {json.loads(line.rstrip(","))["name"]: line.rstrip(",") for line in written()}
     rows = []
     for name in names():
-        if chosen and name not in chosen:
+        if name in kept and name not in chosen:
             rows.append(kept[name])
             continue
         rows.append(row(measure(name)[0]))

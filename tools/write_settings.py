@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from mmscale.config.duration import Duration
+from mmscale.config.ramp import Ramp
 from mmscale.config.schema import Config
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
@@ -23,9 +24,17 @@ Written by `tools/write_settings.py` from `mmscale/config/schema.py`; a test fai
 date. A setting is an entry of a YAML file (`train: {duration: 5 epochs}`) or a word of a command
 (`train.duration="5 epochs"`). Where two of them say different things, the later one wins.
 A *duration* is a number with its unit: `300 steps`, `5 epochs`, `1M samples`. A path with `[]` is
-a setting of each entry of a list.
+a setting of each entry of a list, one with `[name]` of each entry whose `kind` is that name. A
+*ramp* is a number, or `{from: 0, to: 1, over: 1 epochs}`, with `start: DURATION` if it is to wait.
 """
-NAMES = {str: "text", int: "whole number", float: "number", bool: "true, false"}
+NAMES = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    bool: "true, false",
+    Duration: "duration",
+    Ramp: "ramp",
+}
 BOUNDS = {Gt: (">", "gt"), Ge: (">=", "ge"), Lt: ("<", "lt"), Le: ("<=", "le")}
 
 
@@ -52,7 +61,7 @@ def settings(section: Any, prefix: str) -> Iterator[tuple[str, FieldInfo]]:
             continue
         yield prefix + name, field
         for entry in entries(field.annotation):
-            yield from settings(entry, f"{prefix}{name}[].")
+            yield from settings(entry, f"{prefix}{name}[{tag(entry)}].")
 
 
 def entries(annotation: Any) -> list[Any]:
@@ -61,6 +70,13 @@ def entries(annotation: Any) -> list[Any]:
     for part in get_args(annotation):
         found += [part] if is_section(part) else entries(part)
     return found
+
+
+def tag(section: Any) -> str:
+    """The `kind` that tells an entry from others; nothing where they are all of one."""
+    field = section.model_fields.get("kind")
+    choices = get_args(field.annotation) if field else ()
+    return choices[0] if len(choices) == 1 else ""
 
 
 def is_section(annotation: Any) -> bool:
@@ -81,14 +97,16 @@ def type_name(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(type_name(arg) for arg in inner)
     if origin is list or (origin is tuple and inner[-1] is Ellipsis):
-        return "list of mappings" if is_section(inner[0]) else f"list of {type_name(inner[0])}"
+        return "list of mappings" if entries(annotation) else f"list of {type_name(inner[0])}"
     if origin is tuple:
         return f"list of {len(inner)} {type_name(inner[0])}s"
     if origin is dict:
         return "mapping"
     if annotation is type(None):
         return "null"
-    return "duration" if annotation is Duration else NAMES[annotation]
+    if is_section(annotation):
+        return "mapping"
+    return NAMES[annotation]
 
 
 def bounds(metadata: Any) -> str:

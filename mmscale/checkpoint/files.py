@@ -24,7 +24,7 @@ from mmscale.errors import CheckpointError
 
 FORMAT, VERSION = "mmscale-checkpoint", 1
 # What tensors that are not the model's are named with.
-COMPANIONS = ("momentum.", "hard_batches.")
+COMPANIONS = ("momentum.", "hard_batches.", "queue.")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 

@@ -13,7 +13,12 @@ from mmscale.errors import CheckpointError, ConfigError
 
 # Settings that may change between the parts of one run.
 MAY_DIFFER = ("run.", "engine.", "log.", "checkpoint.")
-MAY_DIFFER_EXACTLY = ("train.duration", "train.micro_batch_size", "data.workers")
+MAY_DIFFER_EXACTLY = (
+    "train.duration",
+    "train.micro_batch_size",
+    "data.workers",
+    "data.cache_gb",
+)
 RUN_FILES = ("config.yaml", "metrics.jsonl", "doctor.json", "similarity.json", "report.html")
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from mmscale.config.data_rules import data_faults
 from mmscale.config.explain import explain
 from mmscale.config.loss_rules import fill_logit_scale, objective_faults
-from mmscale.config.needs import fusion_faults
+from mmscale.config.needs import fusion_faults, queue_faults
 from mmscale.config.schema import Config
 from mmscale.config.yaml import parse_scalar, read_yaml
 from mmscale.errors import ConfigError
@@ -36,7 +36,7 @@ def load_config(words: Sequence[str]) -> Config:
         ConfigError: Every fault found, a line each.
     """
     words = [word for word in words if not word.startswith(("--local_rank", "--local-rank"))]
-    if not any("=" not in word or Path(word).is_file() for word in words):
+    if not any("=" not in word or _is_file(Path(word)) for word in words):
         raise ConfigError(
             "no configuration named: give a YAML file or one of the presets "
             f"{', '.join(preset_names())}, then key=value words"
@@ -63,6 +63,7 @@ def validate(settings: dict[str, Any]) -> Config:
         *data_faults(config.data),
         *objective_faults(config),
         *fusion_faults(config),
+        *queue_faults(config),
     ]
     if faults:
         raise ConfigError("\n".join(faults))
@@ -85,7 +86,7 @@ def _read_word(word: str) -> dict[str, Any]:
     if word.startswith("-"):
         raise ConfigError(f"{word}: train.py takes no flags; write settings as key=value")
     path = Path(word)
-    if path.is_file():
+    if _is_file(path):
         return read_yaml(path)
     if "=" in word:
         key, value = word.split("=", 1)
@@ -98,6 +99,14 @@ def _read_word(word: str) -> dict[str, Any]:
     close = difflib.get_close_matches(word, preset_names(), 1)
     hint = f"did you mean {close[0]}?" if close else "check the name"
     raise ConfigError(f"{word}: neither a file nor a preset ({', '.join(preset_names())}); {hint}")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        # A word may be longer than any path.
+        return False
 
 
 def _merge(into: dict[str, Any], update: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from mmscale.config.schema import Config
 FUSION_TERMS = frozenset({"matching", "classification"})
 # R@10 is the deepest recall.
 LONGEST_LIST = 10
+QUEUE_TERMS = frozenset({"infonce", "siglip", "dcl", "hn_nce", "hinge", "distillation"})
 MOMENTUM_TERMS = frozenset({"distillation", "prototypes"})
 
 
@@ -48,4 +49,26 @@ def fusion_faults(config: Config) -> Iterator[str]:
 
 def needs_momentum(config: Config) -> bool:
     """Whether a running mean of the weights is kept."""
-    return config.eval.weights == "ema" or bool(MOMENTUM_TERMS & term_kinds(config))
+    queue = config.negatives.queue
+    remembered = queue.size != 0 and queue.source == "momentum"
+    return config.eval.weights == "ema" or remembered or needs_momentum_rows(config)
+
+
+def needs_momentum_rows(config: Config) -> bool:
+    """Whether a term contrasts with the batch as the running mean encodes it."""
+    return bool(MOMENTUM_TERMS & term_kinds(config))
+
+
+def queue_faults(config: Config) -> Iterator[str]:
+    """A queue that no term looks at, or that ranks without a gather would fill differently."""
+    size = config.negatives.queue.size
+    if size and not QUEUE_TERMS & term_kinds(config):
+        yield (
+            f"negatives.queue.size={size}, but no term of loss.terms looks at the queue "
+            f"({', '.join(sorted(QUEUE_TERMS))} do); add one or set negatives.queue.size=0"
+        )
+    if size and not config.negatives.gather:
+        yield (
+            f"negatives.queue.size={size} needs the rows of all ranks, but negatives.gather=false; "
+            "set negatives.gather=true or negatives.queue.size=0"
+        )

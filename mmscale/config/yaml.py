@@ -65,6 +65,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         line = f" line {where.line + 1}" if where else ""
         problem = getattr(error, "problem", None) or "not YAML"
         raise ConfigError(f"{path}{line}: {problem}; mend the file") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: is nested too deep to be read; mend the file") from error
     if content is None:
         return {}
     if not isinstance(content, dict):

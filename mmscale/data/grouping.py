@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mmscale.data.unread import Counts
 from mmscale.errors import DataError
 
 
@@ -52,10 +53,10 @@ class Identities:
         labels: Classes, -1 where a sample has none; None without any.
     """
 
-    images: tuple[int, ...]
-    captions: tuple[int, ...]
-    groups: tuple[int, ...] | None
-    labels: tuple[int, ...] | None
+    images: Counts
+    captions: Counts
+    groups: Counts | None
+    labels: Counts | None
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,11 @@ class Marks:
         """What defines a row's positives."""
         return image_id if self.match is None else self.match[shard][sample]
 
-    def label(self, shard: int, sample: int) -> int:
-        """A row's class, -1 without one."""
-        labels = self.labels[shard] if self.labels else None
+    def label(self, shard: int, sample: int, own: int = -1) -> int:
+        """A row's class, -1 without one; `own` is what the sample says where no manifest is."""
+        if not self.labels:
+            return own
+        labels = self.labels[shard]
         return -1 if labels is None else labels[sample]
 
 

@@ -6,13 +6,15 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from mmscale.data.grouping import Identities, Trait, join
+from mmscale.data.unread import Counts, Unread, load_json
 from mmscale.durable import replace_file
 from mmscale.errors import DataError
 
@@ -40,8 +42,8 @@ class Shard:
     bytes: int
     sha256: str
     samples: int
-    offsets: tuple[int, ...]
-    captions: tuple[int, ...]
+    offsets: Counts
+    captions: Counts
     identities: Identities | None = None
     skipped: int = 0
 
@@ -80,8 +82,8 @@ class Manifest:
         return hashlib.sha256("\n".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder, checked.
+def read_manifest(folder: Path, *, lazily: bool = False) -> Manifest:
+    """The manifest of a folder, checked; `lazily` as in `parse_manifest`.
 
     Raises:
         DataError: It is missing, unreadable or contradicts itself.
@@ -99,17 +101,22 @@ def read_manifest(folder: Path) -> Manifest:
         ) from error
     except OSError as error:
         raise _malformed(path, f"cannot be read ({error})") from error
-    return parse_manifest(path, content)
+    return parse_manifest(path, content, lazily=lazily)
 
 
-def parse_manifest(path: Path | str, content: bytes) -> Manifest:
+def parse_manifest(path: Path | str, content: bytes, *, lazily: bool = False) -> Manifest:
     """A manifest from the bytes that `path`, a file or an address, holds.
+
+    Args:
+        path: For messages.
+        content: The bytes.
+        lazily: Read and check a shard's long lists only where they are looked into.
 
     Raises:
         DataError: They are not JSON, or contradict themselves.
     """
     try:
-        parsed = json.loads(content)
+        parsed = load_json(content) if lazily else json.loads(content)
     except (ValueError, RecursionError) as error:
         raise _malformed(path, f"cannot be read as JSON ({error})") from error
     return _parse(path, parsed)
@@ -177,12 +184,8 @@ def parse_shard(path: Path | str, place: int, entry: Any) -> Shard:
     for field, values in (("offsets", offsets), ("captions", captions)):
         if len(values) != samples:
             raise _malformed(path, f"{where}: {len(values)} {field} for {samples} samples")
-    if any(offset % _TAR_BLOCK or offset >= size for offset in offsets):
-        raise _malformed(path, f"{where}: an offset is no tar block of its {size} bytes")
-    if any(after <= before for before, after in pairwise(offsets)):
-        raise _malformed(path, f"{where}: its offsets do not rise")
-    if 0 in captions:
-        raise _malformed(path, f"{where}: sample {captions.index(0)} has no caption")
+    offsets = _with(offsets, partial(_rising, path, where, size))
+    captions = _with(captions, partial(_positive, path, where))
     identities = _identities(path, where, entry.get("identities"), samples)
     skipped = _count(path, where, {"skipped": 0, **entry}, "skipped")
     return Shard(name, size, digest, samples, offsets, captions, identities, skipped)
@@ -217,12 +220,42 @@ def _count(path: Path | str, where: str, entry: dict[str, Any], field: str) -> i
     return value
 
 
+def _with(values: Any, check: Callable[[Any], tuple[int, ...]]) -> Counts:
+    """The values, checked now, or when they are read."""
+    if not isinstance(values, Unread):
+        return check(values)
+    values.check = check
+    return values
+
+
+def _rising(path: Path | str, where: str, size: int, values: Any) -> tuple[int, ...]:
+    offsets = _sound(path, where, "offsets", 0, values)
+    if any(offset % _TAR_BLOCK or offset >= size for offset in offsets):
+        raise _malformed(path, f"{where}: an offset is no tar block of its {size} bytes")
+    if any(after <= before for before, after in pairwise(offsets)):
+        raise _malformed(path, f"{where}: its offsets do not rise")
+    return offsets
+
+
+def _positive(path: Path | str, where: str, values: Any) -> tuple[int, ...]:
+    captions = _sound(path, where, "captions", 0, values)
+    if 0 in captions:
+        raise _malformed(path, f"{where}: sample {captions.index(0)} has no caption")
+    return captions
+
+
 def _counts(
     path: Path | str, where: str, entry: dict[str, Any], field: str, least: int = 0
-) -> tuple[int, ...]:
+) -> Counts:
     values: Any = entry.get(field)
+    return _with(values, partial(_sound, path, where, field, least))
+
+
+def _sound(path: Path | str, where: str, field: str, least: int, values: Any) -> tuple[int, ...]:
+    if isinstance(values, tuple):
+        return values
     # Millions of them: looked at without a step of Python for each.
-    sound = isinstance(values, list) and set(map(type, values)) <= {int}
-    if not sound or not least <= min(values, default=least) <= max(values, default=least) < 2**63:
+    counts = values if isinstance(values, list) and set(map(type, values)) <= {int} else [-(2**63)]
+    if not least <= min(counts, default=least) <= max(counts, default=least) < 2**63:
         raise _malformed(path, f"{where}: {field} is not a list of counts")
     return tuple(values)

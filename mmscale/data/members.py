@@ -50,6 +50,8 @@ def describe_members(key: str, members: Mapping[str, Any]) -> Description:
     captions, fault = _captions(fields.get("captions"), text)
     if parsed is None:
         fault = "has a json that is not an object"
+    elif not _is_unicode(key):
+        fault = "has a name that is not UTF-8"
     image_id = fields.get("image_id")
     if not _is_id(image_id):
         image_id = image_id_of(fields.get("source", ""), key)
@@ -100,7 +102,18 @@ def _captions(captions: Any, text: bytes | None) -> tuple[tuple[str, ...], str |
             return (), "has an empty caption or none"
         if length := too_long(caption):
             return (), f"has a caption with {length}"
+        if not _is_unicode(caption):
+            return (), "has a caption that is not Unicode"
     return tuple(captions), None
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it holds no lone surrogates, at which tokenizers and digests fail."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def too_long(caption: str) -> str | None:

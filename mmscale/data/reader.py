@@ -33,6 +33,7 @@ class Sample:
     image: bytes
     captions: tuple[str, ...]
     image_id: int
+    label: int = -1
 
 
 @dataclass(frozen=True)
@@ -158,4 +159,6 @@ def sample_of(key: str, members: dict[str, bytes], where: str) -> Sample:
     description = describe_members(key, members)
     if description.fault:
         raise DamagedSampleError(f"{where} {key}: {description.fault}")
-    return Sample(key, image, description.captions, description.image_id)
+    # Names are numbered where a manifest is made; without one only numbers can be used.
+    label = description.label if isinstance(description.label, int) else -1
+    return Sample(key, image, description.captions, description.image_id, label)

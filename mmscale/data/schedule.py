@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from mmscale.config.needs import term_kinds
 from mmscale.config.schema import Config
 from mmscale.contracts import NamedTensor, Position
 from mmscale.data.arrange import Arrangement
@@ -41,7 +42,7 @@ class Schedule:
         neighbours: The table of hard batches.
     """
 
-    captions: list[tuple[int, ...]]
+    captions: Sequence[Sequence[int]]
     choice: str | int
     seed: int
     lanes: int
@@ -124,6 +125,13 @@ class Schedule:
         for batch in batches:
             yield from batch[lane * self.lane_items : (lane + 1) * self.lane_items]
 
+    @property
+    def with_neighbours(self) -> float:
+        """Share of the samples that the table of hard batches knows neighbours of."""
+        if self.arrangement is None or self.arrangement.neighbours is None:
+            return 0.0
+        return float((self.arrangement.neighbours >= 0).any(axis=1).mean())
+
     def tensors(self) -> Iterator[NamedTensor]:
         """What a checkpoint must hold for the order to go on as it began."""
         if self.neighbours is not None:
@@ -188,10 +196,27 @@ def plan_schedule(
             )
     identities = [shard.identities for shard in shards.shards]
     schedule = replace(schedule, marks=read_marks(config.data.match, identities))
+    if "classification" in term_kinds(config) and not config.data.resampled:
+        _require_labels(schedule.marks, config.model.fusion.classes)
     if config.data.positive_share is None and neighbours is None:
         return schedule
     schedule = replace(schedule, neighbours=neighbours)
     return replace(schedule, arrangement=_plan_arrangement(config, shards, schedule))
+
+
+def _require_labels(marks: Marks, classes: int | None) -> None:
+    largest = max((max(part, default=-1) for part in marks.labels if part is not None), default=-1)
+    if largest < 0:
+        raise DataError(
+            "loss.terms has classification, but no image of data.train has a label; give its table "
+            "a column `label` and pack it again, or run mmscale index on shards whose KEY.json has "
+            "`label`"
+        )
+    if classes is not None and largest >= classes:
+        raise ConfigError(
+            f"model.fusion.classes={classes}, but data.train has the label {largest}; set it to "
+            f"{largest + 1} or more"
+        )
 
 
 def _plan_arrangement(config: Config, shards: ShardSet, schedule: Schedule) -> Arrangement:

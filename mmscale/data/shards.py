@@ -21,6 +21,7 @@ Place: TypeAlias = Path | str
 Setting: TypeAlias = "str | list[str] | list[SourceConfig]"
 
 _MOST_SHARDS = 1_000_000
+_LIST = re.compile(r"\{[^{}]*,[^{}]*\}")
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
 _TAR_NAME = re.compile(r"[^\s/'\"=:]+\.tar")
 # Stands for the file name in a command; a command cannot hold it.
@@ -111,6 +112,14 @@ def _sources(where: Setting) -> list[tuple[list[str], float]]:
     ]
 
 
+def _is_folder(pattern: str) -> bool:
+    try:
+        return Path(pattern).is_dir()
+    except OSError:
+        # A brace list may be longer than any path.
+        return False
+
+
 @dataclass
 class _Finder:
     """What patterns of one setting match; reads each manifest once."""
@@ -152,7 +161,7 @@ class _Finder:
         if is_web(pattern):
             is_tar = urlsplit(pattern).path.endswith((".tar", "}"))
             return None if is_tar else pattern
-        return Path(pattern) if not is_pipe(pattern) and Path(pattern).is_dir() else None
+        return Path(pattern) if not is_pipe(pattern) and _is_folder(pattern) else None
 
     def _tars(self, pattern: str) -> list[Place]:
         if is_pipe(pattern) and not self.allow_pipe:
@@ -180,6 +189,8 @@ class _Finder:
         count = 1
         for low, high in _RANGE.findall(pattern):
             count *= abs(int(high) - int(low)) + 1
+        for names in _LIST.findall(pattern):
+            count *= names.count(",") + 1
         try:
             parts = [] if count > _MOST_SHARDS else braceexpand.braceexpand(pattern)
             expanded = list(islice(parts, _MOST_SHARDS + 1))
@@ -198,7 +209,11 @@ class _Finder:
     def _manifest(self, folder: Place) -> dict[str, Shard]:
         if str(folder) not in self._manifests:
             local = isinstance(folder, Path)
-            manifest = read_manifest(Path(folder)) if local else self._fetch_manifest(str(folder))
+            manifest = (
+                read_manifest(Path(folder), lazily=True)
+                if local
+                else self._fetch_manifest(str(folder))
+            )
             self._manifests[str(folder)] = {shard.name: shard for shard in manifest.shards}
         return self._manifests[str(folder)]
 
@@ -213,7 +228,7 @@ class _Finder:
                 f"{self.setting}: the shards have no manifest ({error}); write it with mmscale "
                 f"index and put {MANIFEST_NAME} beside them, or set data.resampled=true"
             ) from error
-        return parse_manifest(shown(where), content)
+        return parse_manifest(shown(where), content, lazily=True)
 
 
 def _beside(folder: Place, name: str) -> Place:

@@ -18,6 +18,7 @@ from mmscale.contracts import Batch, InputSpec, Position, World
 from mmscale.data.caption_text import are_cut
 from mmscale.data.decode import open_picture
 from mmscale.data.decoded_cache import DecodedCache, Shrinking
+from mmscale.data.handover import PREFETCH, Handover
 from mmscale.data.lanes import Item, sections, seeded
 from mmscale.data.reader import DamagedSampleError, SampleReader
 from mmscale.data.schedule import AnyLane, Schedule
@@ -41,9 +42,17 @@ class Row:
 
 @dataclass
 class Share:
-    """One worker's part of one batch, decoded: the rows of neighbouring lanes."""
+    """One worker's part of one batch, decoded: the rows of neighbouring lanes.
 
-    pixels: Tensor | None
+    Attributes:
+        pixels: None from another process, which hands them over in its `turn`.
+        worker: Which process decoded it.
+        turn: How many shares that process decoded before.
+    """
+
+    pixels: Tensor | None = None
+    worker: int = 0
+    turn: int = 0
     tokens: list[list[int]] = field(default_factory=list)
     image_ids: list[int] = field(default_factory=list)
     match_ids: list[int] = field(default_factory=list)
@@ -71,6 +80,7 @@ class TrainStream:
             turns,
             batch_size=None,
             num_workers=workers,
+            prefetch_factor=PREFETCH if workers else None,
             # Its own generator: the global one must not move when a loader starts.
             generator=torch.Generator(),
             worker_init_fn=outlive_termination,
@@ -79,15 +89,15 @@ class TrainStream:
         # One part a worker and batch: a part a lane would cost more to send than to decode.
         while rank_shares := list(islice(shares, min(max(1, workers), turns.lane_count))):
             position = self.schedule.after(position)
-            yield assemble(rank_shares, self._spec), position
+            pixels = torch.cat([turns.pixels_of(share) for share in rank_shares])
+            yield assemble(rank_shares, pixels, self._spec), position
 
 
-def assemble(shares: list[Share], spec: InputSpec) -> Batch:
+def assemble(shares: list[Share], pixels: Tensor, spec: InputSpec) -> Batch:
     """A rank's batch from its workers' shares, tokens trimmed to the longest caption at hand."""
     tokens, mask = pad([row for share in shares for row in share.tokens], spec.pad_token)
-    pixels = [share.pixels for share in shares if share.pixels is not None]
     return Batch(
-        image=torch.cat(pixels) if len(pixels) > 1 else pixels[0],
+        image=pixels,
         tokens=tokens,
         mask=mask,
         image_ids=torch.tensor([i for share in shares for i in share.image_ids]),
@@ -140,9 +150,18 @@ class _Turns(IterableDataset):
         data, self._cache = config.data, _decoded_cache(config.data, spec)
         picture = self._cache.picture if self._cache else open_picture
         self._transform = TrainTransform(spec, data.augment, data.crop_scale, picture)
-        self._position = position
+        self._position, self._turn = position, 0
         self.lane_count = schedule.lanes // world.size
         self._first_lane = world.rank * self.lane_count
+        rows = schedule.lane_items * schedule.rows_per_item
+        parts = sections(self.lane_count, data.workers) if data.workers else []
+        self._handover = Handover([rows * len(lanes) for lanes in parts], spec.image_size)
+
+    def pixels_of(self, share: Share) -> Tensor:
+        """The rows of a share: to be copied before the next batch is asked for."""
+        if share.pixels is not None:
+            return share.pixels
+        return self._handover.get(share.worker, share.turn)
 
     def __iter__(self) -> Iterator[Share | DataError | None]:
         try:
@@ -178,13 +197,22 @@ class _Turns(IterableDataset):
                 for lane, items in streams
                 for offset, item in enumerate(islice(items, count))
             ]
-            yield self._share(turns, epoch, reader) if turns else None
+            yield self._handed_over(*self._share(turns, epoch, reader)) if turns else None
+
+    def _handed_over(self, share: Share, images: list[Tensor]) -> Share:
+        if (info := get_worker_info()) is None:
+            share.pixels = stack_rows(images)
+            return share
+        share.worker, share.turn = info.id, self._turn
+        self._handover.put(share.worker, share.turn, images)
+        self._turn += 1
+        return share
 
     def _share(
         self, turns: list[tuple[AnyLane, int, Item]], epoch: int, reader: SampleReader
-    ) -> Share:
+    ) -> tuple[Share, list[Tensor]]:
         """The rows of some turns, each an item with its lane and its place there."""
-        share, pixels = Share(None), []
+        share, images = Share(), []
         for lane, place, item in turns:
             try:
                 rows = self._rows(item, epoch, reader)
@@ -192,7 +220,7 @@ class _Turns(IterableDataset):
                 rows = self._nearest(lane, place, epoch, reader, str(error))
                 share.damaged.append(str(error))
             for row in rows:
-                pixels.append(row.pixels)
+                images.append(row.pixels)
                 share.keys.append(row.key)
                 share.captions.append(row.caption)
                 share.image_ids.append(row.image_id)
@@ -200,14 +228,13 @@ class _Turns(IterableDataset):
                 share.labels.append(row.label)
         share.tokens = self._spec.tokenize(share.captions)
         share.cut = sum(are_cut(self._spec, share.captions, share.tokens))
-        share.pixels = stack_rows(pixels)
-        return share
+        return share, images
 
     def _rows(self, item: Item, epoch: int, reader: SampleReader) -> list[Row]:
         sample = reader.take(item)
         marks, seed = self._schedule.marks, self._schedule.seed
         match_id = marks.match_id(item.shard, item.sample, sample.image_id)
-        label = marks.label(item.shard, item.sample)
+        label = marks.label(item.shard, item.sample, sample.label)
         choices = self._schedule.pick(sample.key, len(sample.captions), epoch, item.turn)
         keys = [f"{sample.key}#{choice}" for choice in choices]
         # The crop repeats on resume and at any worker: it is drawn from the row, not in turn.

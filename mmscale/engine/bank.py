@@ -4,13 +4,20 @@ Every rank keeps the same rows, because it adds the whole global batch in its or
 contrasted with does not depend on how many ranks there are.
 """
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mmscale.contracts import Bank
+from mmscale.contracts import Bank, NamedTensor
 
 EMPTY = -1
+PREFIX = "queue."
+
+# Sets up to this size get one slot an image; larger ones the latest rows.
+WHOLE_SET = 8192
+LATEST = 4096
 
 
 class RowBank:
@@ -23,7 +30,14 @@ class RowBank:
         is the memory bank of Wu et al. 2018 (arXiv 1805.01978), section 3.2.
     """
 
-    def __init__(self, size: int, width: int, unique: bool, device: torch.device):
+    def __init__(
+        self,
+        size: int,
+        width: int,
+        unique: bool,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ):
         """An empty bank.
 
         Args:
@@ -31,10 +45,11 @@ class RowBank:
             width: Embedding width.
             unique: A row takes the slot of its own id where there is one.
             device: Where the rows lie.
+            dtype: Of the rows.
         """
         self._rows = Bank(
-            image=torch.zeros(size, width, device=device),
-            text=torch.zeros(size, width, device=device),
+            image=torch.zeros(size, width, device=device, dtype=dtype),
+            text=torch.zeros(size, width, device=device, dtype=dtype),
             ids=torch.full((size,), EMPTY, device=device),
         )
         self._unique = unique
@@ -73,13 +88,13 @@ class RowBank:
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps."""
-        place = torch.tensor([self._next])
-        return {
-            "image": self._rows.image,
-            "text": self._rows.text,
-            "ids": self._rows.ids,
-            "next": place,
-        }
+        rows, place = self._rows, torch.tensor([self._next])
+        return {"image": rows.image, "text": rows.text, "ids": rows.ids, "next": place}
+
+    def named(self) -> Iterator[NamedTensor]:
+        """The same under `queue.`."""
+        for name, tensor in self.tensors().items():
+            yield NamedTensor(PREFIX + name, tensor, {})
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Take what `tensors` gave; a bank of another size keeps the latest rows that fit."""
@@ -116,5 +131,13 @@ class RowBank:
                 self._next = (self._next + 1) % len(self)
             slots[identity] = self._next
             used.add(self._next)
+            self._next = (self._next + 1) % len(self)
         rows = torch.tensor(list(last.values()))
         return rows, torch.tensor([slots[identity] for identity in last])
+
+
+def slots(size: int | str, images: int) -> tuple[int, bool]:
+    """`negatives.queue.size` for a set of so many images: slots, and whether each image has one."""
+    if size == "all" or (size == "auto" and images <= WHOLE_SET):
+        return images, True
+    return (LATEST if size == "auto" else int(size)), False

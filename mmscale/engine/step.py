@@ -19,6 +19,7 @@ from mmscale.contracts import (
     Peers,
     StepRecord,
 )
+from mmscale.engine.bank import RowBank
 from mmscale.engine.companions import Companions
 from mmscale.engine.gradient_cache import Judged, encode_rows, forward_backward
 from mmscale.loss.objective import Objective
@@ -65,13 +66,14 @@ def update(
         factor: Factor of every group's rate.
         step: Updates taken before this one.
         stop: This rank was told to stop.
-        companions: Momentum encoder and pair mining, where they are used.
+        companions: Momentum encoder, queue and pair mining, where they are used.
     """
     scale_module: Any = engine.module.get_submodule("scale")
     scale_module.begin(step)
     momentum: tuple[Tensor | None, Tensor | None] = (None, None)
-    if companions.momentum and companions.momentum_rows:
+    if companions.momentum and (companions.momentum_rows or companions.bank_momentum):
         momentum = companions.momentum.encode(batch)
+    bank = companions.bank.latest() if companions.bank else None
     sequences = companions.matcher is not None
 
     def judge(features: Features) -> Judged:
@@ -90,6 +92,7 @@ def update(
             labels=batch.labels,
             momentum_image=momentum[0],
             momentum_text=momentum[1],
+            bank=bank,
             matching=matched.logits if matched else None,
             matching_targets=matched.targets if matched else None,
             class_logits=matched.class_logits if matched else None,
@@ -113,9 +116,22 @@ def update(
         engine.apply(factor, record.grad_norm["total"])
         if companions.momentum:
             companions.momentum.follow()
+        if companions.bank:
+            kept = momentum if companions.bank_momentum else (judged.image.unit, judged.text.unit)
+            _remember(companions.bank, peers, kept, batch.match_ids)
     else:
         engine.discard()
     return Update(record, _detached(judged.image), _detached(judged.text))
+
+
+def _remember(
+    bank: RowBank, peers: Peers, rows: tuple[Tensor | None, Tensor | None], ids: Tensor
+) -> None:
+    """The global batch in its order, so that every rank keeps the same."""
+    image, text = rows
+    assert image is not None, "a bank of momentum rows has its encoder"
+    assert text is not None, "a bank of momentum rows has its encoder"
+    bank.add(peers.columns(image.detach()), peers.columns(text.detach()), peers.columns(ids))
 
 
 def _agree(

@@ -85,7 +85,8 @@ def render(folder: Path, images: int) -> None:
 
 def _rate(side: str, shards: Path, workers: int, batch: int, warm: int, count: int) -> float:
     words = [side, shards, workers, batch, warm, count]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # As in training; every side gets the same.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1"}
     if side == "peer":
         environment["PYTHONPATH"] = str(peers_folder())
     command = [sys.executable, "-m", "mmscale.lab.bench_data_loops", *map(str, words)]

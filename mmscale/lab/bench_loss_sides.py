@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from mmscale.config.schema import EngineConfig
 from mmscale.contracts import World
+from mmscale.dist.device import choose
 from mmscale.dist.peers import barrier, connect, from_all
 from mmscale.dist.world import join, leave, promised_world
 from mmscale.loss.tiled import infonce
 
-# A run that has nothing but its code and threads in memory.
+# Loads code and starts threads before anything is measured.
 WARM_ROWS = 64
 STRIP_ROWS = 1024
 
@@ -30,9 +32,9 @@ Rows = tuple[Tensor, Tensor, Tensor]
 def main(side: str, rows: int, width: int, device: str, seconds: float) -> None:
     """Measure forward and backward over `rows` rows a rank."""
     world = promised_world()
-    join(world, "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", 120)
-    call = SIDES[side](world)
-    place = torch.device(device, world.local_rank) if device != "cpu" else torch.device(device)
+    policy = choose(EngineConfig.model_validate({"device": device}), world.local_rank)
+    join(world, policy.backend, 120)
+    call, place = SIDES[side](world), policy.device
     call(make(WARM_ROWS, width, place, world))
     inputs = make(rows, width, place, world)
     barrier()

@@ -5,7 +5,6 @@ forward for both directions, one again in backward, one for each gradient. Memor
 and their gradients does not grow with n: two tiles, and those that are kept for backward.
 """
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,14 +14,14 @@ from torch.autograd.function import once_differentiable
 
 from mmscale.contracts import Bank, Peers
 from mmscale.loss.contrast import wide
-
-# Large enough that threads seldom wait for one another and that a GPU's launches are few.
-_CPU_SIDE, _ACCELERATOR_SIDE = 2048, 4096
-# What a small batch may keep instead of computing it again: up to 4,096 x 4,096 in fp32.
-_KEPT_BYTES = 64 << 20
-# exp(logit - shift) and its sums over 10^7 columns fit fp32 below the first; sums above the second
-# have lost nothing to underflow.
-_HIGHEST_EXPONENT, _LOWEST_SUM = 60.0, 1e-22
+from mmscale.loss.tiles import (
+    RunningSums,
+    running_sums,
+    shift_for,
+    shifted_exp,
+    shifted_sums,
+    tiles,
+)
 
 
 def infonce(
@@ -49,7 +48,7 @@ def infonce(
         bank: Further negatives; those of a row's own id are left out.
         smoothing: Share of the target that goes to all columns alike.
     """
-    columns, first = peers.columns(text), peers.first_row(len(text))
+    columns, first = peers.columns(wide(text)), peers.first_row(len(text))
     contrast = _Contrast.apply(image, columns, scale, peers.columns(ids), first)
     image_sum, column_sum, positive = contrast
     text_sum = peers.logsumexp(column_sum)[first : first + len(text)]
@@ -83,17 +82,19 @@ class _Contrast(torch.autograd.Function):
         ctx: Any, rows: Tensor, columns: Tensor, scale: Tensor, column_ids: Tensor, first: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, y, s = _like(rows, columns, scale)
-        ctx.shift, ctx.kept = _shift(x, y, s), []
-        sums = _shifted_sums(x, y, s, ctx.shift, ctx.kept)
+        ctx.shift, ctx.kept = shift_for(x, y, s), []
+        sums = shifted_sums(x, y, s, ctx.shift, ctx.kept)
         if sums is None:
             ctx.shift, ctx.kept = None, []
-            sums = _running_sums(x, y, s)
+            sums = logs = running_sums(x, y, s)
+        else:
+            logs = sums[0].log() + ctx.shift, sums[1].log() + ctx.shift
         _, slots, counts = column_ids.unique(return_inverse=True, return_counts=True)
         row_slots = slots[first : first + len(x)]
         partners = _summed(y, slots, len(counts))[row_slots]
         positive = partners.mul_(x).sum(1) * s / counts[row_slots]
         ctx.save_for_backward(rows, columns, scale, slots, row_slots, counts, *sums)
-        return *sums, positive
+        return *logs, positive
 
     @staticmethod
     @once_differentiable
@@ -108,16 +109,15 @@ class _Contrast(torch.autograd.Function):
         # Tiles are overwritten: another backward computes them all.
         kept, ctx.kept = ctx.kept, []
         if ctx.shift is not None:
-            row_grad = row_grad * (ctx.shift - row_sum).exp()
-            column_grad = column_grad * (ctx.shift - column_sum).exp()
-        for index, (r, c, tile, work) in enumerate(_tiles(x, y, s, kept)):
+            row_grad, column_grad = row_grad / row_sum, column_grad / column_sum
+        for index, (r, c, tile, work) in enumerate(tiles(x, y, s, kept)):
             if ctx.shift is None:
                 torch.sub(tile, row_sum[r, None], out=work).exp_().mul_(row_grad[r, None])
                 tile.sub_(column_sum[c]).exp_()
                 torch.addcmul(work, tile, column_grad[c], out=tile)
             else:
                 if index >= len(kept):
-                    _shifted_exp(tile, ctx.shift)
+                    shifted_exp(tile, ctx.shift)
                 tile.mul_(torch.add(row_grad[r, None], column_grad[c], out=work))
             x_grad[r].addmm_(tile, y[c])
             y_grad[c].addmm_(tile.T, x[r])
@@ -139,8 +139,8 @@ class _BankSum(torch.autograd.Function):
         ctx: Any, rows: Tensor, bank: Tensor, scale: Tensor, ids: Tensor, bank_ids: Tensor
     ) -> Tensor:
         x, y, s = _like(rows, bank, scale)
-        sums = _RunningSums(x)
-        for r, c, tile, work in _tiles(x, y, s):
+        sums = RunningSums(x)
+        for r, c, tile, work in tiles(x, y, s):
             tile.masked_fill_(_hidden(ids[r], bank_ids[c]), -torch.inf)
             sums.add(r, tile, work, 1)
         total = sums.value()
@@ -155,7 +155,7 @@ class _BankSum(torch.autograd.Function):
         # Where all is hidden the logits are -inf too, and -inf - -inf is NaN.
         total = total.clamp(min=torch.finfo(total.dtype).min)
         x_grad = torch.zeros_like(x)
-        for r, c, tile, _ in _tiles(x, y, s):
+        for r, c, tile, _ in tiles(x, y, s):
             tile.masked_fill_(_hidden(ids[r], bank_ids[c]), -torch.inf)
             tile.sub_(total[r, None]).exp_().mul_(grad[r, None])
             x_grad[r].addmm_(tile, y[c])
@@ -167,103 +167,6 @@ class _BankSum(torch.autograd.Function):
             None,
             None,
         )
-
-
-def _shift(x: Float[Tensor, "b d"], y: Float[Tensor, "n d"], s: Float[Tensor, "1"]) -> float:
-    """What brings the largest possible logit down to the highest exponent."""
-    largest = s.abs() * x.norm(dim=1).amax() * y.norm(dim=1).amax()
-    return max(0.0, float(largest) - _HIGHEST_EXPONENT)
-
-
-def _shifted_exp(tile: Float[Tensor, "r c"], shift: float) -> Float[Tensor, "r c"]:
-    return (tile.sub_(shift) if shift else tile).exp_()
-
-
-def _shifted_sums(
-    x: Float[Tensor, "b d"],
-    y: Float[Tensor, "n d"],
-    s: Float[Tensor, "1"],
-    shift: float,
-    kept: list[Tensor],
-) -> tuple[Float[Tensor, " b"], Float[Tensor, " n"]] | None:
-    """Log-sum-exps of rows and columns; None where one shift does not suit all of them.
-
-    Appends the exponentials of the first tiles to `kept`.
-    """
-    row_sum, column_sum = x.new_zeros(len(x)), x.new_zeros(len(y))
-    room = _KEPT_BYTES
-    for r, c, tile, _ in _tiles(x, y, s):
-        _shifted_exp(tile, shift)
-        row_sum[r] += tile.sum(1)
-        column_sum[c] += tile.sum(0)
-        room -= tile.nbytes
-        if room >= 0:
-            kept.append(tile.clone())
-    # Not `<`: NaN must not pass.
-    if not torch.minimum(row_sum.amin(), column_sum.amin()) >= _LOWEST_SUM:
-        return None
-    return row_sum.log_().add_(shift), column_sum.log_().add_(shift)
-
-
-def _running_sums(
-    x: Float[Tensor, "b d"], y: Float[Tensor, "n d"], s: Float[Tensor, "1"]
-) -> tuple[Float[Tensor, " b"], Float[Tensor, " n"]]:
-    """Log-sum-exps of rows and columns, whatever the logits."""
-    row_sums, column_sums = _RunningSums(x), _RunningSums(y)
-    for r, c, tile, work in _tiles(x, y, s):
-        row_sums.add(r, tile, work, 1)
-        column_sums.add(c, tile, work, 0)
-    return row_sums.value(), column_sums.value()
-
-
-class _RunningSums:
-    """Log-sum-exps of rows or columns to which tiles are added."""
-
-    def __init__(self, rows: Float[Tensor, "m d"]):
-        # Lowest finite: a first tile of nothing but -inf must give -inf, not NaN.
-        self._top = rows.new_full((len(rows),), torch.finfo(rows.dtype).min)
-        self._sum = rows.new_zeros(len(rows))
-
-    def add(self, part: slice, tile: Tensor, work: Tensor, dim: int) -> None:
-        """Add a tile to the sums of `part`, over `dim`; overwrites `work`."""
-        top, total = self._top[part], self._sum[part]
-        new = torch.maximum(top, tile.amax(dim))
-        total.mul_((top - new).exp_())
-        torch.sub(tile, new.unsqueeze(dim), out=work)
-        total.add_(work.exp_().sum(dim))
-        top.copy_(new)
-
-    def value(self) -> Float[Tensor, " m"]:
-        return self._top + self._sum.log()
-
-
-def _tiles(
-    x: Float[Tensor, "b d"],
-    y: Float[Tensor, "n d"],
-    s: Float[Tensor, "1"],
-    ready: Sequence[Tensor] = (),
-) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Rows, columns, logits and a work tile of each place; the next overwrites both tiles.
-
-    At the first places stand the tiles that are `ready`, instead of logits.
-    """
-    side = _CPU_SIDE if x.device.type == "cpu" else _ACCELERATOR_SIDE
-    size = min(side, len(x)) * min(side, len(y))
-    logits, work = x.new_empty(size), x.new_empty(size)
-    waiting = iter(ready)
-    for r in _slices(len(x), side):
-        scaled = x[r] * s
-        for c in _slices(len(y), side):
-            shape = (r.stop - r.start, c.stop - c.start)
-            tile = next(waiting, None)
-            if tile is None:
-                out = logits[: shape[0] * shape[1]].view(shape)
-                tile = torch.mm(scaled, y[c].T, out=out)
-            yield r, c, tile, work[: tile.numel()].view(shape)
-
-
-def _slices(length: int, step: int) -> Iterator[slice]:
-    return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
 def _mean_logits(
@@ -285,7 +188,9 @@ def _mean_logits(
     sums = _summed(remembered[filled].to(total.dtype), kept, len(places))
     counts = kept.bincount(minlength=len(places))
     seen = total + sums.sum(0) - sums[own]
-    return scale * (wide(rows) * seen).sum(1) / (count + len(kept) - counts[own])
+    counts = count + len(kept) - counts[own]
+    mean: Tensor = scale * (wide(rows) * seen).sum(1) / counts
+    return mean
 
 
 def _hidden(ids: Int64[Tensor, " b"], bank_ids: Int64[Tensor, " k"]) -> Bool[Tensor, "b k"]:

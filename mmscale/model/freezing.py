@@ -16,12 +16,19 @@ def settle(tower: Tower, config: TowerConfig, key: str) -> None:
         key: Which of them.
 
     Raises:
-        ConfigError: The width is another, or the library cannot do what is asked.
+        ConfigError: The width is another, or the library cannot do what is asked, or settings
+            contradict each other.
     """
     if config.width not in (None, tower.width):
         raise ConfigError(
             f"{key}.width={config.width}, but {config.name} gives {tower.width} features; remove "
             f"the setting or write {key}.width={tower.width}."
+        )
+    if config.frozen is True and getattr(config, "pooling", "auto") == "map":
+        raise ConfigError(
+            f"{key}.pooling=map is learnt, and {key}.frozen=true keeps it as it was drawn; freeze "
+            f"the blocks alone with {key}.frozen={len(tower.block_parameters()) - 1}, or pool by "
+            f"mean."
         )
     for name in tower.inert:
         tower.get_parameter(name).requires_grad_(False)

@@ -82,10 +82,12 @@ def _refuse_contradictions(config: ModelConfig, name: str, width: int) -> None:
                 f"model.{part}.options and .weights do not go with model.preset=openclip:{name}, "
                 f"which is taken as it is: leave them out, or name the towers and no preset."
             )
-    if config.head.standardize:
+    asked = config.head.model_dump(exclude_defaults=True)
+    if asked:
+        setting, value = next(iter(asked.items()))
         raise ConfigError(
-            f"model.head.standardize={config.head.standardize}, but model.preset=openclip:{name} "
-            f"has no head of ours; set it to 0."
+            f"model.head.{setting}={value}, but model.preset=openclip:{name} has no head of ours; "
+            f"leave model.head out, or name the towers and no preset."
         )
 
 

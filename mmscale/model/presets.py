@@ -5,7 +5,6 @@ from typing import Any
 
 from mmscale.config.schema import ModelConfig
 from mmscale.errors import ConfigError
-from mmscale.model.openclip_towers import openclip_config
 from mmscale.model.sources import did_you_mean
 
 OPENCLIP = "openclip:"
@@ -83,6 +82,9 @@ def _explicit(words: dict[str, Any]) -> dict[str, Any]:
 
 def _settings(preset: str) -> dict[str, Any]:
     if preset.startswith(OPENCLIP):
+        # OpenCLIP takes seconds to import, and only its own presets need it.
+        from mmscale.model.openclip_towers import openclip_config
+
         whole = openclip_config(preset.removeprefix(OPENCLIP), "model.preset")
         towers = {"vision": {"name": preset}, "text": {"name": preset}}
         return {**towers, "embed_dim": whole["embed_dim"]}

@@ -28,11 +28,11 @@ class Entry:
         name: As `model.vision.name`, `model.text.name` or `model.preset` takes it.
         part: `vision`, `text` or `pair`.
         width: Of an embedding: the tower's features, or a pair's shared width.
-        sequence_width: Of a token; None for a pair.
         pooling: How tokens become one vector.
-        blocks: What `frozen` counts; None for a pair.
         parameters: Of everything that an embedding passes; the scale is not counted.
         flops: Of one sample forward, two for each multiply-add; a caption of `flops_tokens`.
+        sequence_width: Of a token; None for a pair.
+        blocks: What `frozen` counts; None for a pair.
         flops_tokens: Tokens of that caption; None for an image tower.
         licence: As the model card states; None where it states none, or weights come by tag.
         image_size: Pixels, side of the square.
@@ -48,11 +48,11 @@ class Entry:
     name: str
     part: str
     width: int
-    sequence_width: int | None
     pooling: str
-    blocks: int | None
     parameters: int
     flops: int
+    sequence_width: int | None = None
+    blocks: int | None = None
     flops_tokens: int | None = None
     licence: str | None = None
     image_size: int | None = None

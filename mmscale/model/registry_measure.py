@@ -4,6 +4,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,8 @@ def _pair(name: str) -> Entry:
         return OpenClipVision(trunk, pixels.image_size)
 
     def build_text() -> Tower:
-        with _local_text(text):
-            trunk = _build_text_tower(whole["embed_dim"], text, quick)
+        with _local_text(text) as local:
+            trunk = _build_text_tower(whole["embed_dim"], local, quick)
         return OpenClipText(trunk, 0)
 
     images, captions = _built(build_vision), _built(build_text)
@@ -154,9 +155,7 @@ def _pair(name: str) -> Entry:
         name=name,
         part="pair",
         width=image.width,
-        sequence_width=None,
         pooling=f"{image.pooling} + {caption.pooling}",
-        blocks=None,
         parameters=image.parameters + caption.parameters,
         flops=image.flops + caption.flops,
         flops_tokens=caption.flops_tokens,
@@ -195,17 +194,16 @@ def _openclip_pooling(trunk: Any) -> str:
 
 
 @contextmanager
-def _local_text(text: CLIPTextCfg) -> Iterator[None]:
-    """Point a text tower of Hugging Face's at a folder with its committed configuration."""
+def _local_text(text: CLIPTextCfg) -> Iterator[CLIPTextCfg]:
+    """A text tower of Hugging Face's from a folder with its committed configuration."""
+    random = replace(text, hf_model_pretrained=False)
     values = curated()["openclip_text"].get(text.hf_model_name)
-    text.hf_model_pretrained = False
     if values is None:
-        yield
+        yield random
         return
     with tempfile.TemporaryDirectory() as folder:
         config_of(values).save_pretrained(folder)
-        text.hf_model_name = folder
-        yield
+        yield replace(random, hf_model_name=folder)
 
 
 def _built(build: Callable[[], Any]) -> Any:

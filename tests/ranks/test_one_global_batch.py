@@ -53,6 +53,32 @@ def assert_same(result, wanted, tolerance):
             assert error < tolerance, f"{kind} {name}: {error:.1e}"
 
 
+# No multiple of the batch: it wraps within one, and is not full at first.
+QUEUE = {"negatives__queue": {"size": 29, "source": "online"}}
+
+
+@pytest.fixture(scope="module")
+def queued_wide():
+    return reference(torch.float64, QUEUE)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_queue_in_float64(queued_wide, joint_wide, world, chunks):
+    assert queued_wide["records"][-1].loss != pytest.approx(joint_wide["records"][-1].loss)
+    micro = ROWS // world // chunks
+    for result in run_on_ranks(world, _rank, world, "accelerate", micro, QUEUE, torch.float64):
+        assert_same(result, queued_wide, 1e-9)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_queue_under_zero_in_float32(stage):
+    settings = QUEUE | {"engine__deepspeed": f"ds_configs/zero{stage}.json"}
+    joint = reference(settings=QUEUE)
+    for result in run_on_ranks(2, _rank, 2, "deepspeed", ROWS // 6, settings, torch.float32):
+        assert_same(result, joint, 1e-5)
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_accelerate_in_float64(joint_wide, world, chunks):

@@ -9,6 +9,8 @@ from mmscale.config.schema import Config
 from mmscale.contracts import Batch, World
 from mmscale.dist.device import choose
 from mmscale.dist.peers import connect
+from mmscale.engine.bank import RowBank, slots
+from mmscale.engine.companions import Companions
 from mmscale.engine.plan import plan_batch
 from mmscale.engine.step import update
 from mmscale.loss.objective import Objective
@@ -16,6 +18,7 @@ from mmscale.model.batch_norm import connect_batch_norms
 from mmscale.model.build import build_model
 
 ROWS = 12
+CPU = torch.device("cpu")
 
 
 def tiny_config(**settings: Any) -> Config:
@@ -111,6 +114,9 @@ def train(
     engine = build_engine(config, world, kind, dtype)
     peers = connect(world)
     objective = Objective(config, peers)
+    size, unique = slots(config.negatives.queue.size, ROWS)
+    bank = RowBank(size, config.model.embed_dim, unique, CPU, dtype) if size else None
+    companions = Companions(bank=bank)
     records, gradients = [], {}
     apply = engine.apply
 
@@ -122,7 +128,9 @@ def train(
     for step in range(steps):
         batch = share(joint_batch(step, dtype), rank, world_size)
         records.append(
-            update(engine, objective, peers, batch, micro, 1e-2, 1.0, step, False).record
+            update(
+                engine, objective, peers, batch, micro, 1e-2, 1.0, step, False, companions
+            ).record
         )
     result = {"records": records, "gradients": gradients, "weights": weights(engine)}
     engine.close()

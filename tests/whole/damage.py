@@ -9,6 +9,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from mmscale.data.members import IMAGE_SUFFIXES
@@ -34,9 +35,8 @@ class Place:
 
 def picture(colour: int = 0, size: tuple[int, int] = (40, 30), form: str = "JPEG") -> bytes:
     """A picture; another number, another content."""
-    image = Image.effect_noise(size, 40).convert("RGB")
-    image.putpixel((0, 0), (colour % 256, 255, 0))
-    return saved(image, form)
+    noise = np.random.default_rng(colour).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return saved(Image.fromarray(noise), form)
 
 
 def saved(image: Image.Image, form: str, **options) -> bytes:
@@ -108,7 +108,9 @@ def sample(key: str, **members: bytes | None) -> bytes:
     held |= members
     if any(suffix in members for suffix in IMAGE_SUFFIXES if suffix != "jpg"):
         held.pop("jpg")
-    return b"".join(entry(f"{key}.{s}", content) for s, content in held.items() if content is not None)
+    return b"".join(
+        entry(f"{key}.{s}", content) for s, content in held.items() if content is not None
+    )
 
 
 def described(key: str, **fields: object) -> bytes:

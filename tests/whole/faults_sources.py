@@ -23,7 +23,9 @@ def good_source(folder: Path) -> None:
     (folder / "captions.csv").write_text(f"image,caption\n{rows}")
 
 
-def image(name: str, content: bytes | Callable[[Path], object], *words: str, extra: str = "") -> Fault:
+def image(
+    name: str, content: bytes | Callable[[Path], object], *words: str, extra: str = ""
+) -> Fault:
     """A fifth picture, `m.jpg`, that is not one."""
 
     def make(place: Place) -> None:
@@ -64,7 +66,9 @@ def captions(
     return Fault(f"captions: {name}", make, (("pack", code, words),))
 
 
-def beside(name: str, file: str, content: bytes | Callable[[Path], object], *words: str, code: int = 4) -> Fault:
+def beside(
+    name: str, file: str, content: bytes | Callable[[Path], object], *words: str, code: int = 4
+) -> Fault:
     """Something beside the good csv."""
 
     def make(place: Place) -> None:
@@ -101,7 +105,12 @@ IMAGES = [
     image("zero bytes", b"", "m\tzero bytes"),
     image("a web page", b"<html>404</html>", "m\tundecodable: not a JPEG, PNG or WebP"),
     image("a cut JPEG", JPEG[: len(JPEG) // 2], "m\tundecodable"),
-    image("a PNG of 60,000 x 60,000", png_header(60_000, 60_000), "m\tmore pixels than", "60000 x 60000"),
+    image(
+        "a PNG of 60,000 x 60,000",
+        png_header(60_000, 60_000),
+        "m\tmore pixels than",
+        "60000 x 60000",
+    ),
     image("a GIF", animated("GIF"), "m\tundecodable: not a JPEG, PNG or WebP"),
     image("a TIFF", saved(Image.new("RGB", (9, 9)), "TIFF"), "m\tundecodable"),
     image("a PNG under another name", picture(8, form="PNG"), extra="m"),
@@ -140,40 +149,130 @@ ROWS = [
 ]
 CAPTIONS = [
     captions("no header", "captions.csv", b"a.jpg,A dog\n", "its columns are a.jpg, a dog"),
-    captions("wrong columns", "captions.csv", b"photo,words\na.jpg,A\n", "its columns are photo, words"),
+    captions(
+        "wrong columns", "captions.csv", b"photo,words\na.jpg,A\n", "its columns are photo, words"
+    ),
     captions("an empty csv", "captions.csv", b"", "no header line"),
-    captions("UTF-16", "captions.csv", "image,caption\na.jpg,A\n".encode("utf-16"), "its columns are"),
+    captions(
+        "UTF-16", "captions.csv", "image,caption\na.jpg,A\n".encode("utf-16"), "its columns are"
+    ),
     captions("binary", "captions.csv", bytes(range(256)) * 40, "its columns are"),
-    captions("an image in two splits", "captions.csv", b"image,caption,split\na.jpg,A,train\na.jpg,B,test\n", "a.jpg is in test and in train"),
-    captions("a split above the folder", "captions.csv", b"image,caption,split\na.jpg,A,../x\n", "no image has a caption", "is not a name"),
-    captions("the row of results.csv that lacks a bar", "results.csv", b"image_name| comment_number| comment\n" + b"".join(f"{n}| 0| A {n}\n".encode() for n in NAMES) + b"a.jpg| 4   A dog .\n", code=0),
-    captions("lines without a tab", "token.txt", token("m.jpg A dog", "#0\tA"), "token.txt:5\tis not NAME#i", code=0),
-    captions("a token file that is not UTF-8", "token.txt", token("a.jpg#1\tcaf\udce9"), "a#1\tcaption not UTF-8", code=0),
+    captions(
+        "an image in two splits",
+        "captions.csv",
+        b"image,caption,split\na.jpg,A,train\na.jpg,B,test\n",
+        "a.jpg is in test and in train",
+    ),
+    captions(
+        "a split above the folder",
+        "captions.csv",
+        b"image,caption,split\na.jpg,A,../x\n",
+        "no image has a caption",
+        "is not a name",
+    ),
+    captions(
+        "the row of results.csv that lacks a bar",
+        "results.csv",
+        b"image_name| comment_number| comment\n"
+        + b"".join(f"{n}| 0| A {n}\n".encode() for n in NAMES)
+        + b"a.jpg| 4   A dog .\n",
+        code=0,
+    ),
+    captions(
+        "lines without a tab",
+        "token.txt",
+        token("m.jpg A dog", "#0\tA"),
+        "token.txt:5\tis not NAME#i",
+        code=0,
+    ),
+    captions(
+        "a token file that is not UTF-8",
+        "token.txt",
+        token("a.jpg#1\tcaf\udce9"),
+        "a#1\tcaption not UTF-8",
+        code=0,
+    ),
     captions("a cut gzip", "token.txt.gz", gzip.compress(token() * 999)[:90], "cannot be read"),
     captions("a text for a gzip", "token.txt.gz", token(), "cannot be read"),
     captions("a gzip bomb", "token.txt.gz", gzip_bomb, "unpacks to more than"),
-    captions("json that is cut", "dataset_flickr30k.json", karpathy()[:-30], "cannot be read as JSON"),
+    captions(
+        "json that is cut", "dataset_flickr30k.json", karpathy()[:-30], "cannot be read as JSON"
+    ),
     captions("json 100,000 levels deep", "dataset.json", b"[" * 10**5, "cannot be read as JSON"),
-    captions("json with a huge number", "dataset.json", b'{"images": ' + b"9" * 10**5 + b"}", "cannot be read as JSON"),
+    captions(
+        "json with a huge number",
+        "dataset.json",
+        b'{"images": ' + b"9" * 10**5 + b"}",
+        "cannot be read as JSON",
+    ),
     captions("json that is a list", "dataset.json", b"[]", 'no list "images"'),
-    captions("images that are none", "dataset.json", karpathy(7, None, {}, {"filename": "m.jpg", "split": "train", "sentences": 5}), "image 4", "image 7", code=0),
-    captions("splits that are none", "dataset.json", karpathy({"filename": "m.jpg", "split": ["x"], "sentences": [{"raw": "A"}]}), "split '' is not a name", code=0),
-    captions("captions that are none", "dataset.json", karpathy({"filename": "m.jpg", "split": "train", "sentences": [{"raw": 5}, {"raw": "\ud800"}]}), "m#0\tcaption is not a text", "m#1\tcaption not UTF-8", code=0),
-    captions("annotations of no image", "captions.json", coco({"image_id": 77, "caption": "A"}), "COCO's caption layout"),
+    captions(
+        "images that are none",
+        "dataset.json",
+        karpathy(7, None, {}, {"filename": "m.jpg", "split": "train", "sentences": 5}),
+        "image 4",
+        "image 7",
+        code=0,
+    ),
+    captions(
+        "splits that are none",
+        "dataset.json",
+        karpathy({"filename": "m.jpg", "split": ["x"], "sentences": [{"raw": "A"}]}),
+        "split '' is not a name",
+        code=0,
+    ),
+    captions(
+        "captions that are none",
+        "dataset.json",
+        karpathy(
+            {"filename": "m.jpg", "split": "train", "sentences": [{"raw": 5}, {"raw": "\ud800"}]}
+        ),
+        "m#0\tcaption is not a text",
+        "m#1\tcaption not UTF-8",
+        code=0,
+    ),
+    captions(
+        "annotations of no image",
+        "captions.json",
+        coco({"image_id": 77, "caption": "A"}),
+        "COCO's caption layout",
+    ),
     captions("annotations that are none", "captions.json", coco(5), "COCO's caption layout"),
-    captions("NaN for an id", "captions.json", coco({"image_id": float("nan"), "caption": "A"}), "COCO's"),
+    captions(
+        "NaN for an id", "captions.json", coco({"image_id": float("nan"), "caption": "A"}), "COCO's"
+    ),
 ]
 BESIDE = [
-    beside("captions of other images", "results_20130124.token", token("z.jpg#0\tA")[30:], "captions.csv and", "results_20130124.token disagree about the images"),
-    beside("an image in two lists", "trainImages.txt", lambda path: [path.with_name(f"{s}Images.txt").write_text("a.jpg\n") for s in ("train", "test")], "a is in train and in test"),
+    beside(
+        "captions of other images",
+        "results_20130124.token",
+        token("z.jpg#0\tA")[30:],
+        "captions.csv and",
+        "results_20130124.token disagree about the images",
+    ),
+    beside(
+        "an image in two lists",
+        "trainImages.txt",
+        lambda path: [
+            path.with_name(f"{s}Images.txt").write_text("a.jpg\n") for s in ("train", "test")
+        ],
+        "a is in train and in test",
+    ),
     beside("a pipe for a list", "testImages.txt", os.mkfifo, "no split is known", code=0),
     beside("a pipe for captions", "dataset.json", os.mkfifo, code=0),
-    beside("a recipe with code", "r.yaml", b"name: !!python/object/apply:os.system ['touch canary']", "r.yaml"),
+    beside(
+        "a recipe with code",
+        "r.yaml",
+        b"name: !!python/object/apply:os.system ['touch canary']",
+        "r.yaml",
+    ),
     beside("a recipe of endless aliases", "r.yaml", f"{LAUGHS}name: *a11\n".encode(), "r.yaml"),
     beside("a recipe whose name is endless", "r.yaml", b"name: &a [*a, *a]\n", "is not a text"),
     beside("a recipe 10,000 levels deep", "r.yaml", b"[" * 10**4, "r.yaml"),
     beside("a recipe with a key twice", "r.yaml", b"name: a\nname: b\n", "given twice"),
     beside("a recipe without its folder", "r.yaml", b"root: nowhere\n", "nowhere is no folder"),
-    beside("a recipe without its captions", "r.yaml", b"captions: gone.csv\n", "holds none of gone.csv"),
+    beside(
+        "a recipe without its captions", "r.yaml", b"captions: gone.csv\n", "holds none of gone.csv"
+    ),
 ]
 FAULTS = [*IMAGES, *ROWS, *CAPTIONS, *BESIDE]

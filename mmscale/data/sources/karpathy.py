@@ -22,7 +22,8 @@ def read_karpathy(file: Path) -> Listing:
             folder, name = image.get("filepath"), image["filename"]
             name = f"{folder}/{name}" if folder else f"{name}"
             captions = [sentence["raw"] for sentence in image["sentences"]]
-            split = image["split"]
+            # An empty name is no split, which is told of it later.
+            split = image["split"] if isinstance(image["split"], str) else ""
         except (KeyError, TypeError, AttributeError) as error:
             reason = f"no filename, split or sentences with raw text ({error})"
             listing.faults.append(Rejection(f"{file.name}: image {place}", reason))

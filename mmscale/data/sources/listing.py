@@ -27,10 +27,10 @@ _UNPACKED_BYTES = 2**30
 
 @dataclass
 class Entry:
-    """An image as a caption file describes it."""
+    """An image as a caption file describes it; its captions may be anything yet."""
 
     name: str
-    captions: list[str] = field(default_factory=list)
+    captions: list[Any] = field(default_factory=list)
     split: str | None = None
     image_id: int | None = None
     label: int | str | None = None

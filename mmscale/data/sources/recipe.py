@@ -28,8 +28,8 @@ def read_recipe(path: Path) -> Recipe:
     """
     try:
         content = read_yaml(path)
-    except (ConfigError, ValueError, RecursionError) as error:
-        raise DataError(str(error) or f"{path}: is not a recipe; mend the file") from error
+    except ConfigError as error:
+        raise DataError(str(error)) from error
     known = {"name", "root", "images", "captions", "splits"}
     if unknown := sorted(map(str, set(content) - known)):
         raise DataError(f"{path}: {unknown} is not of a recipe; it may have {sorted(known)}")

@@ -61,11 +61,10 @@ def apply_splits(listing: Listing, lists: dict[str, str]) -> list[str]:
     kept, without = [], 0
     for entry in listing.entries:
         split = lists.get(stem_of(entry.name)) if lists else entry.split
-        without += not split
-        if lists and not split:
+        without += split is None
+        if lists and split is None:
             continue
-        split = split or "train"
-        entry.split = _SPLIT_NAMES.get(split, split) if isinstance(split, str) else ""
+        entry.split = "train" if split is None else _SPLIT_NAMES.get(split, split)
         kept.append(entry)
     which = "all" if without == len(listing.entries) else f"{without:,} of"
     total = f"{which} {len(listing.entries):,} images of {listing.file}"

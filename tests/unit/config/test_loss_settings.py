@@ -39,8 +39,8 @@ def test_siglip_starts_from_its_authors_scale_and_bias_unless_they_are_set():
     own = {"model": {"logit_scale": {"init": 20, "bias": -2.71}}}
     read = validate({"data": {"train": "unused"}, "loss": {"preset": "siglip"}, **own})
     assert (read.model.logit_scale.init, read.model.logit_scale.bias) == (20, -2.71)
+    own = {"model": {"logit_scale": {"bias": None}}}
     with pytest.raises(ConfigError, match=r"model\.logit_scale\.bias is null"):
-        own = {"model": {"logit_scale": {"bias": None}}}
         validate({"data": {"train": "unused"}, "loss": {"preset": "siglip"}, **own})
 
 

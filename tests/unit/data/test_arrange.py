@@ -96,11 +96,13 @@ def test_rows_change_places_inside_whole_windows_only(
             for batches in (plain, built)
         )
         assert before == after
+        # Lane by lane the batches are what the window was made into, seat by seat.
+        part = slice(window.start, window.stop)
+        assert not plain or built[part] == schedule.arrangement.arrange(plain[part])
 
 
-@pytest.mark.parametrize("lanes", [4, 8])
 @pytest.mark.parametrize(("positive", "hard"), [(0.0, None), (0.5, 0.25), (None, 0.5)])
-def test_built_batches_are_one_ordered_list_at_every_world_and_worker_count(lanes, positive, hard):
+def test_built_batches_are_one_ordered_list_at_every_world_and_worker_count(positive, hard):
     samples = (70, 3, 55)
     wishes = {
         "width": 3,
@@ -109,9 +111,9 @@ def test_built_batches_are_one_ordered_list_at_every_world_and_worker_count(lane
         "neighbours": None if hard is None else table(128),
         "hard_share": hard or 0.0,
     }
-    schedule = plan(samples, lanes, 2, **wishes)
+    schedule = plan(samples, 4, 2, **wishes)
     reference = global_batches(schedule, epoch=1)
-    assert reference != global_batches(plan(samples, lanes, 2), epoch=1)
+    assert reference != global_batches(plan(samples, 4, 2), epoch=1)
     assert reference != global_batches(schedule, epoch=2)
     for world in (1, 2, 4):
         for workers in (1, 2, 3):

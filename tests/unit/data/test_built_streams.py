@@ -13,7 +13,7 @@ from mmscale.data.features import CachedStream, FeatureTable
 from mmscale.data.neighbours import Neighbours, nearest
 from mmscale.data.reader import SampleReader
 from mmscale.data.schedule import plan_schedule
-from mmscale.data.shards import open_shards
+from mmscale.data.shards import open_shards, open_train
 from mmscale.data.stream import TrainStream
 from mmscale.engine.plan import plan_batch
 from mmscale.errors import ConfigError, DataError
@@ -156,6 +156,44 @@ def test_a_table_of_other_images_is_refused(synthetic, shards):
     alone = Neighbours(np.arange(3), np.zeros((3, 1), np.int32))
     with pytest.raises(DataError, match="names no two images"):
         plan_schedule(config, shards, 4, alone)
+
+
+CLASSIFY = "loss.terms=[{kind: classification}]"
+
+
+def test_labels_that_a_term_needs_must_be_there(synthetic, shards, table):
+    words = ["model.fusion.classes=8", CLASSIFY]
+    schedule_of(synthetic, shards, table, words)
+    with pytest.raises(ConfigError, match=r"model\.fusion\.classes=7.* label 7; set it to 8"):
+        schedule_of(synthetic, shards, table, ["model.fusion.classes=7", CLASSIFY])
+    bare = tuple(replace(shard, identities=None) for shard in shards.shards)
+    with pytest.raises(DataError, match=r"no image of .* has a label.* mmscale index"):
+        schedule_of(synthetic, replace(shards, shards=bare), table, words)
+
+
+def test_shards_without_a_manifest_tell_their_labels_themselves(synthetic, shards):
+    tars = str(synthetic.train / "*.tar")
+    config = synthetic.config(
+        "train.global_batch_size=16", "data.resampled=true", "data.workers=0", f"data.train={tars}"
+    )
+    drawn = open_train(config.data)
+    schedule = plan_schedule(config, drawn, 4)
+    batch, _ = next(TrainStream(config, drawn, schedule, SPEC, World()).batches(Position()))
+    known = {
+        image: label
+        for shard in shards.shards
+        for image, label in zip(shard.identities.images, shard.identities.labels, strict=True)
+    }
+    assert [known[i] for i in batch.image_ids.tolist()] == batch.labels.tolist()
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["data.match=caption", "data.positive_share=0", "data.hard_batches.table=t.npz"],
+)
+def test_what_needs_a_manifest_contradicts_resampling(synthetic, word):
+    with pytest.raises(ConfigError, match=r"data\.resampled"):
+        synthetic.config("data.resampled=true", word)
 
 
 def test_cut_captions_are_counted(synthetic, shards, table):

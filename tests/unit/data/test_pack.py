@@ -312,3 +312,31 @@ def test_a_result_reads_well():
     )
     result = PackResult("val", Path("packed/val"), 1, 1, 5, rejected=0, kept=0)
     assert str(result) == "val: 1 image, 5 captions in 1 shard at packed/val"
+
+
+def test_of_equal_images_the_held_out_one_stays(tmp_path):
+    folder = tmp_path / "source"
+    (folder / "images").mkdir(parents=True)
+    same, other = encoded((40, 30)), encoded((60, 30))
+    # Of the same size and end, but not the same.
+    twin = bytes([*other[:100], other[100] ^ 1, *other[101:]])
+    pictures = {"a": same, "b": other, "c": same, "d": same, "e": twin, "f": other}
+    splits = {"a": "train", "b": "train", "c": "val", "d": "test", "e": "train", "f": "train"}
+    for name, content in pictures.items():
+        (folder / "images" / f"{name}.jpg").write_bytes(content)
+    rows = "".join(f"{name}.jpg,A,{splits[name]}\n" for name in pictures)
+    (folder / "captions.csv").write_text(f"image,caption,split\n{rows}")
+    with pytest.raises(DataError, match="val: nothing was packed"):
+        pack(folder, tmp_path / "out", workers=2)
+    reason = "duplicate image: has the bytes of"
+    assert rejected(tmp_path / "out" / "train") == {
+        "a": f"{reason} d in test",
+        "f": f"{reason} b in train",
+    }
+    assert rejected(tmp_path / "out" / "val") == {"c": f"{reason} d in test"}
+
+
+def test_a_full_disk_or_a_wrong_folder_is_told(scenes, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"out=.*file: cannot be written"):
+        pack(scenes, tmp_path / "file")

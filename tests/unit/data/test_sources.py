@@ -1,3 +1,4 @@
+import csv
 import gzip
 import json
 import os
@@ -212,3 +213,158 @@ def test_real_flickr8k():
     counts = {s: sum(r.split == s for r in source.records) for s in source.splits}
     assert counts == {"train": 6000, "val": 1000}
     assert all(len(record.captions) == 5 for record in source.records)
+
+
+def kaggle(folder, *names):
+    """Kaggle's layout: everything one folder down, twice the same table."""
+    add_images(folder / "flickr30k_images" / "flickr30k_images", *names)
+    lines = "".join(f"{n}| {i}|  Caption {i} of {n} .\n" for n in names for i in range(5))
+    # The row of 2199200615.jpg that lacks its second bar.
+    lines = lines.replace(f"{names[0]}| 4|  Caption", f"{names[0]}| 4   Caption")
+    for place in (folder, folder / "flickr30k_images"):
+        (place / "results.csv").write_text(f"image_name| comment_number| comment\n{lines}")
+
+
+def test_kaggles_results_without_lists_are_train_and_say_so(tmp_path):
+    kaggle(tmp_path, "2199200615.jpg", "7.jpg")
+    source = read_source(tmp_path)
+    assert {r.key: len(r.captions) for r in source.records} == {"2199200615": 5, "7": 5}
+    assert source.records[0].captions[4] == "Caption 4 of 2199200615.jpg ."
+    assert source.splits == ("train",)
+    assert any("all 2 images" in n and "they become train" in n for n in source.notes)
+    assert source.rejected == ()
+
+
+def test_split_lists_beside_kaggles_results_are_used(tmp_path):
+    kaggle(tmp_path, "1.jpg", "2.jpg", "3.jpg", "4.jpg")
+    for split, names in {"train": "1\n4", "val": "2", "test": "3"}.items():
+        (tmp_path / f"{split}.txt").write_text(names)
+    source = read_source(tmp_path)
+    assert {r.key: r.split for r in source.records} == {
+        "1": "train", "2": "val", "3": "test", "4": "train"
+    }  # fmt: skip
+    assert not any("become train" in note for note in source.notes)
+
+
+def test_the_hubs_table_with_json_lists_and_splits(tmp_path):
+    add_images(tmp_path / "flickr30k-images", "1.jpg", "2.jpg")
+    with (tmp_path / "flickr_annotations_30k.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["raw", "sentids", "split", "filename", "img_id"])
+        rows.writerow(
+            [json.dumps(['A "dog", running', "Two\u2028lines"]), "[0, 1]", "train", "1.jpg", 0]
+        )
+        rows.writerow([json.dumps(["A cat"]), "[2]", "test", "2.jpg", 1])
+    source = read_source(tmp_path)
+    assert source.name == "flickr30k"
+    assert {key: (r.split, r.captions) for key, r in by_key(source).items()} == {
+        "1": ("train", ('A "dog", running', "Two\u2028lines")),
+        "2": ("test", ("A cat",)),
+    }
+
+
+@pytest.mark.parametrize("through_recipe", [False, True])
+def test_sources_that_disagree_about_the_images_are_both_named(tmp_path, through_recipe):
+    render(tmp_path, 12, seed=0)
+    names = [path.name for path in sorted((tmp_path / "images").iterdir())]
+    rows = "".join(f"{name},A\n" for name in [*names[1:], "other.jpg"])
+    (tmp_path / "captions.csv").write_text(f"image,caption\n{rows}")
+    where = tmp_path
+    if through_recipe:
+        where = tmp_path / "r.yaml"
+        where.write_text("captions: [dataset_flickr30k.json, captions.csv]\n")
+    with pytest.raises(DataError, match=r"dataset_flickr30k\.json and .*captions\.csv disagree"):
+        read_source(where)
+    (tmp_path / "one.yaml").write_text("captions: dataset_flickr30k.json\n")
+    assert len(read_source(tmp_path / "one.yaml").records) == 12
+
+
+def test_a_source_with_more_images_gives_way_and_is_told_of(tmp_path):
+    render(tmp_path, 12, seed=0)
+    with (tmp_path / "results_20130124.token").open("a") as file:
+        file.write("9.jpg#0\tNot in Karpathy's splits .\n")
+    source = read_source(tmp_path)
+    assert len(source.records) == 12
+    assert any("describes 1 images more and is not used" in note for note in source.notes)
+
+
+def coco(folder, split, *ids):
+    add_images(folder / f"{split}2017", *(f"{i:012}.jpg" for i in ids))
+    content = {
+        "images": [{"id": i, "file_name": f"{i:012}.jpg"} for i in ids],
+        "annotations": [{"image_id": i, "caption": f"A bus {n} ."} for i in ids for n in (1, 2)],
+    }
+    (folder / "annotations").mkdir(exist_ok=True)
+    (folder / "annotations" / f"captions_{split}2017.json").write_text(json.dumps(content))
+
+
+def test_the_recipe_for_coco_takes_its_files_together(tmp_path):
+    recipe = tmp_path / "coco.yaml"
+    recipe.write_bytes((SHARDS / "coco.yaml").read_bytes())
+    folder = tmp_path / "originals" / "coco"
+    folder.mkdir(parents=True)
+    coco(folder, "train", 1, 2, 3)
+    coco(folder, "val", 4)
+    source = read_source(recipe)
+    assert source.name == "coco"
+    assert {r.image_id: r.split for r in source.records} == {
+        1: "train", 2: "train", 3: "train", 4: "val"
+    }  # fmt: skip
+    assert [r.image.is_file() for r in source.records] == [True] * 4
+    coco(folder, "val", 3, 4)
+    with pytest.raises(DataError, match=r"captions_train2017.* and .*captions_val2017.* image 3"):
+        read_source(recipe)
+
+
+def test_pictures_that_no_caption_file_names_have_no_caption(flickr8k):
+    add_images(flickr8k / "images", "lost.jpg", "notes.txt.png")
+    found = reasons(read_source(flickr8k))
+    assert found["lost"] == found["notes_txt"] == "no caption"
+
+
+def test_a_caption_that_is_not_utf_8_costs_itself_only(tmp_path):
+    add_images(tmp_path / "images", "a.jpg")
+    (tmp_path / "token.txt").write_bytes(b"a.jpg#0\tcaf\xe9\na.jpg#1\tA dog .\n")
+    source = read_source(tmp_path)
+    assert by_key(source)["a"].captions == ("A dog .",)
+    assert reasons(source) == {"a#0": "caption not UTF-8"}
+
+
+def test_recipes_are_yaml_1_2(tmp_path):
+    add_images(tmp_path / "on", "a.jpg")
+    (tmp_path / "no").write_text("a.jpg#0\tA dog .\n")
+    (tmp_path / "r.yaml").write_text("name: off\nimages: on\ncaptions: no\n")
+    assert read_source(tmp_path / "r.yaml").name == "off"
+
+
+def test_one_tsv_of_any_name_is_enough(tmp_path):
+    add_images(tmp_path / "images", "a.jpg", "b.jpg")
+    (tmp_path / "pets.tsv").write_text(
+        "image\tcaption\tlabel\tgroup\na.jpg\tA, b\tcat\tx\nb.jpg\tC\tdog\tx\n"
+    )
+    source = read_source(tmp_path)
+    assert source.classes == ("cat", "dog")
+    assert [(r.captions, r.label, r.group) for r in source.records] == [
+        (("A, b",), 0, "x"),
+        (("C",), 1, "x"),
+    ]
+    (tmp_path / "more.csv").write_text("image,caption\n")
+    with pytest.raises(DataError, match=r"it holds more\.csv, pets\.tsv"):
+        read_source(tmp_path)
+
+
+def test_real_coco(test_data):
+    (source,) = [read_source(test_data / "coco-cc")]
+    assert (len(source.records), source.records[0].image_id is not None) == (20, True)
+    assert all(len(record.captions) == 5 for record in source.records)
+
+
+def test_real_flickr30k_captions(test_data, tmp_path):
+    for file in (test_data / "flickr30k-captions").iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    add_images(tmp_path / "images", "1000092795.jpg")
+    source = read_source(tmp_path)
+    counts = {s: sum(r.split == s for r in source.records) for s in source.splits}
+    assert counts == {"train": 29_000, "val": 1_014, "test": 1_000}
+    assert all(len(record.captions) == 5 for record in source.records)
+    assert source.rejected == source.notes == ()

@@ -56,12 +56,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             server.requests.append((path, wanted, 0))
             self.send_error(status)
             return
-        content = file.read_bytes()
-        total, start = len(content), 0
+        total, start, end = file.stat().st_size, 0, None
         if wanted and server.ranges:
             low, _, high = wanted.removeprefix("bytes=").partition("-")
-            start = int(low)
-            content = content[start : int(high) + 1] if high else content[start:]
+            start, end = int(low), int(high) + 1 if high else None
             if start >= total:
                 self.send_response(416)
                 self.send_header("Content-Range", f"bytes */{total}")
@@ -69,10 +67,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self.end_headers()
                 return
             self.send_response(206)
-            end = start + len(content) - 1
-            self.send_header("Content-Range", f"bytes {start}-{end}/{total}")
+            last = min(end or total, total) - 1
+            self.send_header("Content-Range", f"bytes {start}-{last}/{total}")
         else:
             self.send_response(200)
+        with file.open("rb") as opened:
+            opened.seek(start)
+            content = opened.read(total if end is None else end - start)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         with server.lock:

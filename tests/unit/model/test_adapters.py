@@ -211,6 +211,14 @@ def test_a_pooling_that_the_tower_cannot_have_is_refused(vision_folders):
         text(CLIP_TEXT, pooling="mean")
 
 
+def test_a_learnt_pooling_needs_a_tower_that_learns(bert_folder):
+    settings = {"name": f"hf:{bert_folder}", "pooling": "map"}
+    with pytest.raises(ConfigError, match=r"model\.text\.pooling=map is learnt.*frozen=2"):
+        text(settings, frozen=True)
+    tower, inputs = text(settings, frozen=2)
+    assert {name.split(".")[0] for name in gradients(tower, inputs)} == {"pool"}
+
+
 @pytest.mark.parametrize("pooling", ["eos", "map"])
 def test_text_poolings_ignore_padding(bert_folder, pooling):
     tower, (tokens, mask) = text({"name": f"hf:{bert_folder}"}, pooling=pooling)

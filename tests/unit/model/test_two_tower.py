@@ -131,7 +131,7 @@ def test_explicit_settings_win_over_a_preset():
     assert fill_preset(ModelConfig(preset="large", embed_dim=64)).embed_dim == 64
     whole = ModelConfig.model_validate(fill_preset(ModelConfig(preset="large")).model_dump())
     assert fill_preset(whole) == whole
-    with pytest.raises(ConfigError, match="small, medium, large"):
+    with pytest.raises(ConfigError, match="small, medium, medium-mobilebert, large"):
         fill_preset(ModelConfig(preset="huge"))
     with pytest.raises(ConfigError, match=r"model\.vision\.name is not set"):
         build_model(ModelConfig(), None, seed=0)

@@ -1,0 +1,105 @@
+"""The long lists of a manifest, found in its bytes but read only where somebody looks into them.
+
+A run looks into one shard after another; turning millions of numbers into objects before the first
+batch would take longer than anything else.
+"""
+
+import json
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias, overload
+
+_FIELDS = frozenset((b"offsets", b"captions", b"images", b"groups", b"labels"))
+_OPENING = b'": ['
+# What stands for a list in the rest of the manifest.
+_MARK = "\0list"
+
+
+class Unread(Sequence):
+    """A list of whole numbers in JSON.
+
+    Args:
+        content: The JSON.
+        start: Place after its opening bracket.
+        end: Place of its closing bracket.
+
+    Attributes:
+        check: Turns what is found there into numbers, or raises.
+    """
+
+    # Several a shard: without a dictionary each.
+    __slots__ = ("_content", "_end", "_length", "_start", "_values", "check")
+
+    def __init__(self, content: bytes, start: int, end: int):
+        self._content, self._start, self._end = content, start, end
+        # The first bytes tell, of any list that is not all blanks.
+        is_filled = content[start : min(start + 9, end)].strip() or content[start:end].strip()
+        self._length = content.count(b",", start, end) + 1 if is_filled else 0
+        self._values: array[int] | None = None
+        self.check: Callable[[Any], tuple[int, ...]] = tuple
+
+    def _read(self) -> "array[int]":
+        if self._values is None:
+            try:
+                found = json.loads(b"[" + self._content[self._start : self._end] + b"]")
+            except (ValueError, RecursionError):
+                found = None
+            self._values = array("q", self.check(found))
+        return self._values
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, place: int) -> int: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[int]: ...
+    def __getitem__(self, place: int | slice) -> int | Sequence[int]:
+        return self._read()[place]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._read())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+
+Counts: TypeAlias = tuple[int, ...] | Unread
+
+
+def load_json(content: bytes) -> Any:
+    """JSON with its long lists left unread.
+
+    Raises:
+        ValueError: The rest is not JSON.
+    """
+    spans: list[tuple[int, int]] = []
+    parts: list[bytes] = []
+    place = 0
+    opening = content.find(_OPENING)
+    while opening >= 0:
+        start = opening + len(_OPENING)
+        if content[content.rfind(b'"', 0, opening) + 1 : opening] in _FIELDS:
+            end = content.find(b"]", start)
+            if end < 0:
+                break
+            parts += [content[place : start - 1], b'{"%s": %d}' % (_MARK_JSON, len(spans))]
+            spans.append((start, end))
+            place = end + 1
+            start = place
+        opening = content.find(_OPENING, start)
+    skeleton = b"".join([*parts, content[place:]])
+
+    def restore(mapping: dict[str, Any]) -> Any:
+        number = mapping.get(_MARK)
+        if isinstance(number, int) and 0 <= number < len(spans):
+            return Unread(content, *spans[number])
+        return mapping
+
+    return json.loads(skeleton, object_hook=restore)
+
+
+_MARK_JSON = json.dumps(_MARK)[1:-1].encode()

@@ -1,0 +1,44 @@
+"""What an objective needs is built; what contradicts it is refused before torch is imported."""
+
+import pytest
+
+from mmscale.config.load import load_config
+from mmscale.config.needs import needs_momentum, with_fusion_decided
+from mmscale.errors import ConfigError
+
+BASE = ["demo", "data.train=somewhere"]
+MATCHING = "loss.terms=[{kind: infonce}, {kind: matching}]"
+FROZEN = ["model.vision.frozen=true", "model.text.frozen=true", "data.augment=none"]
+
+
+@pytest.mark.parametrize(
+    ("words", "built"),
+    [([], False), ([MATCHING], True), (["model.fusion.enabled=true"], True)],
+)
+def test_fusion_is_built_where_a_term_or_a_word_asks_for_it(words, built):
+    config = with_fusion_decided(load_config([*BASE, *words]))
+    assert config.model.fusion.enabled is built
+    assert with_fusion_decided(config) == config
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [([], False), (["eval.weights=ema"], True), (["loss.terms=[{kind: distillation}]"], True)],
+)
+def test_a_running_mean_is_kept_where_something_uses_it(words, kept):
+    assert needs_momentum(load_config([*BASE, *words])) is kept
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([MATCHING, *FROZEN, "data.feature_cache=folder"], r"data\.feature_cache .*tokens"),
+        (["eval.rerank=16"], r"eval\.rerank=16.*matching"),
+        ([MATCHING, "eval.rerank=4"], r"eval\.rerank=4 is shorter than the 10"),
+        ([MATCHING, "model.fusion.enabled=false"], r"model\.fusion\.enabled=false"),
+        (["model.momentum=1.0"], r"model\.momentum"),
+    ],
+)
+def test_contradictions_are_named(words, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config([*BASE, *words])
