@@ -11,11 +11,10 @@ import torch
 from torch import nn
 
 from mmscale.checkpoint.files import Checkpoint, Progress, save
-from mmscale.checkpoint.resume import open_checkpoint, require_same_run, starting_point
+from mmscale.checkpoint.resume import require_same_run, starting_point
 from mmscale.config.batches import HardBatchesConfig
 from mmscale.config.deepspeed import zero_stage
 from mmscale.config.duration import Duration
-from mmscale.config.load import validate
 from mmscale.config.needs import (
     FUSION_TERMS,
     needs_momentum,
@@ -31,9 +30,6 @@ from mmscale.data.neighbours import Neighbours, read_neighbours
 from mmscale.data.schedule import Schedule, plan_schedule
 from mmscale.data.shards import ShardSet, open_shards, open_train
 from mmscale.data.stream import TrainStream
-from mmscale.diagnostics.pairs import Pairs
-from mmscale.diagnostics.reranking import reranked_recalls, shortlists
-from mmscale.diagnostics.retrieval import recalls
 from mmscale.dist.device import DevicePolicy, choose, rng_state, set_rng_state
 from mmscale.dist.peers import connect, from_main
 from mmscale.dist.world import join
@@ -47,7 +43,6 @@ from mmscale.engine.matching import Matcher
 from mmscale.engine.momentum import MomentumEncoder, averaged, copy_of
 from mmscale.engine.plan import BatchPlan, plan_batch
 from mmscale.engine.rehearsal import gaps_line
-from mmscale.engine.rerank import match_scores
 from mmscale.loss.objective import Objective
 from mmscale.model.batch_norm import connect_batch_norms
 from mmscale.model.build import build_model
@@ -118,7 +113,7 @@ def assemble(config: Config, world: World, tell: Tell) -> Training:
         schedule = plan_schedule(config, shards, plan.lanes, table)
         tell(f"hard batches: {schedule.with_neighbours:.0%} of the images have neighbours")
     # A checkpoint holds every weight: none is fetched for a model that it fills.
-    wanted = config.model if checkpoint is None else _bare(config.model)
+    wanted = config.model if checkpoint is None else without_weights(config.model)
     wanted = with_scale_fitted(wanted, shards.samples)
     model, spec = build_model(wanted, config.data.image_size, config.run.seed)
     spec = with_cleaning(spec, config.data.caption_cleaning)
@@ -169,7 +164,7 @@ def assemble(config: Config, world: World, tell: Tell) -> Training:
     )
 
 
-def _bare(model: ModelConfig) -> ModelConfig:
+def without_weights(model: ModelConfig) -> ModelConfig:
     """The same architecture without pretrained weights."""
     towers = {
         "vision": model.vision.model_copy(update={"weights": "random"}),
@@ -324,70 +319,6 @@ def _tenths(tell: Tell) -> Callable[[int, int], None]:
     return progress
 
 
-def embed(call: Call, device: torch.device, table: FeatureTable) -> Pairs:
-    """Tower outputs through the heads: the pairs that are evaluated. Collective under ZeRO-3."""
-    good, captions = table.good, table.good.repeat_interleave(table.first.diff())
-    with torch.no_grad():
-        image, text, scale, _ = call(
-            "heads", table.image[good].to(device), table.text[captions].to(device)
-        )
-    return Pairs(
-        image=image.unit.float().cpu(),
-        text=text.unit.float().cpu(),
-        image_ids=table.image_ids[good],
-        text_ids=table.text_ids()[captions],
-        backbone_image=table.image[good],
-        backbone_text=table.text[captions],
-        logit_scale=float(scale),
-    )
-
-
-def evaluate(training: Training) -> tuple[dict[str, float], Pairs] | None:
-    """Recall on the held-out pairs, and their embeddings; None without any. Collective."""
-    held_out, engine = training.held_out, training.engine
-    if held_out is None:
-        return None
-    engine.module.eval()
-    momentum, call = training.companions.momentum, engine.call
-    if training.config.eval.weights == "ema" and momentum is not None:
-        call = momentum.call
-    table = held_out.table or encode_set(
-        training.config, call, engine.device, held_out.shards, held_out.spec, training.peers
-    )
-    pairs = embed(call, engine.device, table)
-    figures = _figures(training.config, call, engine.device, held_out, training.peers, table, pairs)
-    engine.module.train()
-    return {f"eval/{name}": value for name, value in figures.items()}, pairs
-
-
-def _figures(
-    config: Config,
-    call: Call,
-    device: torch.device,
-    held_out: HeldOut,
-    peers: Peers,
-    table: FeatureTable,
-    pairs: Pairs,
-) -> dict[str, float]:
-    """Recall of the dual encoder and, apart, after re-ranking by fusion. Collective."""
-    figures: dict[str, float] = dict(recalls(pairs, peers))
-    if config.eval.rerank:
-        lists = shortlists(pairs, config.eval.rerank)
-        scores = match_scores(
-            call,
-            device,
-            held_out.shards,
-            held_out.spec,
-            peers,
-            table,
-            lists.wanted(),
-            config.eval.batch_size,
-            config.data.workers,
-        )
-        figures |= reranked_recalls(pairs, lists, scores)
-    return figures
-
-
 def save_checkpoint(training: Training, progress: Progress) -> Path:
     """Write a checkpoint of a run in training. Collective."""
     momentum, bank = training.companions.momentum, training.companions.bank
@@ -405,45 +336,3 @@ def save_checkpoint(training: Training, progress: Progress) -> Path:
         training.world,
         training.config.checkpoint.keep,
     )
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A trained model, ready to be called by one process."""
-
-    config: Config
-    model: TwoTower
-    spec: InputSpec
-    inference: Inference
-    checkpoint: Checkpoint
-
-
-def load_trained(path: Path) -> Trained:
-    """The model of a run or checkpoint.
-
-    Raises:
-        CheckpointError: Neither, or damaged.
-    """
-    checkpoint = open_checkpoint(path, World())
-    config = validate(checkpoint.config)
-    model, spec = build_model(_bare(config.model), config.data.image_size, config.run.seed)
-    spec = with_cleaning(spec, config.data.caption_cleaning)
-    checkpoint.load_weights(model)
-    if config.eval.weights == "ema":
-        checkpoint.load_momentum(averaged(model, model))
-    return Trained(config, model, spec, Inference(model, choose(config.engine)), checkpoint)
-
-
-def embed_set(trained: Trained, shards: ShardSet, peers: Peers) -> Pairs:
-    """A set through a trained model."""
-    call, device = trained.inference.call, trained.inference.device
-    table = encode_set(trained.config, call, device, shards, trained.spec, peers)
-    return embed(call, device, table)
-
-
-def evaluate_set(trained: Trained, shards: ShardSet, peers: Peers) -> dict[str, float]:
-    """What `evaluate` finds, of a trained model on a set."""
-    call, device = trained.inference.call, trained.inference.device
-    table = encode_set(trained.config, call, device, shards, trained.spec, peers)
-    held_out, pairs = HeldOut(shards, trained.spec, table), embed(call, device, table)
-    return _figures(trained.config, call, device, held_out, peers, table, pairs)

@@ -200,8 +200,8 @@ def schema() -> int:
 @app.command("eval")
 def evaluate(run: Run, data: Data, json_file: Json = None) -> int:
     """Recall of both directions on held-out pairs (Karpathy's protocol)."""
-    from mmscale.assembly import evaluate_set
     from mmscale.dist.peers import Alone
+    from mmscale.evaluation import evaluate_set
 
     figures = evaluate_set(*_trained(run, data), Alone())
     width = max(map(len, figures))
@@ -338,16 +338,16 @@ def bench(
 
 
 def _pairs(run: Path, data: str | None) -> Any:
-    from mmscale.assembly import embed_set
     from mmscale.dist.peers import Alone
+    from mmscale.evaluation import embed_set
 
     return embed_set(*_trained(run, data), Alone())
 
 
 def _trained(run: Path, data: str | None) -> tuple[Any, Any]:
     """The model of a run or checkpoint, and the pairs to look at."""
-    from mmscale.assembly import load_trained
     from mmscale.data.shards import open_shards
+    from mmscale.evaluation import load_trained
 
     if not run.exists():
         raise CheckpointError(f"{run}: no such run, checkpoint or npz; check the path")

@@ -9,10 +9,10 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mmscale.assembly import load_trained
 from mmscale.config.schema import Config
 from mmscale.contracts import InputSpec
 from mmscale.data.transform import eval_transform, normalise
+from mmscale.evaluation import load_trained
 from mmscale.model.dual_encoder import DualEncoder, Tokenizer
 
 

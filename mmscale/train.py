@@ -202,7 +202,7 @@ def _check_damage(
 def _evaluate(
     training: "Training", report: "Report", progress: "Progress"
 ) -> tuple["Progress", "Pairs | None"]:
-    from mmscale.assembly import evaluate
+    from mmscale.evaluation import evaluate
 
     evaluated = evaluate(training)
     if evaluated is None:

@@ -63,9 +63,9 @@ class DataConfig(Section):
     """Neighbours in one batch."""
     image_size: Positive | None = None
     """Side of the square input in pixels; default the image tower's own."""
-    augment: Literal[
-        "none", "crop", "flip", "color_jitter", "randaugment", "trivialaugment"
-    ] = "crop"
+    augment: Literal["none", "crop", "flip", "color_jitter", "randaugment", "trivialaugment"] = (
+        "crop"
+    )
     """`none`: the evaluation transform; `crop`: a random resized crop; the others do theirs to it.
     `flip` mirrors half of the images, which makes captions wrong that say left or right."""
     crop_scale: tuple[float, float] = (0.9, 1.0)

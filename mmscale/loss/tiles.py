@@ -99,7 +99,7 @@ def tiles(
     """
     side = _CPU_SIDE if x.device.type == "cpu" else _ACCELERATOR_SIDE
     size = min(side, len(x)) * min(side, len(y))
-    logits, work = x.new_empty(size), x.new_empty(size)
+    logits, work = x.new_empty(2, size)
     waiting = iter(ready)
     for r in _slices(len(x), side):
         scaled = x[r] * s

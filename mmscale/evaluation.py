@@ -1,0 +1,134 @@
+"""A model on held-out pairs: while it trains, and afterwards from its checkpoint."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mmscale.assembly import HeldOut, Training, encode_set, without_weights
+from mmscale.checkpoint.files import Checkpoint
+from mmscale.checkpoint.resume import open_checkpoint
+from mmscale.config.load import validate
+from mmscale.config.schema import Config
+from mmscale.contracts import InputSpec, Peers, World
+from mmscale.data.caption_text import with_cleaning
+from mmscale.data.features import FeatureTable
+from mmscale.data.shards import ShardSet
+from mmscale.diagnostics.pairs import Pairs
+from mmscale.diagnostics.reranking import reranked_recalls, shortlists
+from mmscale.diagnostics.retrieval import recalls
+from mmscale.dist.device import choose
+from mmscale.engine.encode import Call
+from mmscale.engine.inference import Inference
+from mmscale.engine.momentum import averaged
+from mmscale.engine.rerank import match_scores
+from mmscale.model.build import build_model
+from mmscale.model.two_tower import TwoTower
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, ready to be called by one process."""
+
+    config: Config
+    model: TwoTower
+    spec: InputSpec
+    inference: Inference
+    checkpoint: Checkpoint
+
+
+def load_trained(path: Path) -> Trained:
+    """The model of a run or checkpoint.
+
+    Raises:
+        CheckpointError: Neither, or damaged.
+    """
+    checkpoint = open_checkpoint(path, World())
+    config = validate(checkpoint.config)
+    model, spec = build_model(
+        without_weights(config.model), config.data.image_size, config.run.seed
+    )
+    spec = with_cleaning(spec, config.data.caption_cleaning)
+    checkpoint.load_weights(model)
+    if config.eval.weights == "ema":
+        checkpoint.load_momentum(averaged(model, model))
+    return Trained(config, model, spec, Inference(model, choose(config.engine)), checkpoint)
+
+
+def embed_set(trained: Trained, shards: ShardSet, peers: Peers) -> Pairs:
+    """A set through a trained model."""
+    call, device = trained.inference.call, trained.inference.device
+    table = encode_set(trained.config, call, device, shards, trained.spec, peers)
+    return embed(call, device, table)
+
+
+def evaluate_set(trained: Trained, shards: ShardSet, peers: Peers) -> dict[str, float]:
+    """What `evaluate` finds, of a trained model on a set."""
+    call, device = trained.inference.call, trained.inference.device
+    table = encode_set(trained.config, call, device, shards, trained.spec, peers)
+    held_out, pairs = HeldOut(shards, trained.spec, table), embed(call, device, table)
+    return _figures(trained.config, call, device, held_out, peers, table, pairs)
+
+
+def evaluate(training: Training) -> tuple[dict[str, float], Pairs] | None:
+    """Recall on the held-out pairs, and their embeddings; None without any. Collective."""
+    held_out, engine = training.held_out, training.engine
+    if held_out is None:
+        return None
+    engine.module.eval()
+    momentum, call = training.companions.momentum, engine.call
+    if training.config.eval.weights == "ema" and momentum is not None:
+        call = momentum.call
+    table = held_out.table or encode_set(
+        training.config, call, engine.device, held_out.shards, held_out.spec, training.peers
+    )
+    pairs = embed(call, engine.device, table)
+    figures = _figures(training.config, call, engine.device, held_out, training.peers, table, pairs)
+    engine.module.train()
+    return {f"eval/{name}": value for name, value in figures.items()}, pairs
+
+
+def embed(call: Call, device: torch.device, table: FeatureTable) -> Pairs:
+    """Tower outputs through the heads: the pairs that are evaluated. Collective under ZeRO-3."""
+    good, captions = table.good, table.good.repeat_interleave(table.first.diff())
+    with torch.no_grad():
+        image, text, scale, _ = call(
+            "heads", table.image[good].to(device), table.text[captions].to(device)
+        )
+    return Pairs(
+        image=image.unit.float().cpu(),
+        text=text.unit.float().cpu(),
+        image_ids=table.image_ids[good],
+        text_ids=table.text_ids()[captions],
+        backbone_image=table.image[good],
+        backbone_text=table.text[captions],
+        logit_scale=float(scale),
+    )
+
+
+def _figures(
+    config: Config,
+    call: Call,
+    device: torch.device,
+    held_out: HeldOut,
+    peers: Peers,
+    table: FeatureTable,
+    pairs: Pairs,
+) -> dict[str, float]:
+    """Recall of the dual encoder and, apart, after re-ranking by fusion. Collective."""
+    figures: dict[str, float] = dict(recalls(pairs, peers))
+    if config.eval.rerank:
+        lists = shortlists(pairs, config.eval.rerank)
+        scores = match_scores(
+            call,
+            device,
+            held_out.shards,
+            held_out.spec,
+            peers,
+            table,
+            lists.wanted(),
+            config.eval.batch_size,
+            config.data.workers,
+        )
+        figures |= reranked_recalls(pairs, lists, scores)
+    return figures
