@@ -106,17 +106,17 @@ class _Contrast(torch.autograd.Function):
         weight = (positive_grad / counts[row_slots])[:, None]
         y_grad = _summed(x * weight, row_slots, len(counts))[slots]
         x_grad = _summed(y, slots, len(counts))[row_slots].mul_(weight)
-        # Tiles are overwritten: another backward computes them all.
-        kept, ctx.kept = ctx.kept, []
+        # None is left to another backward, which computes them all.
+        num_kept = len(ctx.kept)
         if ctx.shift is not None:
             row_grad, column_grad = row_grad / row_sum, column_grad / column_sum
-        for index, (r, c, tile, work) in enumerate(tiles(x, y, s, kept)):
+        for index, (r, c, tile, work) in enumerate(tiles(x, y, s, ctx.kept)):
             if ctx.shift is None:
                 torch.sub(tile, row_sum[r, None], out=work).exp_().mul_(row_grad[r, None])
                 tile.sub_(column_sum[c]).exp_()
                 torch.addcmul(work, tile, column_grad[c], out=tile)
             else:
-                if index >= len(kept):
+                if index >= num_kept:
                     shifted_exp(tile, ctx.shift)
                 tile.mul_(torch.add(row_grad[r, None], column_grad[c], out=work))
             x_grad[r].addmm_(tile, y[c])

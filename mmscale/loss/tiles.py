@@ -3,7 +3,7 @@
 `x` are rows, `y` columns and `s` the scale, of one dtype; logits are s x_i.y_j.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
@@ -91,22 +91,22 @@ def tiles(
     x: Float[Tensor, "b d"],
     y: Float[Tensor, "n d"],
     s: Float[Tensor, "1"],
-    ready: Sequence[Tensor] = (),
+    ready: list[Tensor] | None = None,
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
     """Rows, columns, logits and a work tile of each place; the next overwrites both tiles.
 
-    At the first places stand the tiles that are `ready`, instead of logits.
+    At the first places stand the tiles that are `ready`, instead of logits; they leave that list.
     """
     side = _CPU_SIDE if x.device.type == "cpu" else _ACCELERATOR_SIDE
     size = min(side, len(x)) * min(side, len(y))
     logits, work = x.new_empty(2, size)
-    waiting = iter(ready)
     for r in _slices(len(x), side):
         scaled = x[r] * s
         for c in _slices(len(y), side):
             shape = (r.stop - r.start, c.stop - c.start)
-            tile = next(waiting, None)
-            if tile is None:
+            if ready:
+                tile = ready.pop(0)
+            else:
                 out = logits[: shape[0] * shape[1]].view(shape)
                 tile = torch.mm(scaled, y[c].T, out=out)
             yield r, c, tile, work[: tile.numel()].view(shape)
