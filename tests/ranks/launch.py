@@ -44,7 +44,9 @@ def run_on_ranks(
     Raises:
         RankError: A rank raised, died or ran out of time.
     """
-    context = multiprocessing.get_context("spawn")
+    # Every rank starts from one process that has imported what ranks need: seconds less for each.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.ranks.tiny"])
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         processes = []
