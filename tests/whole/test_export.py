@@ -12,15 +12,18 @@ from PIL import Image
 
 import mmscale
 from tests.whole.command import run
-from tests.whole.small_run import ALONE, succeed, words_for, write_settings
+from tests.whole.small_run import ALONE, SETTINGS, succeed, words_for
 
 
 @pytest.fixture(scope="module")
 def trained(synthetic, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    words = words_for(synthetic, write_settings(folder))
-    towers = ["model.vision.options={}", "model.vision.name=timm:test_convnext"]
-    succeed([*ALONE, *words, *towers, f"run.dir={folder / 'run'}", "train.duration=3 steps"])
+    settings = folder / "settings.yaml"
+    settings.write_text(SETTINGS.replace("timm:convnext_atto", "timm:test_convnext"), "utf-8")
+    text = settings.read_text("utf-8")
+    settings.write_text(text.replace("options: {depths: [1, 1, 1, 1], dims: [16, 32, 48, 64]}", ""))
+    words = words_for(synthetic, settings)
+    succeed([*ALONE, *words, f"run.dir={folder / 'run'}", "train.duration=3 steps"])
     return folder / "run"
 
 

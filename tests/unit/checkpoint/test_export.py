@@ -93,7 +93,9 @@ def tiny_clip(tmp_path):
     }
     (folder / "tiny-clip.json").write_text(json.dumps(content))
     open_clip.add_model_config(folder)
-    return "tiny-clip"
+    yield "tiny-clip"
+    open_clip.factory._MODEL_CONFIG_PATHS.remove(folder)
+    del open_clip.factory._MODEL_CONFIGS["tiny-clip"]
 
 
 def test_a_whole_openclip_model_goes_back_under_its_own_name(tmp_path, tiny_clip):

@@ -6,6 +6,7 @@ import torch
 
 from mmscale.config.load import load_config
 from mmscale.diagnostics.doctor import diagnose, judge
+from mmscale.diagnostics.geometry import health_figures
 from mmscale.diagnostics.pairs import Pairs, one_to_one
 from mmscale.diagnostics.verdicts import ORDER
 from mmscale.errors import DataError
@@ -59,7 +60,8 @@ def test_features_turn_the_causes():
     paired = replace(pairs, backbone_image=features.image, backbone_text=features.text)
     broken = replace(paired, backbone_text=features.text.roll(1, dims=0))
     assert "the pairs are right" in diagnose(paired).causes[0]
-    assert "the pairs are shuffled" in diagnose(broken).causes[0]
+    assert diagnose(broken).verdict == "shuffled_pairs"
+    assert diagnose(broken).also == ("unaligned",)
     assert "backbone_cka_z" in diagnose(paired).evidence
 
 
@@ -85,16 +87,11 @@ def test_rules_have_a_place_in_the_order():
 
 
 def test_a_narrow_cone_that_tells_its_inputs_apart_is_not_dead():
-    figures = {
-        "health/pairs": 500.0,
+    figures = health_figures(healthy(0.5)(500, 64, 0)) | {
         "health/variance_image": 0.03,
         "health/variance_text": 0.5,
-        "health/auc_centred": 0.95,
-        "health/delta_z": 40.0,
-        "health/cka_z": 50.0,
-        "health/row_share": 0.1,
         "health/column_share": 0.8,
-        "health/std_off_sqrt_d": 1.0,
+        "health/cka_z": 50.0,
     }
     assert judge(figures).verdict == "healthy"
     assert judge(figures | {"health/variance_image": 0.001}).verdict == "dead_tower"
