@@ -101,10 +101,21 @@ class OpenClipText(Tower):
     def forward_sequence(
         self, tokens: Int64[Tensor, "b t"], mask: Bool[Tensor, "b t"]
     ) -> tuple[Float[Tensor, "b f"], Float[Tensor, "b t e"]]:
+        if isinstance(self.trunk, HFTextEncoder):
+            return self._whole_sequence(tokens)
         length = tokens.shape[1]
         missing = max(self.whole_rows - length, 0)
         pooled, sequence = self.trunk(F.pad(tokens, (0, missing), value=self.pad_token))
         return pooled, sequence[:, :length]
+
+    def _whole_sequence(
+        self, tokens: Int64[Tensor, "b t"]
+    ) -> tuple[Float[Tensor, "b f"], Float[Tensor, "b t e"]]:
+        """As the trunk's own forward, which leaves out the token that it pools."""
+        trunk: Any = self.trunk
+        real = (tokens != trunk.config.pad_token_id).long()
+        output = trunk.transformer(input_ids=tokens, attention_mask=real)
+        return trunk.proj(trunk.pooler(output, real)), output.last_hidden_state
 
     def checkpoint_blocks(self) -> bool:
         if isinstance(self.trunk, HFTextEncoder):
