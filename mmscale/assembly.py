@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mmscale.checkpoint.files import Checkpoint, Progress, save
+from mmscale.checkpoint.files import Checkpoint, Origin, Progress, save
 from mmscale.checkpoint.resume import require_same_run, starting_point
 from mmscale.config.batches import HardBatchesConfig
 from mmscale.config.deepspeed import zero_stage
@@ -63,8 +63,23 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """A stretch of a run with one configuration and one engine.
+
+    Attributes:
+        config: The run's.
+        origin: What it goes on from; None: as `run.resume` says.
+        start: Where it goes on, if not where the origin stands.
+    """
+
+    config: Config
+    origin: Origin | None = None
+    start: Progress | None = None
+
+
+@dataclass(frozen=True)
 class Training:
-    """Everything that the loop needs."""
+    """Everything that the loop needs for one segment of a run."""
 
     config: Config
     world: World
@@ -85,15 +100,22 @@ class Training:
         """The order of the data."""
         return self.stream.schedule
 
+    def close(self) -> None:
+        """Free the engine and what follows it."""
+        if self.companions.momentum is not None:
+            self.companions.momentum.close()
+        self.engine.close()
 
-def assemble(config: Config, world: World, tell: Tell) -> Training:
-    """Build a run: joined ranks, data, model, engine, restored state. Collective.
+
+def assemble(segment: Segment, world: World, tell: Tell) -> Training:
+    """Build a segment: joined ranks, data, model, engine, restored state. Collective.
 
     Args:
-        config: The run.
+        segment: What to build, and from what.
         world: The launcher's promise.
         tell: Takes a line about what is built, as it is built.
     """
+    config = segment.config
     policy = choose(config.engine, world.local_rank)
     filled = fill_preset(config.model, policy.failing_towers)
     if stand_in := stand_in_line(config.model, filled):
@@ -106,20 +128,21 @@ def assemble(config: Config, world: World, tell: Tell) -> Training:
     peers = connect(world)
     shards = open_train(config.data)
     schedule = plan_schedule(config, shards, plan.lanes)
-    checkpoint = starting_point(config, world, tell)
+    origin = segment.origin or starting_point(config, world, tell)
     if config.data.hard_batches.table is not None:
         tell(f"hard batches: neighbours from {config.data.hard_batches.table}")
-        table = _neighbours(config.data.hard_batches, world, checkpoint)
+        table = _neighbours(config.data.hard_batches, world, origin)
         schedule = plan_schedule(config, shards, plan.lanes, table)
         tell(f"hard batches: {schedule.with_neighbours:.0%} of the images have neighbours")
-    # A checkpoint holds every weight: none is fetched for a model that it fills.
-    wanted = config.model if checkpoint is None else without_weights(config.model)
+    # An origin holds every weight: none is fetched for a model that it fills.
+    wanted = config.model if origin is None else without_weights(config.model)
     wanted = with_scale_fitted(wanted, shards.samples)
     model, spec = build_model(wanted, config.data.image_size, config.run.seed)
     spec = with_cleaning(spec, config.data.caption_cleaning)
-    if checkpoint is not None:
-        checkpoint.load_weights(model)
-        require_same_run(checkpoint, config, plan.lanes)
+    if origin is not None:
+        origin.load_weights(model)
+    if isinstance(origin, Checkpoint) and segment.origin is None:
+        require_same_run(origin, config, plan.lanes)
     tell(f"batch: {plan}")
     tell(f"device: {policy}")
     if gaps := gaps_line(model, spec, policy):
@@ -131,21 +154,21 @@ def assemble(config: Config, world: World, tell: Tell) -> Training:
         if features is None
         else CachedStream(schedule, shards, features, world)
     )
-    if checkpoint is None:
+    if origin is None:
         fit_heads(model, inference, stream, peers, plan.micro_rows, spec)
     connect_batch_norms(model, peers)
     steps_of = partial(
         Duration.steps, steps_per_epoch=schedule.steps, global_batch_size=plan.global_rows
     )
     model.scale.follow(steps_of)
-    follower = _follower(config, kind, model, checkpoint)
+    follower = _follower(config, kind, model, origin)
     engine = _engine(kind, model.train(), config, plan, policy, world)
-    bank = _bank(config, shards.samples, engine.device, checkpoint)
+    bank = _bank(config, shards.samples, engine.device, origin)
     # Ranks draw different dropout masks; a resumed run gets each rank's own state back.
     torch.manual_seed(config.run.seed * 1_000_003 + world.rank)
-    if checkpoint is not None:
-        engine.restore(checkpoint.moments, checkpoint.progress.updates)
-        if random := checkpoint.random(world.rank):
+    if origin is not None:
+        engine.restore(origin.moments, origin.progress.updates)
+        if random := origin.random(world.rank):
             set_rng_state(policy.device, random)
     return Training(
         config=config,
@@ -159,7 +182,7 @@ def assemble(config: Config, world: World, tell: Tell) -> Training:
         stream=stream,
         spec=spec,
         held_out=held_out,
-        start=checkpoint.progress if checkpoint else Progress(lanes=plan.lanes),
+        start=segment.start or (origin.progress if origin else Progress(lanes=plan.lanes)),
         total_steps=config.train.duration.steps(schedule.steps, plan.global_rows),
     )
 
@@ -194,24 +217,24 @@ def _engine(
     return AccelerateEngine(model, config, policy, world)
 
 
-def _neighbours(hard: HardBatchesConfig, world: World, checkpoint: Checkpoint | None) -> Neighbours:
+def _neighbours(hard: HardBatchesConfig, world: World, origin: Origin | None) -> Neighbours:
     """The table that the run began with, else the one that it is given; equal on every rank."""
-    if checkpoint is not None:
-        return Neighbours.of(checkpoint.companions("hard_batches."))
+    if origin is not None:
+        return Neighbours.of(origin.companions("hard_batches."))
     read = read_neighbours(Path(str(hard.table)), hard.by).tensors() if world.is_main else None
     return Neighbours.of(from_main(world, read))
 
 
 def _follower(
-    config: Config, kind: str, model: nn.Module, checkpoint: Checkpoint | None
+    config: Config, kind: str, model: nn.Module, origin: Origin | None
 ) -> nn.Module | None:
     """What becomes the momentum encoder; taken before an engine shards the model."""
     if not needs_momentum(config):
         return None
     sharded = kind == "deepspeed" and zero_stage(config.engine.deepspeed) == 3
     follower = copy_of(model, share_frozen=not sharded)
-    if checkpoint is not None:
-        checkpoint.load_momentum(averaged(follower, model))
+    if origin is not None:
+        origin.load_momentum(averaged(follower, model))
     return follower
 
 
@@ -236,15 +259,15 @@ def _companions(
 
 
 def _bank(
-    config: Config, images: int, device: torch.device, checkpoint: Checkpoint | None
+    config: Config, images: int, device: torch.device, origin: Origin | None
 ) -> RowBank | None:
     """Rows of earlier batches, as the checkpoint left them."""
     size, unique = slots(config.negatives.queue.size, images)
     if not size:
         return None
     bank = RowBank(size, config.model.embed_dim, unique, device)
-    if checkpoint is not None:
-        bank.restore(checkpoint.companions(PREFIX))
+    if origin is not None:
+        bank.restore(origin.companions(PREFIX))
     return bank
 
 

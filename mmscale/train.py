@@ -3,7 +3,6 @@
 deepspeed mmscale/train.py CONFIG key=value ...      accelerate launch mmscale/train.py CONFIG ...
 """
 
-import json
 import os
 import sys
 import time
@@ -16,22 +15,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mmscale.config.load import load_config
 from mmscale.config.schema import Config
-from mmscale.durable import replace_file
-from mmscale.errors import DataError, HaltError, TerminatedError, explained
+from mmscale.errors import TerminatedError, explained
 
 if TYPE_CHECKING:
-    from mmscale.assembly import Training
+    from mmscale.assembly import Segment, Training
     from mmscale.checkpoint.files import Progress
     from mmscale.contracts import Batch, Position
-    from mmscale.diagnostics.pairs import Pairs
     from mmscale.dist.signals import StopSignal
     from mmscale.engine.step import Update
     from mmscale.report.report import Report
 
 Batches: TypeAlias = "Generator[tuple[Batch, Position, float], None, None]"
-
-# Updates in a row that may be skipped because a gradient is not finite.
-MAX_SKIPPED = 5
 
 
 def main(words: Sequence[str]) -> int:
@@ -62,25 +56,37 @@ def _attempt(config: Config, updated: Callable[[], None]) -> int:
 
     world = promised_world()
     with failing_together(world):
-        from mmscale.assembly import assemble
+        from mmscale.assembly import Segment, assemble
         from mmscale.dist.signals import StopSignal
         from mmscale.report.console import early_line
-        from mmscale.report.lines import opening_lines
         from mmscale.report.report import Report
 
         stop = StopSignal()
-        training = assemble(config, world, early_line(world))
+        training = assemble(Segment(config), world, early_line(world))
         _write_config(training)
         with Report(training.config, world, training.total_steps, training.start.step) as report:
-            for line in opening_lines(training):
-                report.say(line)
-            # Closed, so that decoding processes end here and not when their loader is collected.
-            with closing(_batches(training)) as batches:
-                progress = _loop(training, report, stop, batches, updated)
-            _finish(training, report, progress)
-        training.engine.close()
+            while (following := _segment(training, report, stop, updated)) is not None:
+                training = assemble(following, world, report.say)
     leave()
     return 0
+
+
+def _segment(
+    training: "Training", report: "Report", stop: "StopSignal", updated: Callable[[], None]
+) -> "Segment | None":
+    """Train with one configuration and engine; returns what the run goes on as, None at its end."""
+    from mmscale.course.closing import finish
+    from mmscale.report.lines import opening_lines
+
+    for line in opening_lines(training):
+        report.say(line)
+    # Closed, so that decoding processes end here and not when their loader is collected.
+    with closing(_batches(training)) as batches:
+        progress, following = _loop(training, report, stop, batches, updated)
+    if following is None:
+        finish(training, report, progress)
+    training.close()
+    return following
 
 
 def _loop(
@@ -89,16 +95,19 @@ def _loop(
     stop: "StopSignal",
     batches: "Batches",
     updated: Callable[[], None],
-) -> "Progress":
-    """Update until the run's length is reached; returns how far it came."""
+) -> tuple["Progress", "Segment | None"]:
+    """Update until the segment ends; returns how far it came, and what follows before the end."""
     from mmscale.assembly import save_checkpoint
+    from mmscale.course.closing import evaluated
+    from mmscale.course.damage import check_damage
+    from mmscale.course.skips import Skips
     from mmscale.engine.schedule import rate_factor
     from mmscale.engine.step import update
     from mmscale.report.lines import first_batch_line, probe_line, training_line
 
     config, progress, total = training.config, training.start, training.total_steps
     warmup = _steps(training, config.optim.warmup)
-    skipped = 0
+    skips = Skips()
     clock = time.perf_counter()
     for batch, position, waited in batches:
         if progress is training.start:
@@ -121,9 +130,9 @@ def _loop(
         seconds = time.perf_counter() - clock
         if _due(training, config.log.every, progress):
             report.training(training_line(training, progress, done, seconds, waited))
-        skipped = _count_skipped(skipped, done, batch, progress)
+        skips.count(progress, done, batch)
         if done.record.damaged:
-            _check_damage(training, report, batch, progress)
+            check_damage(training, report, batch, progress)
         if _due(training, config.probe.every, progress):
             report.probe(probe_line(training, progress, done, batch))
         if progress.step < total:
@@ -131,11 +140,11 @@ def _loop(
                 save_checkpoint(training, progress)
                 raise TerminatedError(f"told to stop; step {progress.step} is in a checkpoint")
             if _due(training, config.eval.every, progress):
-                progress, _ = _evaluate(training, report, progress)
+                progress, _ = evaluated(training, report, progress)
             if _due(training, config.checkpoint.every, progress):
                 save_checkpoint(training, progress)
         clock = time.perf_counter()
-    return progress
+    return progress, None
 
 
 def _batches(training: "Training") -> "Batches":
@@ -169,72 +178,6 @@ def _steps(training: "Training", duration: Any) -> int:
 
 def _due(training: "Training", every: Any, progress: "Progress") -> bool:
     return every is not None and progress.step % _steps(training, every) == 0
-
-
-def _count_skipped(skipped: int, done: "Update", batch: "Batch", progress: "Progress") -> int:
-    if done.record.applied:
-        return 0
-    if skipped + 1 >= MAX_SKIPPED:
-        raise HaltError(
-            f"step {progress.step}: the gradient was not finite in {MAX_SKIPPED} updates in a row, "
-            f"lastly on {', '.join(batch.keys[:3])}...; lower optim.lr or set engine.precision=fp32"
-        )
-    return skipped + 1
-
-
-def _check_damage(
-    training: "Training", report: "Report", batch: "Batch", progress: "Progress"
-) -> None:
-    """Name what could not be decoded; end when it is more than allowed. Collective."""
-    from mmscale.dist.peers import from_all
-
-    named = [line for lines in from_all(training.world, batch.damaged) for line in lines]
-    for line in named:
-        report.warn(f"{line}; its row repeats another sample")
-    share, items = training.config.data.max_damaged, training.schedule.items
-    if progress.damaged > share * items:
-        raise DataError(
-            f"{progress.damaged} rows of this epoch could not be decoded, lastly {named[-1]}, more "
-            f"than data.max_damaged={share} of {items} allows; run mmscale verify on data.train"
-        )
-
-
-def _evaluate(
-    training: "Training", report: "Report", progress: "Progress"
-) -> tuple["Progress", "Pairs | None"]:
-    from mmscale.evaluation import evaluate
-
-    evaluated = evaluate(training)
-    if evaluated is None:
-        return progress, None
-    figures, pairs = evaluated
-    report.evaluation({"step": progress.step, **figures})
-    return replace(progress, metrics=figures), pairs
-
-
-def _finish(training: "Training", report: "Report", progress: "Progress") -> None:
-    """The last evaluation, checkpoint, diagnosis and page."""
-    from mmscale.assembly import save_checkpoint
-    from mmscale.diagnostics.doctor import diagnose
-    from mmscale.diagnostics.histogram import similarity_histogram
-    from mmscale.report.page import write_page
-
-    progress, pairs = _evaluate(training, report, progress)
-    if progress.step > training.start.step:
-        save_checkpoint(training, progress)
-    if not training.world.is_main:
-        return
-    run_dir = Path(training.config.run.dir)
-    closing: dict[str, Any] = {"step": progress.step, **progress.metrics}
-    if pairs is not None:
-        diagnosis = diagnose(pairs).to_json()
-        similarity = similarity_histogram(pairs)
-        replace_file(run_dir / "doctor.json", json.dumps(diagnosis, indent=1).encode())
-        replace_file(run_dir / "similarity.json", json.dumps(similarity).encode())
-        report.say(f"verdict: {diagnosis['verdict']} (confidence {diagnosis['confidence']:.2f})")
-        closing["verdict"] = diagnosis["verdict"]
-    report.finish(closing)
-    report.say(f"report: {write_page(run_dir)}")
 
 
 def _write_config(training: "Training") -> None:

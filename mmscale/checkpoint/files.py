@@ -8,9 +8,9 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,6 +39,8 @@ class Progress:
         damaged: Rows of this epoch that stood in for undecodable samples.
         lanes: Lanes of the data; the order of the rows depends on it.
         metrics: The newest evaluation.
+        stage: Number of the stage that trains, from 0.
+        stage_start: `step` at which that stage began.
     """
 
     step: int = 0
@@ -47,6 +49,14 @@ class Progress:
     damaged: int = 0
     lanes: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
+    stage: int = 0
+    stage_start: int = 0
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "Progress":
+        """Read what `state.json` keeps of it; what an older one lacks has its default."""
+        known = {f.name: state[f.name] for f in fields(cls) if f.name in state}
+        return cls(**{**known, "position": Position(**state["position"])})
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -165,6 +175,27 @@ def step_folders(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "checkpoints").glob("step-" + "[0-9]" * 8), reverse=True)
 
 
+class Origin(Protocol):
+    """What a segment of a run goes on from: named whole tensors and how far the run had come."""
+
+    progress: Progress
+
+    def load_weights(self, model: nn.Module) -> None:
+        """Fill the model's parameters and buffers."""
+
+    def load_momentum(self, own: Mapping[str, Tensor]) -> None:
+        """Fill what the momentum encoder averages, by the names that the model has for it."""
+
+    def moments(self, name: str) -> dict[str, Tensor]:
+        """The optimizer state of a parameter; empty for one that was not trained."""
+
+    def random(self, rank: int) -> dict[str, Tensor]:
+        """Random state of a rank; empty where that rank did not exist."""
+
+    def companions(self, prefix: str) -> dict[str, Tensor]:
+        """Tensors that are not the model's, by what follows `prefix` in their names."""
+
+
 class Checkpoint:
     """A checkpoint on disk, verified when opened."""
 
@@ -192,14 +223,7 @@ class Checkpoint:
         self.config: dict[str, Any] = state["config"]
         self.world: int = state["world"]
         self.tensors: dict[str, Any] = state["tensors"]
-        self.progress = Progress(
-            step=state["step"],
-            updates=state["updates"],
-            position=Position(**state["position"]),
-            damaged=state["damaged"],
-            lanes=state["lanes"],
-            metrics=state["metrics"],
-        )
+        self.progress = Progress.from_state(state)
 
     def _verify(self, state: dict[str, Any]) -> None:
         for name, wanted in state["files"].items():

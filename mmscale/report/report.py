@@ -34,10 +34,11 @@ class Report:
         self._console: TrainingConsole | None = None
         self._sinks: list[MetricsLog | WandbSink] = []
         self._has_told_cuts = False
+        self._log = Path(config.run.dir) / "metrics.jsonl"
         if world.is_main:
             chance = chance_loss(config.model_dump(), world.size)
             self._console = TrainingConsole(total_steps, chance)
-            self._sinks.append(_open_log(Path(config.run.dir) / "metrics.jsonl", start_step))
+            self._sinks.append(_open_log(self._log, start_step))
             if config.log.wandb != "off":
                 self._sinks.append(WandbSink(config, self.warn))
 
@@ -84,6 +85,13 @@ class Report:
         self._write(line)
         if self._console:
             self._console.evaluation(line)
+
+    def go_back(self, step: int) -> None:
+        """The run goes on from `step`: what the log holds beyond it is cut away."""
+        for place, sink in enumerate(self._sinks):
+            if isinstance(sink, MetricsLog):
+                sink.close()
+                self._sinks[place] = _open_log(self._log, step)
 
     def finish(self, line: Mapping[str, Any]) -> None:
         """Record that the run is whole; nothing may be recorded afterwards."""
