@@ -337,6 +337,43 @@ def bench(
     return 0
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def lab(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="losses.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of its runs; default runs/lab/NAME.")
+    ] = None,
+    page: Annotated[Path | None, typer.Option(help="Also write the page here.")] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each kind.", min=1)] = 3,
+    jobs: Annotated[
+        int, typer.Option(help="Processes at once; 0: all runs in this one.", min=0)
+    ] = 0,
+    only: Annotated[
+        list[str] | None, typer.Option(help="LABEL=VALUE: only such runs; may be repeated.")
+    ] = None,
+    json_file: Json = None,
+) -> int:
+    """Run an experiment's grid of trainings: NAME CONFIG key=value ...; goes on where it stopped.
+
+    Every run shares the words; results are lines of OUT/results.jsonl, the table is OUT/page.md.
+    """
+    from dataclasses import asdict
+
+    from mmscale.lab.experiments import run
+
+    folder = out or Path("runs/lab") / name
+    results, text = run(name, context.args, folder, seeds, jobs, only or ())
+    _write(json_file, [asdict(result) for result in results])
+    if page is not None:
+        page.write_text(text, "utf-8")
+    _say(text)
+    failed = [result.exit_code for result in results if result.error is not None]
+    if failed:
+        _tell(f"{len(failed)} of {len(results)} runs failed; {folder}/results.jsonl says why")
+    return failed[0] if failed else 0
+
+
 def _pairs(run: Path, data: str | None) -> Any:
     from mmscale.dist.peers import Alone
     from mmscale.evaluation import embed_set

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmscale.errors import ConfigError
+from mmscale.lab.table import aligned
 
 BENCHES = ("data", "loss")
 
@@ -80,14 +81,7 @@ def table(results: Sequence[Result]) -> str:
     """Results as aligned text, a line each."""
     names = [field.name for field in fields(Result)]
     rows = [names, *([_shown(getattr(result, name)) for name in names] for result in results)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if place < 2 or place == 4 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    return aligned(rows, left={0, 1, 4})
 
 
 def _shown(value: object) -> str:

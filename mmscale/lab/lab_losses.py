@@ -1,0 +1,106 @@
+"""`mmscale lab losses`: held-out recall by loss and by negatives, at equal steps.
+
+Meant for frozen towers with cached features (the `flickr8k` preset), where a run takes seconds.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from mmscale.lab.cells import Cell, Result
+from mmscale.lab.experiments import with_defaults
+from mmscale.lab.table import Table, table_of
+from mmscale.lab.trained import MEAN_RECALL, RECALLS
+
+DEFAULTS = ("train.duration=300 steps", "eval.every=null", "checkpoint.every=null")
+BATCH = "batch"
+INFONCE: dict[str, Any] = {"kind": "infonce"}
+# Terms that do not contrast, and those that only shape the space, stand beside InfoNCE.
+LOSSES: dict[str, list[dict[str, Any]]] = {
+    "infonce": [INFONCE],
+    "siglip": [{"kind": "siglip"}],
+    "dcl": [{"kind": "dcl", "temperature": 0.07}],
+    "hn_nce": [{"kind": "hn_nce"}],
+    "ntxent": [{"kind": "ntxent"}],
+    "supcon": [{"kind": "supcon"}],
+    "hinge, all": [{"kind": "hinge", "hardness": 0}],
+    "hinge, hardest": [{"kind": "hinge"}],
+    "spectral": [{"kind": "spectral"}],
+    "vicreg": [{"kind": "vicreg"}],
+    "barlow": [{"kind": "barlow"}],
+    "alignment + uniformity": [{"kind": "alignment"}, {"kind": "uniformity"}],
+    "distillation": [{"kind": "distillation"}],
+    "infonce + vicreg": [INFONCE, {"kind": "vicreg", "weight": 0.04}],
+    "infonce + decorrelation": [INFONCE, {"kind": "decorrelation", "weight": 0.2}],
+    "infonce + diversity": [INFONCE, {"kind": "diversity", "weight": 0.1}],
+    "infonce + regression": [INFONCE, {"kind": "regression", "weight": 0.5}],
+}
+NEGATIVES: dict[str, tuple[str, ...]] = {
+    "queue, momentum": ("negatives.queue.size=4096",),
+    "queue, online": ("negatives.queue.size=4096", "negatives.queue.source=online"),
+    "bank of all images": ("negatives.queue.size=all",),
+}
+# What is tried with each kind of negatives.
+CONTRASTED = ("infonce", "siglip", "hinge, hardest")
+COLUMNS = {
+    "image to text R@1": "eval/i2t_r1",
+    "R@5": "eval/i2t_r5",
+    "R@10": "eval/i2t_r10",
+    "text to image R@1": "eval/t2i_r1",
+    "R@5 ": "eval/t2i_r5",
+    "R@10 ": "eval/t2i_r10",
+    "mean": MEAN_RECALL,
+}
+assert set(RECALLS) < set(COLUMNS.values())
+
+
+def cells(words: tuple[str, ...], seeds: Iterable[int]) -> list[Cell]:
+    """Every loss with the batch's negatives, then some with every other kind of negatives."""
+    words = with_defaults(words, DEFAULTS)
+    places: list[tuple[str, str, tuple[str, ...]]] = [(loss, BATCH, ()) for loss in LOSSES]
+    places += [
+        (loss, negatives, extra) for negatives, extra in NEGATIVES.items() for loss in CONTRASTED
+    ]
+    return [
+        Cell(
+            {"loss": loss, "negatives": negatives, "seed": seed},
+            (*words, *extra, f"loss.terms={json.dumps(LOSSES[loss])}", f"run.seed={seed}"),
+        )
+        for loss, negatives, extra in places
+        for seed in seeds
+    ]
+
+
+def page(results: Sequence[Result]) -> str:
+    """Both tables."""
+    return (
+        "Held-out recall in percent, mean ± standard deviation over seeds.\n\n"
+        f"{losses_table(results).markdown()}\n\n"
+        "Mean of the six recalls by negatives; `batch`: those of the global batch alone.\n\n"
+        f"{negatives_table(results).markdown()}\n"
+    )
+
+
+def losses_table(results: Sequence[Result]) -> Table:
+    """Recalls by loss, with the batch's negatives."""
+    return table_of(
+        (
+            (result.labels["loss"], column, result.figures.get(name, "failed"))
+            for result in results
+            if result.labels["negatives"] == BATCH
+            for column, name in COLUMNS.items()
+        ),
+        "loss",
+    )
+
+
+def negatives_table(results: Sequence[Result]) -> Table:
+    """Mean recall by negatives and loss."""
+    return table_of(
+        (
+            (labels["negatives"], labels["loss"], result.figures.get(MEAN_RECALL, "failed"))
+            for result in results
+            if (labels := result.labels)["loss"] in CONTRASTED
+        ),
+        "negatives",
+    )
