@@ -19,7 +19,14 @@ MAY_DIFFER_EXACTLY = (
     "data.workers",
     "data.cache_gb",
 )
-RUN_FILES = ("config.yaml", "metrics.jsonl", "doctor.json", "similarity.json", "report.html")
+RUN_FILES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "space.jsonl",
+    "doctor.json",
+    "examples.json",
+    "report.html",
+)
 
 
 def starting_point(config: Config, world: World, warn: Any) -> Checkpoint | None:

@@ -8,7 +8,6 @@ from typing import Any
 from mmscale.assembly import Training, save_checkpoint
 from mmscale.checkpoint.files import Progress
 from mmscale.diagnostics.doctor import diagnose
-from mmscale.diagnostics.histogram import similarity_histogram
 from mmscale.diagnostics.pairs import Pairs
 from mmscale.durable import replace_file
 from mmscale.evaluation import evaluate
@@ -24,7 +23,7 @@ def evaluated(
     if found is None:
         return progress, None
     figures, pairs = found
-    report.evaluation({"step": progress.step, **figures})
+    report.evaluation({"step": progress.step, **figures}, pairs)
     return replace(progress, metrics=figures), pairs
 
 
@@ -39,9 +38,7 @@ def finish(training: Training, report: Report, progress: Progress) -> None:
     last: dict[str, Any] = {"step": progress.step, **progress.metrics}
     if pairs is not None:
         diagnosis = diagnose(pairs).to_json()
-        similarity = similarity_histogram(pairs)
         replace_file(run_dir / "doctor.json", json.dumps(diagnosis, indent=1).encode())
-        replace_file(run_dir / "similarity.json", json.dumps(similarity).encode())
         report.say(f"verdict: {diagnosis['verdict']} (confidence {diagnosis['confidence']:.2f})")
         last["verdict"] = diagnosis["verdict"]
     report.finish(last)

@@ -9,7 +9,7 @@ from mmscale.diagnostics.pairs import Pairs, distinct_rows
 from mmscale.diagnostics.similarity import on_grid
 
 BINS = 80
-LARGEST_SAMPLE = 2048
+LARGEST_SAMPLE = 512
 _CHUNK = 256
 
 

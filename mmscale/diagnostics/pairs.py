@@ -48,15 +48,9 @@ class Pairs:
 def one_to_one(pairs: Pairs, limit: int | None = None) -> Pairs:
     """Each distinct image with its first caption, row i with row i, ids distinct; on the CPU.
 
-    Images without a caption and captions without an image are left out. More than `limit` images
-    are thinned evenly over their order, so the same pairs give the same choice.
+    The rows of `first_pairs`.
     """
-    image_ids, text_ids = (ids.cpu().numpy() for ids in (pairs.image_ids, pairs.text_ids))
-    _, image_rows, text_rows = np.intersect1d(image_ids, text_ids, return_indices=True)
-    order = np.argsort(image_rows)
-    if limit is not None and len(order) > limit:
-        order = order[np.linspace(0, len(order) - 1, limit).round().astype(np.int64)]
-    images, texts = (torch.from_numpy(rows[order]) for rows in (image_rows, text_rows))
+    images, texts = first_pairs(pairs, limit)
     backbone = pairs.backbone_image, pairs.backbone_text
     return replace(
         pairs,
@@ -67,6 +61,22 @@ def one_to_one(pairs: Pairs, limit: int | None = None) -> Pairs:
         backbone_image=None if backbone[0] is None else _take(backbone[0], images),
         backbone_text=None if backbone[1] is None else _take(backbone[1], texts),
     )
+
+
+def first_pairs(
+    pairs: Pairs, limit: int | None = None
+) -> tuple[Int64[Tensor, " p"], Int64[Tensor, " p"]]:
+    """Row of each distinct image and row of its first caption, in the order of the images.
+
+    Images without a caption and captions without an image are left out. More than `limit` images
+    are thinned evenly over their order, so the same pairs give the same choice.
+    """
+    image_ids, text_ids = (ids.cpu().numpy() for ids in (pairs.image_ids, pairs.text_ids))
+    _, image_rows, text_rows = np.intersect1d(image_ids, text_ids, return_indices=True)
+    order = np.argsort(image_rows)
+    if limit is not None and len(order) > limit:
+        order = order[np.linspace(0, len(order) - 1, limit).round().astype(np.int64)]
+    return torch.from_numpy(image_rows[order]), torch.from_numpy(text_rows[order])
 
 
 def distinct_rows(ids: Int64[Tensor, " n"]) -> Int64[Tensor, " distinct"]:

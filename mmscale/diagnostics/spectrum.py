@@ -73,11 +73,22 @@ def isotropic_rankme(num: int, width: int) -> float:
     return smaller * math.exp(math.log(mean) - log_mean / mean)
 
 
+def covariance_spectrum(rows: Float64[Tensor, "n d"]) -> Float64[Tensor, " r"]:
+    """Eigenvalues of the rows' covariance, the largest first; they add up to the variance."""
+    return _spread(rows - rows.mean(dim=0)) / len(rows)
+
+
+def _spread(centred: Float64[Tensor, "n d"]) -> Float64[Tensor, " r"]:
+    """Squared singular values of centred rows, the largest first."""
+    # Centring takes one direction away, whose value is rounding.
+    possible = min(centred.shape[0] - 1, centred.shape[1])
+    return _squared_singular_values(centred).flip(0)[:possible]
+
+
 def _covariance_figures(centred: Float64[Tensor, "n d"]) -> dict[str, float]:
     """What the covariance's eigenvalues say; zeros if there is no variance."""
-    possible = min(centred.shape[0] - 1, centred.shape[1])
-    # Centring takes one direction away, whose eigenvalue is rounding.
-    values = _squared_singular_values(centred).flip(0)[:possible]
+    values = _spread(centred)
+    possible = len(values)
     total = float(values.sum())
     # Below fp32's resolution of the rows the spectrum is that of rounding.
     if total <= 1e-14 * len(centred):

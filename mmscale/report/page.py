@@ -26,6 +26,7 @@ from mmscale.report.plots import (
     draw_similarity,
 )
 from mmscale.report.series import Lines
+from mmscale.report.space import SPACE_NAME, Moments, read_space
 from mmscale.report.verdicts import describe
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -55,7 +56,7 @@ def write_page(run_dir: Path) -> Path:
         causes=[str(cause) for cause in doctor.get("causes") or ()],
         remedies=[str(remedy) for remedy in doctor.get("remedies") or ()],
         recalls=collect_recalls(lines),
-        pictures=_pictures(lines, _read_json(run_dir / "similarity.json"), chance),
+        pictures=_pictures(lines, read_space(run_dir / SPACE_NAME), chance),
         facts=collect_facts(lines, chance),
         config_text=config_path.read_text("utf-8") if settings else None,
     )
@@ -64,9 +65,7 @@ def write_page(run_dir: Path) -> Path:
     return page
 
 
-def _pictures(
-    lines: Lines, similarity: Mapping[str, Any], chance: float | None
-) -> list[dict[str, Any]]:
+def _pictures(lines: Lines, moments: Moments, chance: float | None) -> list[dict[str, Any]]:
     """What could be drawn, each with its name and what to look for."""
     drawn = [
         (
@@ -77,7 +76,7 @@ def _pictures(
         ),
         (
             "Similarity of pairs",
-            draw_similarity(similarity),
+            draw_similarity(moments[-1].get("similarity", {}) if moments else {}),
             "The matched pairs should form a hill of their own to the right; two hills on top of "
             "each other mean that images and captions are unaligned.",
         ),

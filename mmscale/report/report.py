@@ -10,9 +10,12 @@ from typing import Any, Self
 
 from mmscale.config.schema import Config
 from mmscale.contracts import World
+from mmscale.diagnostics.pairs import Pairs
+from mmscale.diagnostics.space import snapshot
 from mmscale.report.chance import chance_loss
 from mmscale.report.console import TrainingConsole
 from mmscale.report.metrics import MetricsLog
+from mmscale.report.space import SPACE_NAME, SpaceLog
 from mmscale.report.wandb import WandbSink, require_wandb
 
 
@@ -33,12 +36,14 @@ class Report:
         require_wandb(config)
         self._console: TrainingConsole | None = None
         self._sinks: list[MetricsLog | WandbSink] = []
+        self._space: SpaceLog | None = None
         self._has_told_cuts = False
         self._log = Path(config.run.dir) / "metrics.jsonl"
         if world.is_main:
             chance = chance_loss(config.model_dump(), world.size)
             self._console = TrainingConsole(total_steps, chance)
             self._sinks.append(_open_log(self._log, start_step))
+            self._space = SpaceLog(self._log.with_name(SPACE_NAME), start_step)
             if config.log.wandb != "off":
                 self._sinks.append(WandbSink(config, self.warn))
 
@@ -80,9 +85,11 @@ class Report:
         """Record the embedding space's figures (`health/*`)."""
         self._write(line)
 
-    def evaluation(self, line: Mapping[str, Any]) -> None:
-        """Record the recalls on held-out pairs (`eval/*`)."""
+    def evaluation(self, line: Mapping[str, Any], pairs: Pairs) -> None:
+        """Record the recalls on held-out pairs (`eval/*`), and what the space looks like."""
         self._write(line)
+        if self._space:
+            self._space.write(line["step"], snapshot(pairs))
         if self._console:
             self._console.evaluation(line)
 
@@ -92,6 +99,8 @@ class Report:
             if isinstance(sink, MetricsLog):
                 sink.close()
                 self._sinks[place] = _open_log(self._log, step)
+        if self._space:
+            self._space = SpaceLog(self._log.with_name(SPACE_NAME), step)
 
     def finish(self, line: Mapping[str, Any]) -> None:
         """Record that the run is whole; nothing may be recorded afterwards."""

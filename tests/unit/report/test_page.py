@@ -37,7 +37,7 @@ def folder(tmp_path, run_lines):
 def full_folder(folder, histograms):
     config = Config.model_validate({"data": {"train": EVIL}, "train": {"global_batch_size": 32}})
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    (folder / "similarity.json").write_text(json.dumps(histograms))
+    (folder / "space.jsonl").write_text(json.dumps({"step": 40, "similarity": histograms}) + "\n")
     doctor = {
         "verdict": "unaligned",
         "also": ["hubness"],

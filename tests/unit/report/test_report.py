@@ -4,6 +4,10 @@ from mmscale.config.schema import Config
 from mmscale.contracts import World
 from mmscale.report.metrics import read_metrics
 from mmscale.report.report import Report
+from mmscale.report.space import read_space
+from tests.unit.diagnostics.faulty_embeddings import healthy
+
+PAIRS = healthy(0.7)(32, 16, 0)
 
 
 def config(tmp_path, **log):
@@ -18,7 +22,7 @@ def speak(report, first, last):
         for step in range(first, last + 1):
             report.training({"step": step, "loss": 1.0})
         report.probe({"step": last, "health/gap": 0.5})
-        report.evaluation({"step": last, "eval/i2t_r1": 1.0, "eval/t2i_r1": 2.0})
+        report.evaluation({"step": last, "eval/i2t_r1": 1.0, "eval/t2i_r1": 2.0}, PAIRS)
         report.warn("careful")
         report.finish({"step": last})
 
@@ -47,6 +51,18 @@ def test_going_on_cuts_the_log_back_to_the_checkpoint(tmp_path):
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert sum("finished" in line for line in lines) == 1
+    # The evaluation after step 4 came after the checkpoint.
+    assert [moment["step"] for moment in read_space(tmp_path / "run" / "space.jsonl")] == [6]
+
+
+def test_going_back_cuts_both_files(tmp_path):
+    report = Report(config(tmp_path), World(), 4, 0)
+    with report:
+        for step in (2, 4):
+            report.evaluation({"step": step, "eval/i2t_r1": 1.0, "eval/t2i_r1": 2.0}, PAIRS)
+        report.go_back(2)
+    for name in ("metrics.jsonl", "space.jsonl"):
+        assert [line["step"] for line in read_metrics(tmp_path / "run" / name)] == [2]
 
 
 def test_starting_over_forgets_the_log(tmp_path):

@@ -1,0 +1,112 @@
+"""What an embedding space looks like at one moment, small enough to keep one an evaluation."""
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mmscale.diagnostics.histogram import similarity_histogram
+from mmscale.diagnostics.pairs import Pairs, one_to_one
+from mmscale.diagnostics.spectrum import covariance_spectrum
+from mmscale.errors import DataError
+
+MAP_PAIRS = 200
+# Directions kept of a map's points: what t-SNE and UMAP are usually given.
+MAP_DIRECTIONS = 32
+SPECTRUM_ROWS = 1024
+SPECTRUM_POINTS = 48
+FEWEST_PAIRS = 4
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """Points of both modalities in the directions of largest variance that they share.
+
+    Attributes:
+        ids: Image id of each pair.
+        image: One row a pair, centred together with the captions.
+        text: Likewise.
+        shown: Share of the variance that the first two directions hold.
+    """
+
+    ids: list[int]
+    image: NDArray[np.float64]
+    text: NDArray[np.float64]
+    shown: float
+
+
+def snapshot(pairs: Pairs) -> dict[str, Any]:
+    """A moment of the space for JSON, about 30 kB: `similarity`, `spectrum` and `cloud`.
+
+    The last two need `FEWEST_PAIRS`. The same set gives the same images each time.
+    """
+    moment: dict[str, Any] = {"similarity": similarity_histogram(pairs)}
+    sample = one_to_one(pairs, SPECTRUM_ROWS)
+    if len(sample.image) >= FEWEST_PAIRS:
+        moment["spectrum"] = {
+            "image": _spectrum(sample.image.double()),
+            "text": _spectrum(sample.text.double()),
+        }
+        moment["cloud"] = _cloud(one_to_one(pairs, MAP_PAIRS))
+    return moment
+
+
+def read_cloud(content: Mapping[str, Any]) -> Cloud:
+    """The `cloud` of a snapshot.
+
+    Raises:
+        DataError: It is not one.
+    """
+    try:
+        ids = [int(number) for number in content["ids"]]
+        numbers = np.frombuffer(base64.b64decode(content["rows"], validate=True), "<f2")
+        rows = numbers.astype(np.float64).reshape(2, len(ids), -1)
+        shown = float(content["shown"])
+        if not np.isfinite(rows).all() or rows.shape[2] < 2:
+            raise ValueError("points that cannot be placed")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"a cloud of points cannot be read ({error}); remove the file") from error
+    return Cloud(ids, rows[0], rows[1], shown)
+
+
+def _spectrum(rows: Float64[Tensor, "n d"]) -> dict[str, list[float]]:
+    """Eigenvalues of the covariance at some ranks, evenly spaced on a logarithmic axis."""
+    values = covariance_spectrum(rows)
+    places = np.geomspace(1, len(values), SPECTRUM_POINTS).round().astype(int)
+    ranks = sorted(set(places.tolist()))
+    return {"ranks": ranks, "values": [_short(float(values[rank - 1])) for rank in ranks]}
+
+
+def _cloud(sample: Pairs) -> dict[str, Any]:
+    image, text = sample.image.double(), sample.text.double()
+    directions, shown = _principal(torch.cat([image, text]))
+    return {
+        "ids": sample.image_ids.tolist(),
+        "rows": base64.b64encode(directions.numpy().astype("<f2").tobytes()).decode(),
+        "shown": _short(shown),
+    }
+
+
+def _principal(rows: Float64[Tensor, "n d"]) -> tuple[Float[Tensor, "n k"], float]:
+    """Coordinates along the directions of largest variance, and the first two's share of it."""
+    centred = rows - rows.mean(dim=0)
+    left, sizes, _ = torch.linalg.svd(centred, full_matrices=False)
+    # A singular vector's sign is arbitrary: the same points must give the same picture.
+    peaks = left.abs().argmax(dim=0)
+    signs = left[peaks, torch.arange(len(sizes))].sign()
+    kept = (left * signs * sizes)[:, :MAP_DIRECTIONS]
+    if kept.shape[1] < 2:
+        kept = torch.nn.functional.pad(kept, (0, 2 - kept.shape[1]))
+    total = float(sizes.square().sum())
+    return kept, float(sizes[:2].square().sum()) / total if total > 0 else 1.0
+
+
+def _short(value: float) -> float:
+    """Four digits: more cannot be seen."""
+    return float(f"{value:.4g}")
