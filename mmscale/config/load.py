@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from mmscale.config.data_rules import data_faults
 from mmscale.config.explain import explain
 from mmscale.config.loss_rules import fill_logit_scale, objective_faults
-from mmscale.config.needs import fusion_faults, queue_faults
+from mmscale.config.needs import fusion_faults, negatives_faults
 from mmscale.config.schema import Config
 from mmscale.config.yaml import parse_scalar, read_yaml
 from mmscale.errors import ConfigError
@@ -63,7 +63,7 @@ def validate(settings: dict[str, Any]) -> Config:
         *data_faults(config.data),
         *objective_faults(config),
         *fusion_faults(config),
-        *queue_faults(config),
+        *negatives_faults(config),
     ]
     if faults:
         raise ConfigError("\n".join(faults))

@@ -8,6 +8,7 @@ FUSION_TERMS = frozenset({"matching", "classification"})
 # R@10 is the deepest recall.
 LONGEST_LIST = 10
 QUEUE_TERMS = frozenset({"infonce", "siglip", "dcl", "hn_nce", "hinge", "distillation"})
+MINED_TERMS = frozenset({"infonce", "siglip", "dcl"})
 MOMENTUM_TERMS = frozenset({"distillation", "prototypes"})
 
 
@@ -59,8 +60,8 @@ def needs_momentum_rows(config: Config) -> bool:
     return bool(MOMENTUM_TERMS & term_kinds(config))
 
 
-def queue_faults(config: Config) -> Iterator[str]:
-    """A queue that no term looks at, or that ranks without a gather would fill differently."""
+def negatives_faults(config: Config) -> Iterator[str]:
+    """A queue or mining that no term looks at, or a queue that ranks would fill differently."""
     size = config.negatives.queue.size
     if size and not QUEUE_TERMS & term_kinds(config):
         yield (
@@ -71,4 +72,11 @@ def queue_faults(config: Config) -> Iterator[str]:
         yield (
             f"negatives.queue.size={size} needs the rows of all ranks, but negatives.gather=false; "
             "set negatives.gather=true or negatives.queue.size=0"
+        )
+    kind = config.negatives.mining.kind
+    if kind != "none" and not MINED_TERMS & term_kinds(config):
+        yield (
+            f"negatives.mining.kind={kind}, but no term of loss.terms mines "
+            f"({', '.join(sorted(MINED_TERMS))} do; hinge and hn_nce have settings of their own); "
+            "add one or set negatives.mining.kind=none"
         )

@@ -11,6 +11,7 @@ from mmscale.config.batches import HardBatchesConfig
 from mmscale.config.duration import Duration
 from mmscale.config.heads import FusionConfig, HeadConfig
 from mmscale.config.loss import LossConfig
+from mmscale.config.negatives import NegativesConfig
 from mmscale.config.ramp import Ramp
 from mmscale.config.section import NonNegativeFloat, Positive, Section
 from mmscale.config.sources import Sources
@@ -155,24 +156,6 @@ class ModelConfig(Section):
     """Decay of the momentum encoder, the running mean of the weights, where something uses it."""
     logit_scale: LogitScaleConfig = LogitScaleConfig()
     """Inverse temperature."""
-
-
-class QueueConfig(Section):
-    """Rows of earlier batches as further negatives."""
-
-    size: Literal["auto", "all"] | Annotated[int, Field(ge=0)] = 0
-    """Slots, 0 = none; `all`: one for each image; `auto`: `all` up to 8,192 images, else 4,096."""
-    source: Literal["momentum", "online"] = "momentum"
-    """What encoded the remembered rows: the running mean of the weights, or the weights."""
-
-
-class NegativesConfig(Section):
-    """What each pair is contrasted with."""
-
-    gather: bool = True
-    """Contrast with the rows of all ranks; without it the loss depends on how the batch is cut."""
-    queue: QueueConfig = QueueConfig()
-    """Rows of earlier batches."""
 
 
 class TrainConfig(Section):

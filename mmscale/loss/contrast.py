@@ -23,12 +23,14 @@ class Contrast:
         positive: Columns of the row's own id among the batch's.
         negative: Columns of other ids, remembered ones included.
         pair: Cosine of each row with its own partner.
+        discount: Logarithm of what each column counts, where not all of them count 1 (`mining.py`).
     """
 
     similarity: Float[Tensor, "b m"]
     positive: Bool[Tensor, "b m"]
     negative: Bool[Tensor, "b m"]
     pair: Float[Tensor, " b"]
+    discount: Float[Tensor, "b m"] | None = None
 
 
 def contrasts(
@@ -100,9 +102,23 @@ def wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
+def discounted(logits: Float[Tensor, "b m"], way: Contrast) -> Float[Tensor, "b m"]:
+    """Logits whose exponentials count what their columns do."""
+    return logits if way.discount is None else logits + way.discount
+
+
 def mean_where(values: Float[Tensor, "b m"], keep: Bool[Tensor, "b m"]) -> Float[Tensor, " b"]:
     """Each row's mean over the columns kept; 0 where there are none."""
     return values.where(keep, values.new_zeros(())).sum(1) / keep.sum(1).clamp(min=1)
+
+
+def mean_of_all(logits: Float[Tensor, "b m"], way: Contrast) -> Float[Tensor, " b"]:
+    """Each row's mean over positives and negatives, each by what it counts."""
+    everything = way.positive | way.negative
+    if way.discount is None:
+        return mean_where(logits, everything)
+    weight = way.discount.exp() * everything
+    return (logits * weight).sum(1) / weight.sum(1)
 
 
 def logsumexp_where(values: Float[Tensor, "b m"], keep: Bool[Tensor, "b m"]) -> Float[Tensor, " b"]:

@@ -10,6 +10,7 @@ from mmscale.config.ramp import Ramp, StepsOf, whole_steps
 from mmscale.config.schema import Config
 from mmscale.contracts import LossInput, LossOutput, Peers
 from mmscale.dist.peers import Alone
+from mmscale.loss.mining import Mining
 from mmscale.loss.reference import Facts, reference
 from mmscale.loss.terms import compute
 
@@ -28,6 +29,7 @@ class Objective:
         self._terms = named(config.loss.terms)
         self._peers: Peers = peers if config.negatives.gather else Alone()
         self._steps_of = steps_of
+        self._mining = config.negatives.mining
 
     def __call__(self, rows: LossInput) -> LossOutput:
         """Mean over this rank's rows of each term, and their weighted sum. Collective.
@@ -43,7 +45,7 @@ class Objective:
             return ramp.at(rows.step, self._steps_of)
 
         peers = _Remembering(self._peers)
-        facts = Facts.of(rows, peers)
+        facts, mining = Facts.of(rows, peers), Mining.of(self._mining, at)
         # In the graph also where every weight is 0.
         total = 0 * rows.image.unit.sum() + 0 * rows.text.unit.sum()
         values: dict[str, Tensor] = {}
@@ -51,9 +53,9 @@ class Objective:
             weight = at(term.weight)
             if weight == 0:
                 continue
-            computed = compute(term, rows, peers, at)
+            computed = compute(term, rows, peers, at, mining)
             total = total + weight * computed.loss
-            floor, chance = reference(term, facts, at)
+            floor, chance = reference(term, facts, at, mining)
             beside = {
                 name: computed.loss.detach(),
                 f"{name}_floor": floor if computed.floor is None else computed.floor,

@@ -6,7 +6,7 @@ term, the report draws them.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -15,8 +15,10 @@ from torch import Tensor
 
 from mmscale.config import loss as settings
 from mmscale.config.loss import AnyTerm
+from mmscale.config.needs import MINED_TERMS
 from mmscale.config.ramp import Ramp
 from mmscale.contracts import LossInput, Peers
+from mmscale.loss.mining import Mining
 
 # One match to a hard caption and a hard image.
 USUAL_MATCHES = 1 / 3
@@ -36,7 +38,7 @@ class Facts:
     Attributes:
         num_rows: How many rows that are.
         positives: Columns of each row's own id in the batch.
-        negatives: Columns of other ids, remembered ones included.
+        negatives: What columns of other ids count together, remembered ones included.
         remembered: Remembered columns of the row's own id.
         width: Shared embedding width.
         scale: 1 / temperature; None before the run.
@@ -88,14 +90,26 @@ class Facts:
         )
 
 
-def reference(term: AnyTerm, facts: Facts, at: Callable[[Ramp], float]) -> Reference:
+def reference(
+    term: AnyTerm, facts: Facts, at: Callable[[Ramp], float], mining: Mining | None = None
+) -> Reference:
     """Floor and chance of a term.
 
     Args:
         term: Its settings.
         facts: The batch.
         at: A ramp's value now.
+        mining: Which negatives count, for the terms that ask.
     """
+    if mining is None or term.kind not in MINED_TERMS:
+        return _reference(term, facts, at)
+    mined = replace(facts, negatives=mining.effective(facts.negatives))
+    found = _reference(term, mined, at)
+    # How many lie behind the pair of a model that knows nothing is chance itself.
+    return found if mining.kind == "hard" else Reference(found.floor)
+
+
+def _reference(term: AnyTerm, facts: Facts, at: Callable[[Ramp], float]) -> Reference:
     num_rows, positives, negatives = facts.num_rows, facts.positives, facts.negatives
     match term:
         case settings.InfoNCETerm():

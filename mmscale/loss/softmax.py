@@ -11,7 +11,15 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mmscale.contracts import Bank, Peers
-from mmscale.loss.contrast import Contrast, contrasts, logsumexp_where, mean_where
+from mmscale.loss.contrast import (
+    Contrast,
+    contrasts,
+    discounted,
+    logsumexp_where,
+    mean_of_all,
+    mean_where,
+)
+from mmscale.loss.mining import Mining
 
 
 def infonce(
@@ -22,6 +30,7 @@ def infonce(
     peers: Peers,
     bank: Bank | None = None,
     smoothing: float = 0.0,
+    mining: Mining | None = None,
 ) -> Float[Tensor, ""]:
     """Symmetric multi-positive InfoNCE: cross-entropy against uniform targets over equal ids.
 
@@ -36,18 +45,20 @@ def infonce(
         scale: 1 / temperature.
         peers: The ranks that contrast together.
         bank: Further negatives.
-        smoothing: Share of the target that goes to all columns alike.
+        smoothing: Share of the target that goes to all columns, to each by what it counts.
+        mining: Lets hard negatives count more than others.
 
     Source: Radford et al. 2021 (arXiv 2103.00020), figure 3; Khosla et al. 2020 (arXiv 2004.11362),
         equation 2.
     """
 
     def direction(way: Contrast) -> Float[Tensor, ""]:
+        way = mining(way) if mining else way
         logits, everything = scale * way.similarity, way.positive | way.negative
         target = mean_where(logits, way.positive)
         if smoothing:
-            target = (1 - smoothing) * target + smoothing * mean_where(logits, everything)
-        return (logsumexp_where(logits, everything) - target).mean()
+            target = (1 - smoothing) * target + smoothing * mean_of_all(logits, way)
+        return (logsumexp_where(discounted(logits, way), everything) - target).mean()
 
     first, second = (direction(way) for way in contrasts(image, text, ids, peers, bank))
     return (first + second) / 2
@@ -60,6 +71,7 @@ def dcl(
     scale: Float[Tensor, "1"],
     peers: Peers,
     bank: Bank | None = None,
+    mining: Mining | None = None,
 ) -> Float[Tensor, ""]:
     """Decoupled contrastive loss across modalities: InfoNCE without positives in the denominator.
 
@@ -69,7 +81,16 @@ def dcl(
     Source: Yeh et al. 2022, "Decoupled Contrastive Learning" (arXiv 2110.06848), equation 6,
         without its negatives of the same modality.
     """
-    return hn_nce(image, text, ids, scale, peers, bank, alpha=0.0, beta=0.0)
+
+    def direction(way: Contrast) -> Float[Tensor, ""]:
+        way = mining(way) if mining else way
+        logits = scale * way.similarity
+        total = logsumexp_where(discounted(logits, way), way.negative)
+        loss = total - mean_where(logits, way.positive)
+        return loss.where(total > -torch.inf, torch.zeros_like(loss)).mean()
+
+    first, second = (direction(way) for way in contrasts(image, text, ids, peers, bank))
+    return (first + second) / 2
 
 
 def hn_nce(

@@ -16,6 +16,7 @@ from mmscale.errors import ConfigError
 from mmscale.loss import softmax, tiled
 from mmscale.loss.distillation import distillation
 from mmscale.loss.hinge import hinge
+from mmscale.loss.mining import Mining
 from mmscale.loss.prototypes import prototypes
 from mmscale.loss.sigmoid import siglip
 from mmscale.loss.softmax import dcl, hn_nce
@@ -36,7 +37,13 @@ class Computed:
     floor: Float[Tensor, ""] | None = None
 
 
-def compute(term: AnyTerm, rows: LossInput, peers: Peers, at: Callable[[Ramp], float]) -> Computed:
+def compute(
+    term: AnyTerm,
+    rows: LossInput,
+    peers: Peers,
+    at: Callable[[Ramp], float],
+    mining: Mining | None = None,
+) -> Computed:
     """This rank's share of a term.
 
     Args:
@@ -44,6 +51,7 @@ def compute(term: AnyTerm, rows: LossInput, peers: Peers, at: Callable[[Ramp], f
         rows: What the engine made of this rank's rows.
         peers: The ranks that contrast together.
         at: A ramp's value now.
+        mining: Which negatives count, for the terms that ask (`config.needs.MINED_TERMS`).
 
     Raises:
         ConfigError: The run does not make what the term needs.
@@ -55,25 +63,29 @@ def compute(term: AnyTerm, rows: LossInput, peers: Peers, at: Callable[[Ramp], f
         return Computed(
             *distillation(*units, rows.ids, rows.scale, peers, rows.bank, at(term.alpha))
         )
-    return Computed(_loss(term, rows, peers, at))
+    return Computed(_loss(term, rows, peers, at, mining))
 
 
 def _loss(
-    term: AnyTerm, rows: LossInput, peers: Peers, at: Callable[[Ramp], float]
+    term: AnyTerm,
+    rows: LossInput,
+    peers: Peers,
+    at: Callable[[Ramp], float],
+    mining: Mining | None,
 ) -> Float[Tensor, ""]:
     unit, raw = (rows.image.unit, rows.text.unit), (rows.image.projected, rows.text.projected)
     ids, bank, scale = rows.ids, rows.bank, _scale(term, rows)
     match term:
         case settings.InfoNCETerm():
             smoothing = at(term.label_smoothing)
-            if not smoothing:
+            if not smoothing and mining is None:
                 return tiled.infonce(*unit, ids, scale, peers, bank)
-            return softmax.infonce(*unit, ids, scale, peers, bank, smoothing)
+            return softmax.infonce(*unit, ids, scale, peers, bank, smoothing, mining)
         case settings.SigLIPTerm():
             bias = _needed(rows.bias, term, "the logits' bias (model.logit_scale.bias)")
-            return siglip(*unit, ids, scale, bias, peers, bank)
+            return siglip(*unit, ids, scale, bias, peers, bank, mining)
         case settings.DCLTerm():
-            return dcl(*unit, ids, scale, peers, bank)
+            return dcl(*unit, ids, scale, peers, bank, mining)
         case settings.HardNegativeTerm():
             return hn_nce(*unit, ids, scale, peers, bank, term.alpha, at(term.beta))
         case settings.NTXentTerm():

@@ -6,7 +6,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from mmscale.config.loss import LossConfig
+from mmscale.config.negatives import MiningConfig
 from mmscale.config.ramp import Ramp
+from mmscale.loss.mining import Mining
 from mmscale.loss.reference import Facts, reference
 
 
@@ -28,6 +30,7 @@ def chance_loss(settings: Mapping[str, Any], num_ranks: int | None = None) -> fl
     remembered = (negatives.get("queue") or {}).get("size", 0)
     try:
         terms = LossConfig.model_validate(settings.get("loss", {})).terms
+        mining = Mining.of(MiningConfig.model_validate(negatives.get("mining") or {}), _end)
     except ValidationError:
         return None
     if not pairs or "loss" not in settings or not isinstance(remembered, int):
@@ -40,7 +43,7 @@ def chance_loss(settings: Mapping[str, Any], num_ranks: int | None = None) -> fl
     facts = Facts.expected(pairs, remembered, model.get("embed_dim", 1), classes)
     total = 0.0
     for term in terms:
-        chance = reference(term, facts, _end).chance
+        chance = reference(term, facts, _end, mining).chance
         if chance is None:
             return None
         total += _end(term.weight) * chance

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from mmscale.config.loss import AnyTerm, LossConfig
-from mmscale.config.ramp import whole_steps
+from mmscale.config.ramp import Ramp, whole_steps
 from mmscale.contracts import Bank, Embeddings, LossInput, Peers, Prototypes
+from mmscale.loss.mining import Mining
 from mmscale.loss.terms import compute
 
 WIDTH, CLUSTERS, CLASSES = 6, 4, 3
@@ -21,8 +22,12 @@ TERMS: dict[str, dict[str, Any]] = {
     "infonce": {},
     "infonce own temperature": {"temperature": 0.05},
     "infonce smoothed": {"label_smoothing": 0.1},
+    "infonce hard": {},
+    "infonce smoothed semi-hard": {"label_smoothing": 0.1},
     "siglip": {},
+    "siglip hard": {},
     "dcl": {},
+    "dcl semi-hard": {},
     "ntxent": {},
     "supcon": {},
     "supcon scaled": {"base_temperature": 0.07},
@@ -45,6 +50,13 @@ TERMS: dict[str, dict[str, Any]] = {
     "matching": {},
     "classification": {},
 }
+# What of these mines, and how.
+MINING = {
+    "infonce hard": Mining("hard", 0.3, 1.0),
+    "infonce smoothed semi-hard": Mining("semi_hard", 0.5, 0.6),
+    "siglip hard": Mining("hard", 0.4, 0.7),
+    "dcl semi-hard": Mining("semi_hard", 0.5, 1.0),
+}
 KINDS = [get_args(term.model_fields["kind"].annotation)[0] for term in get_args(AnyTerm)]
 # Those that contrast with remembered rows.
 WITH_BANK = (
@@ -52,6 +64,7 @@ WITH_BANK = (
     "infonce smoothed",
     "siglip",
     "dcl",
+    *MINING,
     "hinge",
     "hn_nce",
     "distillation",
@@ -67,7 +80,11 @@ def term(name: str) -> AnyTerm:
 
 def loss(name: str, rows: LossInput, peers: Peers) -> torch.Tensor:
     """A case's loss over this rank's rows."""
-    return compute(term(name), rows, peers, lambda ramp: ramp.at(rows.step, whole_steps)).loss
+
+    def at(ramp: Ramp) -> float:
+        return ramp.at(rows.step, whole_steps)
+
+    return compute(term(name), rows, peers, at, MINING.get(name)).loss
 
 
 def embeddings(projected: torch.Tensor) -> Embeddings:
