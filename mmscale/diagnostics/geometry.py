@@ -11,10 +11,12 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from mmscale.diagnostics.contrast import contrast_figures
+from mmscale.diagnostics.features import feature_figures
 from mmscale.diagnostics.neighbours import crowd_figures, hub_figures
 from mmscale.diagnostics.pairs import Pairs, one_to_one, require_finite
 from mmscale.diagnostics.similarity import on_grid
 from mmscale.diagnostics.spectrum import tower_figures
+from mmscale.dist.peers import Alone
 
 PREFIX = "health/"
 LARGEST_SAMPLE = 4096
@@ -28,7 +30,8 @@ _RESOLUTION = 1e-8
 def health_figures(pairs: Pairs, limit: int = LARGEST_SAMPLE) -> dict[str, float]:
     """Every figure under `health/`, those of one modality ending in `_image` or `_text`.
 
-    At most `limit` distinct images are compared. With fewer than `FEWEST_PAIRS` only their number,
+    At most `limit` distinct images are compared; features of the towers are described where they
+    are given. With fewer than `FEWEST_PAIRS` only their number,
     `health/pairs`, is given.
 
     Raises:
@@ -49,6 +52,9 @@ def health_figures(pairs: Pairs, limit: int = LARGEST_SAMPLE) -> dict[str, float
         for name, rows in (("image", image), ("text", text)):
             tower = tower_figures(rows) | crowd_figures(rows)
             figures |= {f"{key}_{name}": value for key, value in tower.items()}
+            backbone = getattr(sample, f"backbone_{name}")
+            if backbone is not None:
+                figures |= feature_figures(backbone, Alone(), "tower", name)
     return {f"{PREFIX}{name}": value for name, value in figures.items()}
 
 

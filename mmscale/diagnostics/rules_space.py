@@ -16,6 +16,10 @@ COLLAPSED_VARIANCE = 0.05
 # A tower this narrow is failing whatever information is left in it.
 VANISHED_VARIANCE = 0.01
 
+# Share of a tower's own features' power that varies from row to row, above which they are alive:
+# untrained towers are often below 0.01 without being dead, so it only says where to look.
+LIVING_SPREAD = 0.01
+
 # A collapsed spectrum breaks off: rank 5 in little noise falls by some hundreds at once, a model of
 # a world of few factors by 5 after 8 directions, CLIP by 1.9 at most.
 LARGEST_KNEE = 10.0
@@ -72,8 +76,7 @@ def dead_tower(figures: Figures) -> Finding:
     other = {"image": "text", "text": "image"}[dead]
     inputs = {"image": "pixels", "text": "tokens"}[dead]
     causes = (
-        f"The {dead} tower gives the same embedding whatever it is shown: look at its {inputs}, "
-        "their normalisation, padding and mask",
+        *_where_it_died(figures, dead, inputs),
         f"The {dead} tower's output is not finite in half precision and was set to zero",
         f"The {dead} tower or its head gets no gradient, or its rate killed it; "
         f"the {other} tower is alive",
@@ -85,8 +88,21 @@ def dead_tower(figures: Figures) -> Finding:
         "optim.warmup=1000 steps",
     )
     share = {"image": "column_share", "text": "row_share"}[dead]
-    evidence = picked(figures, "variance_image", "variance_text", share)
+    evidence = picked(figures, "variance_image", "variance_text", share, f"tower_spread_{dead}")
     return decided(sure, evidence, causes, remedies)
+
+
+def _where_it_died(figures: Figures, dead: str, inputs: str) -> tuple[str, ...]:
+    spread = figures.get(f"tower_spread_{dead}")
+    if spread is not None and spread > LIVING_SPREAD:
+        return (
+            f"The {dead} tower's own features vary, the head after it makes one vector of them: "
+            "look at the head's weights, its rate and what it normalises",
+        )
+    return (
+        f"The {dead} tower gives the same embedding whatever it is shown: look at its {inputs}, "
+        "their normalisation, padding and mask",
+    )
 
 
 def dimensional_collapse(figures: Figures) -> Finding:

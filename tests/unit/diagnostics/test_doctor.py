@@ -41,6 +41,16 @@ def test_the_dead_side_is_named():
         assert diagnosis.also == ("unaligned",)
 
 
+def test_where_a_tower_died_is_told_by_its_features():
+    pairs = MODES["dead text tower"][1](128, 64, 0)
+    alive, gone = torch.randn(128, 32), torch.ones(128, 32)
+    head = diagnose(replace(pairs, backbone_image=alive, backbone_text=alive))
+    tower = diagnose(replace(pairs, backbone_image=alive, backbone_text=gone))
+    assert head.verdict == tower.verdict == "dead_tower"
+    assert "head after it" in head.causes[0]
+    assert "look at its tokens" in tower.causes[0]
+
+
 def test_a_tower_of_zeros_is_dead():
     pairs = replace(healthy(0.5)(64, 32, 0), text=torch.zeros(64, 32))
     assert diagnose(pairs).verdict == "dead_tower"

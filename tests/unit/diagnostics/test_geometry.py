@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from mmscale.diagnostics.contrast import loss_floor
 from mmscale.diagnostics.geometry import health_figures, probe_figures
+from mmscale.diagnostics.pairing import pairing_figures
 from mmscale.diagnostics.pairs import Pairs
 from mmscale.diagnostics.spectrum import isotropic_rankme, tower_figures
 from mmscale.errors import DataError
@@ -19,55 +21,88 @@ from tests.unit.diagnostics.faulty_embeddings import (
     load_features,
 )
 
-# 500 COCO pairs of a trained and of an untrained CLIP, measured once by other code.
+# 500 COCO pairs of a trained and of an untrained CLIP, measured once by other code (uniformity,
+# CKA's z and the second hub direction, which it lacked, by this one).
 REAL = {
     "features_clip.npy": {
+        "intra_image": 0.5315,
+        "intra_text": 0.5152,
+        "uniformity_image": -1.7945,
+        "uniformity_text": -1.8409,
+        "hub_skew_i2t": 1.646,
+        "uncovered_i2t": 0.346,
+        "cka": 0.6046,
+        "cka_z": 213.1,
         "matched": 0.3099,
         "unmatched": 0.1616,
         "delta": 0.1483,
         "delta_z": 79.2,
         "std_off_sqrt_d": 1.092,
         "auc": 0.9886,
-        "d_prime": 3.61,
+        "d_prime": 3.609,
         "accuracy_i2t": 0.552,
         "accuracy_t2i": 0.506,
-        "gap": 0.851,
+        "gap": 0.8514,
         "rankme_image": 258.22,
         "rankme_text": 243.76,
-        "participation_image": 42.7,
-        "participation_text": 41.7,
+        "participation_image": 42.70,
+        "participation_text": 41.71,
         "nesum_image": 10.33,
         "nesum_text": 10.07,
     },
     "features_clip_random.npy": {
-        "matched": 0.0285,
-        "unmatched": 0.0278,
-        "delta": 0.00075,
-        "delta_z": 1.13,
-        "std_off_sqrt_d": 0.606,
-        "auc": 0.509,
+        "intra_image": 0.6814,
+        "intra_text": 0.6635,
+        "uniformity_image": -0.9099,
+        "uniformity_text": -1.308,
+        "hub_skew_i2t": 6.369,
+        "uncovered_i2t": 0.976,
+        "cka": 0.02571,
+        "cka_z": 9.062,
+        "matched": 0.02853,
+        "unmatched": 0.02778,
+        "delta": 0.0007487,
+        "delta_z": 1.129,
+        "std_off_sqrt_d": 0.6063,
+        "auc": 0.5089,
         "d_prime": 0.0282,
         "accuracy_i2t": 0.002,
         "accuracy_t2i": 0.002,
-        "gap": 1.136,
+        "gap": 1.1361,
         "rankme_image": 37.35,
-        "rankme_text": 194.7,
-        "participation_image": 2.19,
-        "participation_text": 48.4,
+        "rankme_text": 194.71,
+        "participation_image": 2.194,
+        "participation_text": 48.40,
         "nesum_image": 1.585,
-        "nesum_text": 13.22,
+        "nesum_text": 13.224,
     },
 }
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_real_features(real_data, name):
-    figures = health_figures(load_features(real_data, name))
+    pairs = load_features(real_data, name)
+    figures = health_figures(pairs) | pairing_figures(pairs)
     for key, expected in REAL[name].items():
-        digits = len(str(expected).lstrip("0.").replace(".", ""))
+        digits = max(3, len(str(expected).lstrip("-0.").replace(".", "")))
         assert figures[f"health/{key}"] == pytest.approx(expected, rel=0.6 * 10 ** (1 - digits)), (
             key
         )
+
+
+@pytest.mark.parametrize(
+    ("scale", "loss"), [(1, 6.06762), (1 / 0.07, 4.34017), (100, 1.80089)], ids=str
+)
+def test_the_loss_of_real_features(real_data, scale, loss):
+    pairs = replace(load_features(real_data, "features_clip.npy"), logit_scale=float(scale))
+    figures = health_figures(pairs)
+    assert figures["health/loss"] == pytest.approx(loss, abs=2e-5)
+    assert figures["health/loss_chance"] == pytest.approx(6.2146, abs=1e-4)
+
+
+def test_the_floor_of_the_loss():
+    assert loss_floor(128, 1.0) == pytest.approx(3.858, abs=5e-4)
+    assert loss_floor(128, 1 / 0.07) == pytest.approx(7e-5, rel=0.05)
 
 
 def test_golden_fixture():
