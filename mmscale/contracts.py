@@ -14,6 +14,9 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
 COMPONENTS = ("vision", "text", "head", "fusion", "scale")
+# Matrices and kernels learn apart from what has one dimension: biases, norms, the scale.
+KINDS = ("weights", "biases")
+PARTS = tuple(f"{component}_{kind}" for component in COMPONENTS for kind in KINDS)
 
 
 @dataclass(frozen=True)
@@ -239,6 +242,7 @@ class StepRecord:
         lr: Base learning rate that the update used.
         logit_scale: Clamped scale before the update.
         grad_norm: Norm of the whole gradient before clipping, by component and in all (`total`).
+        grad_norm_parts: The same by `PARTS`: weights and biases apart.
         keys_digest: Order-free digest of the global batch's `KEY#caption`s.
         applied: False where the update was skipped because something was not finite.
         damaged: Rows of the global batch that stood in for undecodable samples.
@@ -251,6 +255,7 @@ class StepRecord:
     lr: float
     logit_scale: float
     grad_norm: dict[str, float]
+    grad_norm_parts: dict[str, float]
     keys_digest: str
     applied: bool
     damaged: int
@@ -299,7 +304,7 @@ class Engine(Protocol):
     """Holds the model, shards it or not, and applies updates; two implementations.
 
     One update is a window: `open_window`, any number of `call`s and `backward`s of which the last
-    says so, then `component_norms`, then `apply` or `discard`. Gradients are averaged over ranks.
+    says so, then `part_norms`, then `apply` or `discard`. Gradients are averaged over ranks.
 
     Attributes:
         label: Name for the log.
@@ -322,14 +327,20 @@ class Engine(Protocol):
     def backward(self, loss: Tensor, last: bool) -> None:
         """Accumulate gradients; with `last` they become final and are averaged over ranks."""
 
-    def component_norms(self) -> Float[Tensor, " components"]:
-        """This rank's share of each component's squared gradient norm; ranks add up."""
+    def part_norms(self) -> Float[Tensor, " parts"]:
+        """This rank's share of the squared gradient norm of each of `PARTS`; ranks add up."""
 
     def apply(self, factor: float, total_norm: float) -> None:
         """Clip a gradient of norm `total_norm`; update, each rate `factor` times its base."""
 
     def discard(self) -> None:
         """End the window without an update."""
+
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's share of the trained weights in fp32, by parameter: views, not copies.
+
+        The shares of all ranks make each parameter whole once.
+        """
 
     def tensors(self) -> Iterator[NamedTensor]:
         """Every parameter and buffer in an order equal on all ranks. Collective."""

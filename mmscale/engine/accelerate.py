@@ -6,6 +6,7 @@ and a part of the model takes part in only one of them, which DDP's reducer does
 """
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class AccelerateEngine:
         if self._world.size > 1:
             average_gradients(trained)
 
-    def component_norms(self) -> Float[Tensor, " components"]:
+    def part_norms(self) -> Float[Tensor, " parts"]:
         if self._accelerator.scaler is not None:
             self._accelerator.unscale_gradients(self._optimizer)
         squares = [
@@ -91,6 +92,12 @@ class AccelerateEngine:
     def discard(self) -> None:
         if self._accelerator.scaler is not None:
             self._accelerator.scaler.update()
+
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
+        named = ((n, p) for n, p in self.module.named_parameters() if p.requires_grad)
+        # Every rank holds them all: each answers for some.
+        for name, parameter in islice(named, self._world.rank, None, self._world.size):
+            yield name, parameter.detach()
 
     def tensors(self) -> Iterator[NamedTensor]:
         state = self._optimizer.optimizer.state

@@ -73,7 +73,7 @@ class DeepSpeedEngine:
         self._engine.set_gradient_accumulation_boundary(last or self._stage == 3)
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def component_norms(self) -> Float[Tensor, " components"]:
+    def part_norms(self) -> Float[Tensor, " parts"]:
         squares = torch.zeros(len(self._parts))
         for index, part in enumerate(self._parts.values()):
             pieces = [piece.float().pow(2).sum() for p in part for piece in self._gradient(p)]
@@ -90,6 +90,12 @@ class DeepSpeedEngine:
         # The gradient is not finite on some rank, so DeepSpeed skips this step on all of them.
         self._engine.step()
         assert not self._engine.was_step_applied(), "DeepSpeed updated with a non-finite gradient"
+
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self._engine.module.named_parameters():
+            piece = self._master(parameter) if parameter.requires_grad else None
+            if piece is not None:
+                yield name, piece.detach()
 
     def tensors(self) -> Iterator[NamedTensor]:
         utils = self._deepspeed.utils
@@ -154,6 +160,16 @@ class DeepSpeedEngine:
         if mapping is None:
             return []
         return [mapping.get_lp_grad_fragment(parameter._index_in_param_group)]
+
+    def _master(self, parameter: Any) -> Tensor | None:
+        """This rank's piece of a parameter in fp32; None where it holds none."""
+        if self._stage != 3:
+            mapping = parameter._hp_mapping
+            return None if mapping is None else mapping.get_hp_fragment()
+        piece = self._deepspeed.utils.safe_get_local_fp32_param(parameter)
+        # What lies behind a parameter's end is padding.
+        begin = self._deepspeed.comm.get_rank() * piece.numel()
+        return piece.flatten()[: max(0, min(piece.numel(), parameter.ds_numel - begin))]
 
     def _whole(self, parameter: nn.Parameter) -> Tensor:
         if self._stage != 3:

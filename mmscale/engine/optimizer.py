@@ -6,13 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from mmscale.config.schema import OptimConfig
-from mmscale.contracts import COMPONENTS
+from mmscale.contracts import KINDS, PARTS
 from mmscale.errors import ConfigError
 from mmscale.model.two_tower import component_of, no_decay
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Groups with `name`, `base_lr` and `weight_decay`; every trained parameter is in exactly one.
+    """Groups with `name`, `base_lr`, `weight_decay` and the parameters' `names`.
+
+    Every trained parameter is in exactly one.
 
     Raises:
         ConfigError: Nothing is trained.
@@ -31,12 +33,14 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
             {
                 "name": key,
                 "params": [],
+                "names": [],
                 "base_lr": rate,
                 "lr": rate,
                 "weight_decay": decay if decays else 0.0,
             },
         )
         group["params"].append(parameter)
+        group["names"].append(name)
     if not groups:
         raise ConfigError("nothing is trained: every part of the model is frozen; unfreeze one")
     return list(groups.values())
@@ -56,11 +60,12 @@ def set_rates(groups: list[dict[str, Any]], factor: float) -> None:
 
 
 def trained_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Trained parameters by component, in the order of `COMPONENTS`."""
-    parts: dict[str, list[nn.Parameter]] = {component: [] for component in COMPONENTS}
+    """Trained parameters by `PARTS`, in their order; taken before an engine shards the model."""
+    parts: dict[str, list[nn.Parameter]] = {part: [] for part in PARTS}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parts[component_of(name)].append(parameter)
+            kind = KINDS[0] if parameter.ndim > 1 else KINDS[1]
+            parts[f"{component_of(name)}_{kind}"].append(parameter)
     return parts
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from mmscale.contracts import (
     COMPONENTS,
+    KINDS,
+    PARTS,
     Batch,
     Embeddings,
     Engine,
@@ -149,7 +152,7 @@ def _agree(
     numbers = torch.cat(
         [
             torch.stack([value.double().cpu() for value in values]) / peers.size,
-            engine.component_norms().double().cpu(),
+            engine.part_norms().double().cpu(),
             torch.tensor(_digest_parts(batch.keys), dtype=torch.float64),
             torch.tensor(
                 [float(len(batch.damaged)), float(stop), float(batch.cut)], dtype=torch.float64
@@ -158,22 +161,30 @@ def _agree(
     )
     total, *rest = peers.total(numbers).tolist()
     terms, rest = dict(zip(names, rest, strict=False)), rest[len(names) :]
-    squares, rest = rest[: len(COMPONENTS)], rest[len(COMPONENTS) :]
+    squares, rest = dict(zip(PARTS, rest, strict=False)), rest[len(PARTS) :]
     parts, (damaged, stops, cut) = rest[:4], rest[4:]
-    norms = {name: math.sqrt(s) for name, s in zip(COMPONENTS, squares, strict=True) if s == s}
-    norm = math.sqrt(sum(squares)) if all(map(math.isfinite, squares)) else math.nan
+    whole = {name: _norm(squares[f"{name}_{kind}"] for kind in KINDS) for name in COMPONENTS} | {
+        "total": _norm(squares.values())
+    }
     return StepRecord(
         loss=total,
         terms=terms,
         lr=lr,
         logit_scale=scale,
-        grad_norm={name: norms.get(name, math.nan) for name in COMPONENTS} | {"total": norm},
+        grad_norm=whole,
+        grad_norm_parts={name: _norm([square]) for name, square in squares.items()},
         keys_digest=_digest(parts),
-        applied=math.isfinite(norm),
+        applied=math.isfinite(whole["total"]),
         damaged=int(damaged),
         cut=int(cut),
         stop=stops > 0,
     )
+
+
+def _norm(squares: Iterable[float]) -> float:
+    """NaN where a gradient is not finite."""
+    total = sum(squares)
+    return math.sqrt(total) if math.isfinite(total) else math.nan
 
 
 def _digest_parts(keys: list[str]) -> list[float]:
