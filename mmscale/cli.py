@@ -324,6 +324,30 @@ def export(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Write a page (.html) or a picture (.png).")
+    ] = None,
+    json_file: Json = None,
+) -> int:
+    """Put runs side by side: settings that differ, curves, last recall with spread over seeds."""
+    from mmscale.report.compare import as_json, table
+    from mmscale.report.compare import compare as read
+    from mmscale.report.compare_page import require_kind, write_comparison
+
+    if out is not None:
+        require_kind(out)
+    comparison = read(runs)
+    _write(json_file, as_json(comparison))
+    _say(table(comparison))
+    if out is not None:
+        write_comparison(out, comparison)
+        _say(f"comparison: {out}")
+    return 0
+
+
+@app.command()
 def bench(
     name: Annotated[str, typer.Argument(help="data or loss.")],
     json_file: Json = None,

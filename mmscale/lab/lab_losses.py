@@ -10,7 +10,7 @@ from typing import Any
 from mmscale.lab.cells import Cell, Result
 from mmscale.lab.experiments import with_defaults
 from mmscale.lab.table import Table, table_of
-from mmscale.lab.trained import MEAN_RECALL, RECALLS
+from mmscale.report.recalls import MEAN_RECALL, RECALLS
 
 DEFAULTS = ("train.duration=300 steps", "eval.every=null", "checkpoint.every=null")
 BATCH = "batch"

@@ -2,9 +2,11 @@
 
 import statistics
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
+
+from mmscale.report.columns import aligned
 
 Value: TypeAlias = float | int | str
 MISSING = "-"
@@ -19,7 +21,7 @@ class Table:
 
     def text(self) -> str:
         """Aligned columns."""
-        return aligned([self.head, *self.rows], left={0})
+        return aligned([self.head, *self.rows])
 
     def markdown(self) -> str:
         """A table of Markdown, figures to the right."""
@@ -63,18 +65,6 @@ def spread(values: Sequence[Value], digits: int = 1) -> str:
             parts[0] += f" ± {statistics.stdev(numbers):.{digits}f}"
     parts += [f"{word} {count}" if len(values) > count else word for word, count in words.items()]
     return ", ".join(parts) or MISSING
-
-
-def aligned(rows: Sequence[Sequence[str]], left: Collection[int]) -> str:
-    """Columns as wide as their widest cell, those of `left` to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if place in left else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
 
 
 def _escaped(cell: str) -> str:

@@ -7,10 +7,8 @@ from typing import Any
 from mmscale.config.load import load_config
 from mmscale.lab.cells import Cell, Figures
 from mmscale.report.metrics import read_metrics
+from mmscale.report.recalls import MEAN_RECALL, mean_recall
 from mmscale.train import run
-
-RECALLS = tuple(f"eval/{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10))
-MEAN_RECALL = "eval/mean"
 
 
 def trained(cell: Cell, folder: Path) -> Figures:
@@ -34,6 +32,6 @@ def last_figures(folder: Path) -> Figures:
     for line in read_metrics(folder / "metrics.jsonl"):
         figures |= line
     figures.pop("finished", None)
-    if all(name in figures for name in RECALLS):
-        figures[MEAN_RECALL] = sum(figures[name] for name in RECALLS) / len(RECALLS)
+    if (mean := mean_recall(figures)) is not None:
+        figures[MEAN_RECALL] = mean
     return figures

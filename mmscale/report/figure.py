@@ -20,6 +20,17 @@ IMAGE_COLOUR = "#2563eb"  # whatever belongs to the image side
 TEXT_COLOUR = "#ea580c"  # whatever belongs to the text side
 PLAIN_COLOUR = "#334155"
 CHANCE_COLOUR = "#94a3b8"
+# For what belongs to neither side, such as runs over one another; taken in this order.
+GROUP_COLOURS = (
+    "#0f766e",
+    "#c2410c",
+    "#6d28d9",
+    "#0284c7",
+    "#a16207",
+    "#be185d",
+    "#4d7c0f",
+    "#475569",
+)
 
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -70,8 +81,18 @@ def log_axis(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def data_uri(figure: Figure) -> str:
-    """The figure as a PNG that an `<img>` takes as its source."""
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return buffer.getvalue()
+
+
+def as_uri(picture: bytes) -> str:
+    """A PNG as an `<img>` takes it for its source."""
+    return "data:image/png;base64," + base64.b64encode(picture).decode("ascii")
+
+
+def data_uri(figure: Figure) -> str:
+    """The figure as the source of an `<img>`."""
+    return as_uri(png(figure))

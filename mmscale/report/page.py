@@ -1,18 +1,11 @@
-"""A run's HTML page: one file that opens from disk, with everything it shows inside it.
-
-Whatever comes from the run folder is escaped by the template, and the page's own policy forbids
-scripts and any load from elsewhere.
-"""
+"""A run's HTML page: one file that opens from disk, with everything it shows inside it."""
 
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
 from mmscale.config.yaml import read_yaml
-from mmscale.durable import replace_file
 from mmscale.errors import DataError
 from mmscale.report.chance import chance_loss
 from mmscale.report.facts import collect_facts, collect_recalls
@@ -27,9 +20,9 @@ from mmscale.report.plots import (
 )
 from mmscale.report.series import Lines
 from mmscale.report.space import SPACE_NAME, Moments, read_space
+from mmscale.report.template import write_html
 from mmscale.report.verdicts import describe
 
-TEMPLATE = Path(__file__).with_name("page.html")
 WIDE_PICTURES = ("Health of the embedding space", "Learning rate and logit scale")
 
 
@@ -44,10 +37,10 @@ def write_page(run_dir: Path) -> Path:
     settings = read_yaml(config_path) if config_path.exists() else {}
     doctor = _read_json(run_dir / "doctor.json")
     chance = chance_loss(settings)
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    text = environment.from_string(TEMPLATE.read_text("utf-8")).render(
+    page = run_dir / "report.html"
+    write_html(
+        page,
+        "page.html",
         title=run_dir.resolve().name,
         verdict=describe(doctor.get("verdict")),
         also=[describe(name) for name in doctor.get("also") or ()],
@@ -60,8 +53,6 @@ def write_page(run_dir: Path) -> Path:
         facts=collect_facts(lines, chance),
         config_text=config_path.read_text("utf-8") if settings else None,
     )
-    page = run_dir / "report.html"
-    replace_file(page, text.encode("utf-8", "replace"))
     return page
 
 
