@@ -12,8 +12,9 @@ from mmscale.config.duration import Duration
 from mmscale.config.heads import FusionConfig, HeadConfig
 from mmscale.config.loss import LossConfig
 from mmscale.config.negatives import NegativesConfig
+from mmscale.config.optim import OptimConfig
 from mmscale.config.ramp import Ramp
-from mmscale.config.section import NonNegativeFloat, Positive, Section
+from mmscale.config.section import Positive, Section
 from mmscale.config.sources import Sources
 
 
@@ -167,44 +168,6 @@ class TrainConfig(Section):
     """Pairs contrasted together, over all ranks and chunks."""
     micro_batch_size: Literal["auto"] | Positive = "auto"
     """Rows a rank forwards at once; `auto`: all of its share."""
-
-
-class ComponentScales(Section):
-    """A factor for each part of the model."""
-
-    vision: NonNegativeFloat = 1.0
-    """Image tower."""
-    text: NonNegativeFloat = 1.0
-    """Text tower."""
-    head: NonNegativeFloat = 1.0
-    """Projections."""
-    fusion: NonNegativeFloat = 1.0
-    """Cross-attention and its heads."""
-    scale: NonNegativeFloat = 1.0
-    """Logit scale."""
-
-
-class OptimConfig(Section):
-    """AdamW and its rates."""
-
-    lr: Annotated[float, Field(gt=0)] = 5e-4
-    """Learning rate after warm-up, before the scales."""
-    weight_decay: NonNegativeFloat = 0.1
-    """Decoupled decay; never on norms, biases and the logit scale."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    """Decay rates of AdamW's moments."""
-    eps: Annotated[float, Field(gt=0)] = 1e-6
-    """AdamW's epsilon."""
-    warmup: Duration = Duration(100, "steps")
-    """Linear rise of the rate from zero; cut to the run's length."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Course of the rate after warm-up."""
-    lr_scale: ComponentScales = ComponentScales()
-    """Factors of the rate by component."""
-    weight_decay_scale: ComponentScales = ComponentScales()
-    """Factors of the decay by component."""
-    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    """Largest norm of the whole gradient; null: no clipping."""
 
 
 class EngineConfig(Section):

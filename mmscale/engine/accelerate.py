@@ -1,4 +1,4 @@
-"""The engine for one device, or several without sharding: accelerate's precision, plain AdamW.
+"""The engine for one device, or several without sharding: accelerate's precision.
 
 Gradients stay local until the window's last backward and are then averaged in buckets. DDP is not
 used: the gradient cache makes several backwards a window of which only the last may communicate,
@@ -21,14 +21,13 @@ from mmscale.dist.peers import average_gradients
 from mmscale.dist.world import check_world
 from mmscale.engine.momentum import Replica
 from mmscale.engine.optimizer import (
-    build_optimizer,
     parameter_groups,
     persistent_buffers,
     set_rates,
     trained_parts,
 )
+from mmscale.engine.optimizer_kind import optimizer_kind
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -47,7 +46,8 @@ class AccelerateEngine:
         self._clip = config.optim.clip_norm
         self._parts = trained_parts(model)
         self.groups = parameter_groups(model, config.optim)
-        optimizer = build_optimizer(self.groups, config.optim, fused=policy.fused_optimizer)
+        self._kind = optimizer_kind(config.optim, policy.fused_optimizer, sharded=False)
+        optimizer = self._kind.build(self.groups)
         self._optimizer = self._accelerator.prepare_optimizer(optimizer)
 
     def call(self, mode: str, *inputs: Any) -> Any:
@@ -105,7 +105,9 @@ class AccelerateEngine:
             moments = {}
             if parameter.requires_grad:
                 moments = {
-                    key: state[parameter][key] for key in _MOMENTS if key in state[parameter]
+                    key: state[parameter][key]
+                    for key in self._kind.moments
+                    if key in state[parameter]
                 }
             yield NamedTensor(name, parameter.detach(), moments)
         for name, buffer in persistent_buffers(self.module):
@@ -119,10 +121,9 @@ class AccelerateEngine:
         for name, parameter in self.module.named_parameters():
             found = moments(name) if parameter.requires_grad else {}
             if found:
-                state[parameter] = {
-                    "step": torch.tensor(float(updates)),
-                    **{key: value.to(parameter.device).clone() for key, value in found.items()},
-                }
+                own = {key: value.to(parameter.device).clone() for key, value in found.items()}
+                state[parameter] = self._kind.state(parameter, own, updates)
+        self._kind.resume(self._optimizer.optimizer, updates)
 
     def close(self) -> None:
         self._accelerator.free_memory()

@@ -20,16 +20,14 @@ from mmscale.dist.device import DevicePolicy
 from mmscale.dist.world import check_world
 from mmscale.engine.momentum import Replica, averaged
 from mmscale.engine.optimizer import (
-    build_optimizer,
     parameter_groups,
     persistent_buffers,
     set_rates,
     trained_parts,
 )
+from mmscale.engine.optimizer_kind import optimizer_kind
 from mmscale.engine.plan import BatchPlan
 from mmscale.errors import LaunchError
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class DeepSpeedEngine:
@@ -51,7 +49,8 @@ class DeepSpeedEngine:
         self.module = model.to(policy.device)
         self._parts = trained_parts(model)
         self.groups = parameter_groups(model, config.optim)
-        optimizer = build_optimizer(self.groups, config.optim, fused=policy.fused_optimizer)
+        self._kind = optimizer_kind(config.optim, policy.fused_optimizer, sharded=True)
+        optimizer = self._kind.build(self.groups)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
@@ -107,7 +106,7 @@ class DeepSpeedEngine:
                 continue
             moments = {
                 key: utils.safe_get_full_optimizer_state(parameter, key)
-                for key in (_MOMENTS if self._updates else ())
+                for key in (self._kind.moments if self._updates else ())
             }
             yield NamedTensor(name, utils.safe_get_full_fp32_param(parameter), moments)
         for name, buffer in persistent_buffers(self.module):
@@ -129,10 +128,8 @@ class DeepSpeedEngine:
             else zero.single_partition_of_fp32_groups
         )
         for flat in flats:
-            inner.state[flat] = {
-                "step": torch.tensor(float(updates)),
-                **{key: torch.zeros_like(flat) for key in _MOMENTS},
-            }
+            empty = {key: torch.zeros_like(flat) for key in self._kind.moments}
+            inner.state[flat] = self._kind.state(flat, empty, updates)
         self._link_moments()
         for name, parameter in self._engine.module.named_parameters():
             for key, value in moments(name).items() if parameter.requires_grad else ():

@@ -1,62 +1,77 @@
-"""AdamW over groups by component, decay or none."""
+"""Groups of parameters by component, depth, and decay or none; the optimizer over them."""
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from mmscale.config.schema import OptimConfig
+from mmscale.config.optim import OptimConfig
 from mmscale.contracts import KINDS, PARTS
 from mmscale.errors import ConfigError
+from mmscale.model.depth import layer_scales
 from mmscale.model.two_tower import component_of, no_decay
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Groups with `name`, `base_lr`, `weight_decay` and the parameters' `names`.
+    """Groups with `name`, `component`, `base_lr`, `balance`, `weight_decay`, `names` and a size.
 
-    Every trained parameter is in exactly one.
+    Every trained parameter is in exactly one; `parameters` counts its numbers. A group is one
+    component's, at one depth where `layer_decay` tells depths apart.
 
     Raises:
         ConfigError: Nothing is trained.
     """
-    groups: dict[str, dict[str, Any]] = {}
+    groups: dict[tuple[str, float, bool], dict[str, Any]] = {}
+    depths = _depths(model, config)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        component = component_of(name)
+        component, depth = component_of(name), depths.get(name, 1.0)
         decays = not no_decay(name, parameter)
-        key = f"{component}.{'decay' if decays else 'no_decay'}"
-        rate = config.lr * getattr(config.lr_scale, component)
+        rate = config.lr * getattr(config.lr_scale, component) * depth
         decay = config.weight_decay * getattr(config.weight_decay_scale, component)
         group = groups.setdefault(
-            key,
+            (component, depth, decays),
             {
-                "name": key,
+                "name": _group_name(component, depth, decays),
+                "component": component,
                 "params": [],
                 "names": [],
                 "base_lr": rate,
+                "balance": 1.0,
                 "lr": rate,
                 "weight_decay": decay if decays else 0.0,
+                "parameters": 0,
             },
         )
         group["params"].append(parameter)
         group["names"].append(name)
+        group["parameters"] += parameter.numel()
     if not groups:
         raise ConfigError("nothing is trained: every part of the model is frozen; unfreeze one")
     return list(groups.values())
 
 
-def build_optimizer(
-    groups: list[dict[str, Any]], config: OptimConfig, fused: bool
-) -> torch.optim.AdamW:
-    """AdamW over the groups."""
-    return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=fused)
+def _depths(model: nn.Module, config: OptimConfig) -> dict[str, float]:
+    """Factor by depth for the parameters of towers whose layers have rates of their own."""
+    factors: dict[str, float] = {}
+    for component in ("vision", "text"):
+        decay = getattr(config.layer_decay, component)
+        if decay < 1:
+            tower: Any = model.get_submodule(component)
+            scales = layer_scales(tower, decay)
+            factors |= {f"{component}.{name}": factor for name, factor in scales.items()}
+    return factors
+
+
+def _group_name(component: str, depth: float, decays: bool) -> str:
+    layer = "" if depth == 1 else f" x {depth:.3g}"
+    return f"{component}{layer}.{'decay' if decays else 'no_decay'}"
 
 
 def set_rates(groups: list[dict[str, Any]], factor: float) -> None:
-    """Every group's rate at `factor` times its base."""
+    """Every group's rate at `factor` times its base, and times its `balance`."""
     for group in groups:
-        group["lr"] = group["base_lr"] * factor
+        group["lr"] = group["base_lr"] * factor * group["balance"]
 
 
 def trained_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:

@@ -8,9 +8,10 @@ def rate_factor(step: int, total: int, warmup: int, kind: str) -> float:
 
     Args:
         step: Updates already made.
-        total: Updates of the whole run.
+        total: Updates of the whole run, or of its stage.
         warmup: Updates over which the rate rises linearly; cut to `total`.
-        kind: `cosine`, `linear` or `constant` after the warm-up.
+        kind: `cosine`, `linear`, `constant` or `plateau` after the warm-up; a plateau's falls are a
+            factor of their own.
     """
     warmup = min(warmup, total)
     if step < warmup:

@@ -8,6 +8,7 @@ from mmscale.contracts import Batch
 from mmscale.diagnostics.geometry import probe_figures
 from mmscale.diagnostics.pairs import Pairs
 from mmscale.engine.step import Update
+from mmscale.report.rates import rates_table
 
 
 def training_line(
@@ -56,16 +57,12 @@ def probe_line(
 
 def opening_lines(training: Training) -> list[str]:
     """What is told before the first update."""
-    groups = [
-        f"{group['name']:>16}: lr {group['base_lr']:.3g}, weight decay {group['weight_decay']:.3g}"
-        for group in training.engine.groups
-    ]
     total = training.total_steps
     steps = f"{total:,} step{'s' * (total > 1)}, {training.schedule.steps:,} an epoch"
     resumed = training.start.step
     return [
         f"engine: {training.engine.label}",
-        *groups,
+        *rates_table(training.engine.groups, training.engine.module),
         f"length: {steps}" + (f"; resumed after step {resumed:,}" if resumed else ""),
     ]
 

@@ -22,11 +22,10 @@ UPDATES = 3
 STAGES = (1, 2, 3)
 
 
-def _config(stage):
+def _config(stage, **settings):
     """Stage 0 is the engine without sharding."""
-    return tiny.tiny_config(
-        **({"engine__deepspeed": f"ds_configs/zero{stage}.json"} if stage else {})
-    )
+    sharded = {"engine__deepspeed": f"ds_configs/zero{stage}.json"} if stage else {}
+    return tiny.tiny_config(**sharded, **settings)
 
 
 def _world():
@@ -54,11 +53,13 @@ def _update(engine, config, world, step):
 def _save_each(folder, stages):
     """For each stage: some updates, a checkpoint, one more update; what was saved, and then."""
     world = _world()
-    return {stage: _train_and_save(Path(folder, str(stage)), stage, world) for stage in stages}
+    return {
+        stage: _train_and_save(Path(folder, str(stage)), _config(stage), stage, world)
+        for stage in stages
+    }
 
 
-def _train_and_save(folder, stage, world):
-    config = _config(stage)
+def _train_and_save(folder, config, stage, world):
     engine = _engine(build_model(config.model, None, 0)[0], config, stage, world)
     for step in range(UPDATES):
         _update(engine, config, world, step)
@@ -76,12 +77,13 @@ def _go_on_from_each(folders, stages):
     """For each checkpoint and stage: the restored state, the next update's loss, the state then."""
     world = _world()
     return {
-        (folder.name, stage): _go_on(folder, stage, world) for folder in folders for stage in stages
+        (folder.name, stage): _go_on(folder, _config(stage), stage, world)
+        for folder in folders
+        for stage in stages
     }
 
 
-def _go_on(folder, stage, world):
-    config = _config(stage)
+def _go_on(folder, config, stage, world):
     checkpoint = Checkpoint(folder / "checkpoints" / f"step-{UPDATES:08d}")
     # Another seed: every weight must come from the checkpoint.
     model, _ = build_model(config.model, None, 1)
@@ -154,3 +156,26 @@ def test_one_device_goes_on_exactly(saved, alone, before):
 def test_two_ranks_of_every_stage_go_on_exactly(saved, sharded, before, stage):
     for rank in sharded:
         _assert_goes_on(saved[before], rank[str(before), stage])
+
+
+def _save_and_go_on(folder, names):
+    """For each optimizer and two stages of ZeRO: what was saved, and what another engine makes."""
+    world, found = _world(), {}
+    for name in names:
+        for before, after in ((3, 2), (1, 3)):
+            settings = {"optim__name": name, "optim__lr": 1e-3}
+            place = Path(folder, f"{name}-{before}")
+            wanted = _train_and_save(place, _config(before, **settings), before, world)
+            found[name, before] = wanted, _go_on(place, _config(after, **settings), after, world)
+    return found
+
+
+def test_other_optimizers_moments_go_on_exactly_under_another_stage(tmp_path):
+    for found in run_on_ranks(2, _save_and_go_on, tmp_path, ["lion", "sgd"]):
+        for (name, _), ((state, loss, _), (got_state, got_loss, _)) in found.items():
+            kind = {"lion": "exp_avg", "sgd": "momentum_buffer"}[name]
+            values = {key for key in state if key.startswith("value/")}
+            assert set(state) - values == {key.replace("value/", f"{kind}/") for key in values}
+            assert set(got_state) == set(state)
+            assert [key for key in state if not torch.equal(got_state[key], state[key])] == []
+            assert got_loss == pytest.approx(loss, rel=1e-5)
