@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mmscale.checkpoint.files import Checkpoint, Origin, Progress, save
+from mmscale.checkpoint.files import Checkpoint, Origin, Progress
 from mmscale.checkpoint.resume import require_same_run, starting_point
+from mmscale.checkpoint.write import Snapshot, take_snapshot
 from mmscale.config.batches import HardBatchesConfig
 from mmscale.config.deepspeed import zero_stage
 from mmscale.config.duration import Duration
@@ -167,7 +168,7 @@ def assemble(segment: Segment, world: World, tell: Tell) -> Training:
     # Ranks draw different dropout masks; a resumed run gets each rank's own state back.
     torch.manual_seed(config.run.seed * 1_000_003 + world.rank)
     if origin is not None:
-        engine.restore(origin.moments, origin.progress.updates)
+        engine.restore(origin.moments, origin.progress.updates, origin.progress.scaler)
         if random := origin.random(world.rank):
             set_rng_state(policy.device, random)
     return Training(
@@ -342,12 +343,11 @@ def _tenths(tell: Tell) -> Callable[[int, int], None]:
     return progress
 
 
-def save_checkpoint(training: Training, progress: Progress) -> Path:
-    """Write a checkpoint of a run in training. Collective."""
+def snapshot(training: Training, progress: Progress) -> Snapshot:
+    """What a checkpoint of a run in training holds. Collective."""
     momentum, bank = training.companions.momentum, training.companions.bank
-    return save(
-        Path(training.config.run.dir),
-        progress,
+    return take_snapshot(
+        replace(progress, scaler=training.engine.scaler()),
         training.config.model_dump(mode="json"),
         chain(
             training.engine.tensors(),
@@ -357,5 +357,4 @@ def save_checkpoint(training: Training, progress: Progress) -> Path:
         ),
         rng_state(training.policy.device),
         training.world,
-        training.config.checkpoint.keep,
     )

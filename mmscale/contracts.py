@@ -248,6 +248,7 @@ class StepRecord:
         damaged: Rows of the global batch that stood in for undecodable samples.
         cut: Captions of the global batch that have more tokens than the tower takes.
         stop: True when any rank was told to stop.
+        written: True when every rank has done its part of the checkpoint in flight.
     """
 
     loss: float
@@ -261,6 +262,7 @@ class StepRecord:
     damaged: int
     cut: int
     stop: bool
+    written: bool = False
 
 
 @runtime_checkable
@@ -348,8 +350,16 @@ class Engine(Protocol):
     def shadow(self, module: nn.Module) -> "Shadow":
         """Let a copy of the model, taken before this engine was built, follow its weights."""
 
-    def restore(self, moments: Callable[[str], dict[str, Tensor]], updates: int) -> None:
-        """Set the optimizer's moments by parameter name and its count of updates.
+    def scaler(self) -> dict[str, float]:
+        """State of the loss scaling that fp16 needs; empty without it."""
+
+    def restore(
+        self,
+        moments: Callable[[str], dict[str, Tensor]],
+        updates: int,
+        scaler: dict[str, float],
+    ) -> None:
+        """Set the optimizer's moments by parameter name, its count of updates and the loss scaling.
 
         The weights come with the model that the engine was built from.
         """

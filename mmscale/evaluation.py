@@ -7,10 +7,10 @@ import torch
 
 from mmscale.assembly import HeldOut, Training, encode_set, without_weights
 from mmscale.checkpoint.files import Checkpoint
-from mmscale.checkpoint.resume import open_checkpoint
+from mmscale.checkpoint.resume import open_trained
 from mmscale.config.load import validate
 from mmscale.config.schema import Config
-from mmscale.contracts import InputSpec, Peers, World
+from mmscale.contracts import InputSpec, Peers
 from mmscale.data.caption_text import with_cleaning
 from mmscale.data.features import FeatureTable
 from mmscale.data.shards import ShardSet
@@ -43,7 +43,7 @@ def load_trained(path: Path) -> Trained:
     Raises:
         CheckpointError: Neither, or damaged.
     """
-    checkpoint = open_checkpoint(path, World())
+    checkpoint = open_trained(path)
     config = validate(checkpoint.config)
     model, spec = build_model(
         without_weights(config.model), config.data.image_size, config.run.seed

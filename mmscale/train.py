@@ -20,6 +20,7 @@ from mmscale.errors import TerminatedError, explained
 if TYPE_CHECKING:
     from mmscale.assembly import Segment, Training
     from mmscale.checkpoint.files import Progress
+    from mmscale.checkpoint.saver import Saver
     from mmscale.contracts import Batch, Position
     from mmscale.dist.signals import StopSignal
     from mmscale.engine.step import Update
@@ -51,12 +52,13 @@ def run(config: Config) -> int:
 
 def _attempt(config: Config, updated: Callable[[], None]) -> int:
     """One run from start to end; calls `updated` after each update."""
-    from mmscale.dist.failure import failing_together
+    from mmscale.dist.failure import failing_together, wait_for
     from mmscale.dist.world import leave, promised_world
 
     world = promised_world()
     with failing_together(world):
         from mmscale.assembly import Segment, assemble
+        from mmscale.checkpoint.saver import Saver
         from mmscale.dist.signals import StopSignal
         from mmscale.report.console import early_line
         from mmscale.report.report import Report
@@ -65,14 +67,20 @@ def _attempt(config: Config, updated: Callable[[], None]) -> int:
         training = assemble(Segment(config), world, early_line(world))
         _write_config(training)
         with Report(training.config, world, training.total_steps, training.start.step) as report:
-            while (following := _segment(training, report, stop, updated)) is not None:
+            saver = Saver(Path(config.run.dir), world, config.checkpoint, report.warn)
+            wait_for(saver.wait)
+            while (following := _segment(training, report, stop, saver, updated)) is not None:
                 training = assemble(following, world, report.say)
     leave()
     return 0
 
 
 def _segment(
-    training: "Training", report: "Report", stop: "StopSignal", updated: Callable[[], None]
+    training: "Training",
+    report: "Report",
+    stop: "StopSignal",
+    saver: "Saver",
+    updated: Callable[[], None],
 ) -> "Segment | None":
     """Train with one configuration and engine; returns what the run goes on as, None at its end."""
     from mmscale.course.closing import finish
@@ -82,9 +90,9 @@ def _segment(
         report.say(line)
     # Closed, so that decoding processes end here and not when their loader is collected.
     with closing(_batches(training)) as batches:
-        progress, following = _loop(training, report, stop, batches, updated)
+        progress, following = _loop(training, report, stop, saver, batches, updated)
     if following is None:
-        finish(training, report, progress)
+        finish(training, report, saver, progress)
     training.close()
     return following
 
@@ -93,11 +101,12 @@ def _loop(
     training: "Training",
     report: "Report",
     stop: "StopSignal",
+    saver: "Saver",
     batches: "Batches",
     updated: Callable[[], None],
 ) -> tuple["Progress", "Segment | None"]:
     """Update until the segment ends; returns how far it came, and what follows before the end."""
-    from mmscale.assembly import save_checkpoint
+    from mmscale.assembly import snapshot
     from mmscale.course.closing import evaluated
     from mmscale.course.damage import check_damage
     from mmscale.course.skips import Skips
@@ -124,6 +133,7 @@ def _loop(
             progress.step,
             stop.wanted,
             training.companions,
+            saver.written,
         )
         updated()
         progress = _advance(progress, position, done)
@@ -135,14 +145,18 @@ def _loop(
             check_damage(training, report, batch, progress)
         if _due(training, config.probe.every, progress):
             report.probe(probe_line(training, progress, done, batch))
+        if done.record.written:
+            saver.settle()
         if progress.step < total:
             if done.record.stop:
-                save_checkpoint(training, progress)
+                saver.save(snapshot(training, progress))
+                saver.finish()
                 raise TerminatedError(f"told to stop; step {progress.step} is in a checkpoint")
             if _due(training, config.eval.every, progress):
                 progress, _ = evaluated(training, report, progress)
-            if _due(training, config.checkpoint.every, progress):
-                save_checkpoint(training, progress)
+            is_best = progress.best is not None and progress.best.step == progress.step
+            if is_best or _due(training, config.checkpoint.every, progress):
+                saver.save(snapshot(training, progress))
         clock = time.perf_counter()
     return progress, None
 

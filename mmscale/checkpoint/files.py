@@ -6,26 +6,34 @@ change between save and load. A folder is written aside and renamed when everyth
 
 import hashlib
 import json
-import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from mmscale.contracts import NamedTensor, Position, World
+from mmscale.contracts import Position, World
 from mmscale.dist.peers import from_all, from_main
-from mmscale.durable import publish, replace_file, sync
 from mmscale.errors import CheckpointError
 
 FORMAT, VERSION = "mmscale-checkpoint", 1
 # What tensors that are not the model's are named with.
 COMPANIONS = ("momentum.", "hard_batches.", "queue.")
-MOMENTS = ("exp_avg", "exp_avg_sq")
+# Suffix of a folder that is being written.
+PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation so far: `metric` had this value after `step`."""
+
+    metric: str
+    value: float
+    step: int
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,8 @@ class Progress:
         metrics: The newest evaluation.
         stage: Number of the stage that trains, from 0.
         stage_start: `step` at which that stage began.
+        best: The best evaluation by `checkpoint.best`.
+        scaler: State of the engine's loss scaling; empty without one.
     """
 
     step: int = 0
@@ -51,12 +61,15 @@ class Progress:
     metrics: dict[str, float] = field(default_factory=dict)
     stage: int = 0
     stage_start: int = 0
+    best: Best | None = None
+    scaler: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "Progress":
         """Read what `state.json` keeps of it; what an older one lacks has its default."""
         known = {f.name: state[f.name] for f in fields(cls) if f.name in state}
-        return cls(**{**known, "position": Position(**state["position"])})
+        best = Best(**state["best"]) if state.get("best") else None
+        return cls(**{**known, "position": Position(**state["position"]), "best": best})
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -64,110 +77,16 @@ def step_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
-def save(
-    run_dir: Path,
-    progress: Progress,
-    config: dict[str, Any],
-    tensors: Iterable[NamedTensor],
-    random: dict[str, Tensor],
-    world: World,
-    keep: int,
-) -> Path:
-    """Write a checkpoint and drop the oldest beyond `keep`. Collective.
-
-    Args:
-        run_dir: The run's folder.
-        progress: How far the run has come.
-        config: The resolved configuration.
-        tensors: The engine's tensors, in the same order on all ranks.
-        random: This rank's random state.
-        world: The ranks.
-        keep: Checkpoints that stay.
-
-    Raises:
-        CheckpointError: A rank could not write; on every rank.
-    """
-    folder = step_folder(run_dir, progress.step)
-    aside = folder.with_suffix(".partial")
-    mine, shapes = _own_share(tensors, world)
-    mine |= {f"rng/{name}": state for name, state in random.items()}
-    name = f"rank-{world.rank:05d}-of-{world.size:05d}.safetensors"
-    _everywhere(world, lambda: _make_aside(aside, world))
-    digests = _everywhere(world, lambda: {name: _write_tensors(aside / name, mine)})
-    files = {name: digest for part in digests for name, digest in part.items()}
-    state = {
-        "format": FORMAT,
-        "version": VERSION,
-        **asdict(progress),
-        "world": world.size,
-        "config": config,
-        "tensors": shapes,
-        "files": files,
-    }
-    _everywhere(world, lambda: _finish(aside, folder, state, keep) if world.is_main else None)
-    return folder
+def rank_file(rank: int, world: int) -> str:
+    """Name of what a rank wrote."""
+    return f"rank-{rank:05d}-of-{world:05d}.safetensors"
 
 
-def _own_share(
-    tensors: Iterable[NamedTensor], world: World
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """This rank's tensors on the CPU, and where every tensor is."""
-    load = [0] * world.size
-    mine: dict[str, Tensor] = {}
-    shapes: dict[str, Any] = {}
-    for tensor in tensors:
-        owner = load.index(min(load))
-        parts = {f"value/{tensor.name}": tensor.value} | {
-            f"{key}/{tensor.name}": value for key, value in tensor.moments.items()
-        }
-        load[owner] += sum(value.nbytes for value in parts.values())
-        shapes[tensor.name] = {
-            "shape": list(tensor.value.shape),
-            "rank": owner,
-            "moments": sorted(tensor.moments),
-        }
-        if owner == world.rank:
-            # A copy: the file must hold this moment, whatever the engine does with its memory.
-            mine |= {k: v.detach().to("cpu", copy=True).contiguous() for k, v in parts.items()}
-    return mine, shapes
-
-
-def _everywhere(world: World, action: Any) -> list[Any]:
-    """Run on every rank, then let all fail if one did."""
-    try:
-        outcome, fault = action(), None
-    except (OSError, SafetensorError) as error:
-        outcome, fault = None, f"rank {world.rank}: {error}"
-    results = from_all(world, (outcome, fault))
-    faults = [fault for _, fault in results if fault]
-    if faults:
-        raise CheckpointError(f"a checkpoint could not be written ({faults[0]}); free disk space")
-    return [outcome for outcome, _ in results]
-
-
-def _make_aside(aside: Path, world: World) -> None:
-    if world.is_main:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    save_file(tensors, path)
-    sync(path)
-    return {"sha256": _sha256(path), "bytes": path.stat().st_size}
-
-
-def _finish(aside: Path, folder: Path, state: dict[str, Any], keep: int) -> None:
-    replace_file(aside / "state.json", json.dumps(state, indent=1).encode())
-    shutil.rmtree(folder, ignore_errors=True)
-    publish(aside, folder)
-    for old in step_folders(folder.parent.parent)[keep:]:
-        shutil.rmtree(old)
-
-
-def _sha256(path: Path) -> str:
+def digest_of(path: Path) -> dict[str, Any]:
+    """What a file must be when it is read again."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"sha256": digest, "bytes": path.stat().st_size}
 
 
 def step_folders(run_dir: Path) -> list[Path]:
@@ -199,8 +118,12 @@ class Origin(Protocol):
 class Checkpoint:
     """A checkpoint on disk, verified when opened."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, readers: World | None = None):
         """Open and verify.
+
+        Args:
+            folder: Of the checkpoint.
+            readers: Ranks that verify a share of the files each; default all files here.
 
         Raises:
             CheckpointError: Not a checkpoint, or not what was written.
@@ -219,18 +142,18 @@ class Checkpoint:
             raise CheckpointError(
                 f"{folder}: format version {state.get('version')}, this mmscale reads {VERSION}"
             )
-        self._verify(state)
+        self._verify(state["files"], readers or World())
         self.config: dict[str, Any] = state["config"]
         self.world: int = state["world"]
         self.tensors: dict[str, Any] = state["tensors"]
         self.progress = Progress.from_state(state)
 
-    def _verify(self, state: dict[str, Any]) -> None:
-        for name, wanted in state["files"].items():
-            path = self.folder / Path(name).name
+    def _verify(self, files: dict[str, Any], readers: World) -> None:
+        for name in sorted(files)[readers.rank :: readers.size]:
+            path, wanted = self.folder / Path(name).name, files[name]
             if not path.is_file():
                 raise CheckpointError(f"{path}: missing; the checkpoint is not whole")
-            if path.stat().st_size != wanted["bytes"] or _sha256(path) != wanted["sha256"]:
+            if path.stat().st_size != wanted["bytes"] or digest_of(path) != wanted:
                 raise CheckpointError(f"{path}: not what was written (sha256 differs)")
 
     def read(self, kind: str, name: str) -> Tensor:
@@ -299,28 +222,56 @@ class Checkpoint:
                 tensor.copy_(self.read("value", prefix + name))
 
     def _file(self, rank: int) -> Path:
-        return self.folder / f"rank-{rank:05d}-of-{self.world:05d}.safetensors"
+        return self.folder / rank_file(rank, self.world)
 
 
-def newest_sound(run_dir: Path, world: World, warn: Any = lambda text: None) -> Path | None:
-    """The newest checkpoint that verifies, decided by rank 0 and agreed; None without any.
+def open_together(folder: Path, world: World) -> Checkpoint:
+    """Open a checkpoint on every rank, each verifying a share of its files. Collective.
+
+    Raises:
+        CheckpointError: A rank found a fault; on every rank.
+    """
+    opened, fault = None, None
+    try:
+        opened = Checkpoint(folder, world)
+    except CheckpointError as error:
+        fault = str(error)
+    fault = next((fault for fault in from_all(world, fault) if fault), None)
+    if opened is None or fault:
+        raise CheckpointError(str(fault))
+    return opened
+
+
+def _warn(text: str) -> None:
+    sys.stderr.write(f"mmscale: {text}\n")
+
+
+def newest_sound(
+    run_dir: Path, world: World, warn: Callable[[str], None] = _warn, before: int | None = None
+) -> Checkpoint | None:
+    """The newest checkpoint that verifies, agreed by all ranks; None without any. Collective.
+
+    Args:
+        run_dir: The run's folder.
+        world: The ranks; which checkpoints there are is what rank 0 sees.
+        warn: Takes a line about each one that is passed over.
+        before: Only those of earlier steps.
 
     Raises:
         CheckpointError: There are checkpoints, and none can be used.
     """
-    found, fault = None, None
-    if world.is_main:
-        folders = step_folders(run_dir)
-        for folder in folders:
-            try:
-                Checkpoint(folder)
-            except CheckpointError as error:
+    found = step_folders(run_dir) if world.is_main else []
+    names = from_main(world, [str(path) for path in found])
+    if before is not None:
+        names = [name for name in names if Path(name) < step_folder(run_dir, before)]
+    fault = None
+    for name in names:
+        try:
+            return open_together(Path(name), world)
+        except CheckpointError as error:
+            fault = error
+            if name != names[-1]:
                 warn(f"{error}; falling back to the checkpoint before it")
-                fault = str(error)
-                continue
-            found, fault = str(folder), None
-            break
-    found, fault = from_main(world, (found, fault))
-    if fault and not found:
+    if fault:
         raise CheckpointError(f"{fault}; no checkpoint of the run can be used")
-    return Path(found) if found else None
+    return None

@@ -4,7 +4,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from mmscale.checkpoint.files import Checkpoint, newest_sound, step_folders
+from mmscale.checkpoint.files import (
+    Checkpoint,
+    newest_sound,
+    open_together,
+    step_folder,
+    step_folders,
+)
+from mmscale.checkpoint.write import adopt_partial
 from mmscale.config.load import flatten, validate
 from mmscale.config.schema import Config
 from mmscale.contracts import World
@@ -38,8 +45,9 @@ def starting_point(config: Config, world: World, warn: Any) -> Checkpoint | None
     """
     run_dir = Path(config.run.dir)
     if config.run.resume == "auto":
-        folder = newest_sound(run_dir, world, warn)
-        return Checkpoint(folder) if folder else None
+        if world.is_main:
+            adopt_partial(run_dir)
+        return newest_sound(run_dir, world, warn)
     if config.run.resume != "never":
         return open_checkpoint(Path(config.run.resume), world)
     holds_run = bool(step_folders(run_dir)) or (run_dir / "metrics.jsonl").exists()
@@ -58,20 +66,33 @@ def starting_point(config: Config, world: World, warn: Any) -> Checkpoint | None
 
 
 def open_checkpoint(path: Path, world: World) -> Checkpoint:
-    """A checkpoint folder, or the newest sound one of a run folder.
+    """A checkpoint folder, or the newest sound one of a run folder. Collective.
 
     Raises:
         CheckpointError: Neither.
     """
     if (path / "state.json").exists():
-        return Checkpoint(path)
-    folder = newest_sound(path, world)
-    if folder is None:
+        return open_together(path, world)
+    newest = newest_sound(path, world)
+    if newest is None:
         raise CheckpointError(
             f"{path}: neither a checkpoint nor a run with one; name a run folder or one of its "
             "checkpoints/step-NNNNNNNN"
         )
-    return Checkpoint(folder)
+    return newest
+
+
+def open_trained(path: Path) -> Checkpoint:
+    """A checkpoint folder; of a run folder the best where one is kept by a metric, else the newest.
+
+    Raises:
+        CheckpointError: Neither.
+    """
+    opened = open_checkpoint(path, World())
+    best = opened.progress.best
+    if opened.folder == path or best is None or best.step == opened.progress.step:
+        return opened
+    return Checkpoint(step_folder(path, best.step))
 
 
 def require_same_run(checkpoint: Checkpoint, config: Config, lanes: int) -> None:

@@ -143,6 +143,11 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"engine.kind=accelerate contradicts engine.deepspeed={engine.deepspeed}; "
             "remove one of the two"
         )
+    if config.checkpoint.best is not None and data.eval is None:
+        yield (
+            f"checkpoint.best={config.checkpoint.best} is measured on held-out pairs, and there "
+            "are none; set data.eval, or remove it"
+        )
     low, high = data.crop_scale
     if not 0 < low <= high <= 1:
         yield f"data.crop_scale={low},{high} must rise within (0, 1]; write for example [0.9, 1.0]"

@@ -212,6 +212,12 @@ class CheckpointConfig(Section):
     """How often; null: only at the end."""
     keep: Positive = 2
     """How many of the newest are kept."""
+    best: str | None = None
+    """Metric of the evaluations, such as `eval/i2t_r1`: its best checkpoint is kept besides."""
+    best_is: Literal["max", "min"] = "max"
+    """Whether the largest or the smallest value of `best` is the best."""
+    failures: Annotated[int, Field(ge=0)] = 3
+    """How many checkpoints in a row may fail to be written before the run ends with exit 5."""
 
 
 class LogConfig(Section):

@@ -5,11 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mmscale.assembly import Training, save_checkpoint
-from mmscale.checkpoint.files import Progress
+from mmscale.assembly import Training, snapshot
+from mmscale.checkpoint.files import Best, Progress
+from mmscale.checkpoint.saver import Saver
+from mmscale.config.schema import CheckpointConfig
 from mmscale.diagnostics.doctor import diagnose
 from mmscale.diagnostics.pairs import Pairs
 from mmscale.durable import replace_file
+from mmscale.errors import ConfigError
 from mmscale.evaluation import evaluate
 from mmscale.report.page import write_page
 from mmscale.report.report import Report
@@ -24,14 +27,32 @@ def evaluated(
         return progress, None
     figures, pairs = found
     report.evaluation({"step": progress.step, **figures}, pairs)
-    return replace(progress, metrics=figures), pairs
+    best = _best(training.config.checkpoint, progress, figures)
+    return replace(progress, metrics=figures, best=best), pairs
 
 
-def finish(training: Training, report: Report, progress: Progress) -> None:
+def _best(settings: CheckpointConfig, progress: Progress, figures: dict[str, float]) -> Best | None:
+    """The best evaluation, with the new one in view."""
+    if settings.best is None:
+        return None
+    if settings.best not in figures:
+        raise ConfigError(
+            f"checkpoint.best={settings.best}: the evaluation measures {', '.join(figures)}; name "
+            "one of these"
+        )
+    now, before = Best(settings.best, figures[settings.best], progress.step), progress.best
+    if before is None or before.metric != now.metric:
+        return now
+    better = now.value > before.value if settings.best_is == "max" else now.value < before.value
+    return now if better else before
+
+
+def finish(training: Training, report: Report, saver: Saver, progress: Progress) -> None:
     """The last evaluation, checkpoint, diagnosis and page. Collective."""
     progress, pairs = evaluated(training, report, progress)
     if progress.step > training.start.step:
-        save_checkpoint(training, progress)
+        saver.save(snapshot(training, progress))
+    saver.finish()
     if not training.world.is_main:
         return
     run_dir = Path(training.config.run.dir)

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -23,6 +23,7 @@ _READ = "mmscale/failure-read"
 _NOTICE_SECONDS = 5.0
 _WATCH_SECONDS = 0.5
 _GRACE_SECONDS = 2.0
+_LAST_WAIT_SECONDS = 15.0
 _LOST = (
     "rank {} lost its connection to another rank, which ended without a word ({}); look for a rank "
     "that was killed or ran out of memory"
@@ -31,6 +32,8 @@ _LOST = (
 # Set while this rank handles a failure itself, or has parted from the others.
 _handled = threading.Event()
 _store: "dist.Store | None" = None
+# What a rank may have to wait for when it is ended from here.
+_unfinished: Callable[[float], None] | None = None
 
 
 class PeerFailedError(LaunchError):
@@ -53,6 +56,15 @@ def stop_watching() -> None:
     global _store
     _handled.set()
     _store = None
+
+
+def wait_for(unfinished: Callable[[float], None]) -> None:
+    """Let a rank that is ended while a collective keeps it first call this, with the seconds left.
+
+    Any other end waits for a rank's threads by itself.
+    """
+    global _unfinished
+    _unfinished = unfinished
 
 
 @contextmanager
@@ -107,6 +119,8 @@ def _watch(store: dist.Store) -> None:
         sys.stderr.flush()
         with suppress(RuntimeError):
             store.add(_READ, 1)
+        if _unfinished is not None:
+            _unfinished(_LAST_WAIT_SECONDS)
         os._exit(notice["exit_code"])
 
 

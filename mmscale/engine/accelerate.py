@@ -116,7 +116,18 @@ class AccelerateEngine:
     def shadow(self, module: nn.Module) -> Shadow:
         return Replica(module, self.module, self.device)
 
-    def restore(self, moments: Callable[[str], dict[str, Tensor]], updates: int) -> None:
+    def scaler(self) -> dict[str, float]:
+        scaler = self._accelerator.scaler
+        return {} if scaler is None else dict(scaler.state_dict())
+
+    def restore(
+        self,
+        moments: Callable[[str], dict[str, Tensor]],
+        updates: int,
+        scaler: dict[str, float],
+    ) -> None:
+        if scaler and self._accelerator.scaler is not None:
+            self._accelerator.scaler.load_state_dict(scaler)
         state = self._optimizer.optimizer.state
         for name, parameter in self.module.named_parameters():
             found = moments(name) if parameter.requires_grad else {}

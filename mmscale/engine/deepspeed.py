@@ -5,6 +5,7 @@ Private names of DeepSpeed 0.19 are used where its API has a gap; each is held b
 """
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -86,7 +87,10 @@ class DeepSpeedEngine:
         self._updates += 1
 
     def discard(self) -> None:
-        # The gradient is not finite on some rank, so DeepSpeed skips this step on all of them.
+        # DeepSpeed skips a step by itself, on all ranks, where a gradient is not finite.
+        for part in self._parts.values():
+            for piece in (piece for p in part for piece in self._gradient(p)):
+                piece.fill_(math.nan)
         self._engine.step()
         assert not self._engine.was_step_applied(), "DeepSpeed updated with a non-finite gradient"
 
@@ -117,7 +121,18 @@ class DeepSpeedEngine:
             return Replica(module, self.module, self.device)
         return _ShardedShadow(self._deepspeed, module.to(self.device), self.module)
 
-    def restore(self, moments: Callable[[str], dict[str, Tensor]], updates: int) -> None:
+    def scaler(self) -> dict[str, float]:
+        scaler = self._zero.torch_autocast_gradscaler
+        return {} if scaler is None else dict(scaler.state_dict())
+
+    def restore(
+        self,
+        moments: Callable[[str], dict[str, Tensor]],
+        updates: int,
+        scaler: dict[str, float],
+    ) -> None:
+        if scaler and self._zero.torch_autocast_gradscaler is not None:
+            self._zero.torch_autocast_gradscaler.load_state_dict(scaler)
         self._updates = updates
         if updates == 0:
             return

@@ -56,6 +56,7 @@ def update(
     step: int,
     stop: bool,
     companions: Companions = ALONE,
+    written: bool = False,
 ) -> Update:
     """Train on one batch.
 
@@ -70,6 +71,7 @@ def update(
         step: Updates taken before this one.
         stop: This rank was told to stop.
         companions: Momentum encoder, queue and pair mining, where they are used.
+        written: This rank has done its part of the checkpoint in flight.
     """
     scale_module: Any = engine.module.get_submodule("scale")
     scale_module.begin(step)
@@ -114,7 +116,7 @@ def update(
         judged = judge(features)
         engine.backward(judged.loss.total, last=True)
     scale = float(judged.scale.detach())
-    record = _agree(engine, peers, batch, judged.loss, lr, scale, stop)
+    record = _agree(engine, peers, batch, judged.loss, lr, scale, (stop, written))
     if record.applied:
         engine.apply(factor, record.grad_norm["total"])
         if companions.momentum:
@@ -144,9 +146,12 @@ def _agree(
     loss: LossOutput,
     lr: float,
     scale: float,
-    stop: bool,
+    said: tuple[bool, bool],
 ) -> StepRecord:
-    """The one small reduction: losses, norms, keys, damage and the wish to stop."""
+    """The one small reduction: losses, norms, keys, damage, and what this rank says.
+
+    That is its wish to stop, and that it has written its part of a checkpoint.
+    """
     names = list(loss.terms)
     values = [loss.total.detach(), *loss.terms.values()]
     numbers = torch.cat(
@@ -155,14 +160,15 @@ def _agree(
             engine.part_norms().double().cpu(),
             torch.tensor(_digest_parts(batch.keys), dtype=torch.float64),
             torch.tensor(
-                [float(len(batch.damaged)), float(stop), float(batch.cut)], dtype=torch.float64
+                [float(len(batch.damaged)), float(batch.cut), *map(float, said)],
+                dtype=torch.float64,
             ),
         ]
     )
     total, *rest = peers.total(numbers).tolist()
     terms, rest = dict(zip(names, rest, strict=False)), rest[len(names) :]
     squares, rest = dict(zip(PARTS, rest, strict=False)), rest[len(PARTS) :]
-    parts, (damaged, stops, cut) = rest[:4], rest[4:]
+    parts, (damaged, cut, stops, written) = rest[:4], rest[4:]
     whole = {name: _norm(squares[f"{name}_{kind}"] for kind in KINDS) for name in COMPONENTS} | {
         "total": _norm(squares.values())
     }
@@ -174,10 +180,11 @@ def _agree(
         grad_norm=whole,
         grad_norm_parts={name: _norm([square]) for name, square in squares.items()},
         keys_digest=_digest(parts),
-        applied=math.isfinite(whole["total"]),
+        applied=math.isfinite(whole["total"]) and math.isfinite(total),
         damaged=int(damaged),
         cut=int(cut),
         stop=stops > 0,
+        written=written == peers.size,
     )
 
 

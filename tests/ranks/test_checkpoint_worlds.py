@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmscale.checkpoint.files import Checkpoint, Progress, save
+from mmscale.checkpoint.files import Checkpoint, Progress
+from mmscale.checkpoint.saver import Saver
+from mmscale.checkpoint.write import take_snapshot
+from mmscale.config.schema import CheckpointConfig
 from mmscale.contracts import Position, World
 from mmscale.dist.device import choose
 from mmscale.dist.peers import connect
@@ -66,8 +69,13 @@ def _train_and_save(folder, config, stage, world):
     progress = Progress(UPDATES, UPDATES, Position(0, UPDATES * tiny.ROWS), lanes=4)
     state = _snapshot(engine)
     random = {"cpu": torch.get_rng_state()}
-    save(folder, progress, config.model_dump(mode="json"), engine.tensors(), random, world, 1)
+    saver = Saver(folder, world, CheckpointConfig(), print)
+    saver.save(
+        take_snapshot(progress, config.model_dump(mode="json"), engine.tensors(), random, world)
+    )
+    # Training goes on while the files are written.
     record = _update(engine, config, world, UPDATES)
+    saver.finish()
     after = _snapshot(engine)
     engine.close()
     return state, record.loss, after
@@ -89,7 +97,7 @@ def _go_on(folder, config, stage, world):
     model, _ = build_model(config.model, None, 1)
     checkpoint.load_weights(model)
     engine = _engine(model, config, stage, world)
-    engine.restore(checkpoint.moments, checkpoint.progress.updates)
+    engine.restore(checkpoint.moments, checkpoint.progress.updates, {})
     state = _snapshot(engine)
     record = _update(engine, config, world, UPDATES)
     after = _snapshot(engine)

@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmscale.checkpoint.files import Checkpoint, Progress, save, step_folder
+from mmscale.checkpoint.files import Checkpoint, Progress, step_folder
+from mmscale.checkpoint.saver import Saver
+from mmscale.checkpoint.write import take_snapshot
+from mmscale.config.schema import CheckpointConfig
 from mmscale.contracts import Position, World
 from mmscale.dist.device import choose
 from mmscale.dist.peers import connect
@@ -46,7 +49,7 @@ class _Run:
         policy = choose(self.config.engine)
         self.engine = _engine(model.train(), self.config, stage, policy, world)
         if checkpoint is not None:
-            self.engine.restore(checkpoint.moments, checkpoint.progress.updates)
+            self.engine.restore(checkpoint.moments, checkpoint.progress.updates, {})
         shadow = self.engine.shadow(follower)
         self.momentum = MomentumEncoder(shadow, policy, DECAY, MICRO)
         self.objective = Objective(self.config, connect(world))
@@ -64,7 +67,10 @@ class _Run:
         tensors = [*self.engine.tensors(), *self.momentum.tensors()]
         progress = Progress(UPDATES, UPDATES, Position(0, UPDATES * ROWS), lanes=4)
         config = self.config.model_dump(mode="json")
-        save(folder, progress, config, tensors, {"cpu": torch.get_rng_state()}, self.world, 1)
+        random = {"cpu": torch.get_rng_state()}
+        saver = Saver(folder, self.world, CheckpointConfig(), print)
+        saver.save(take_snapshot(progress, config, tensors, random, self.world))
+        saver.finish()
 
     def close(self):
         self.momentum.close()

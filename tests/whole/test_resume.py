@@ -112,6 +112,19 @@ def test_a_corrupt_newest_checkpoint_is_named_and_the_one_before_serves(
     _assert_whole(folder)
 
 
+def test_the_best_checkpoint_by_a_metric_is_kept_and_used(settings, tmp_path):
+    folder = tmp_path / "run"
+    words = [*ALONE, *settings, f"run.dir={folder}", "eval.every=4 steps", "checkpoint.keep=1"]
+    succeed([*words, "checkpoint.best=eval/t2i_r5"])
+    measured = {m["step"]: m["eval/t2i_r5"] for m in metrics(folder) if "eval/t2i_r5" in m}
+    best = max(measured, key=lambda step: (measured[step], -step))
+    assert checkpoints(folder) == sorted({f"step-{best:08d}", f"step-{STEPS:08d}"})
+    found = tmp_path / "found.json"
+    done = run(["mmscale", "eval", folder, "--data", settings[2][10:], "--json", found])
+    assert done.returncode == 0, explain(done)
+    assert json.loads(found.read_text())["t2i_r5"] == measured[best]
+
+
 def test_a_finished_run_evaluates_prints_and_ends_with_0(settings, straight, tmp_path):
     folder = _copy(straight, tmp_path)
     before = course(folder)

@@ -1,0 +1,152 @@
+"""The writing side: a moment of the run in host memory, and its way to disk.
+
+A rank writes its file and, when that is on disk, a note with its digest. The folder gets its final
+name when all notes are there, which a later start can do as well as the run that wrote them.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mmscale.checkpoint.files import (
+    FORMAT,
+    PARTIAL,
+    VERSION,
+    Progress,
+    digest_of,
+    rank_file,
+    step_folders,
+)
+from mmscale.contracts import NamedTensor, World
+from mmscale.durable import publish, replace_file, sync
+
+_DRAFT = "draft.json"
+# Suffix of a folder that is being removed.
+_OLD = ".old"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A moment of the run, as much of it as this rank writes.
+
+    Attributes:
+        tensors: This rank's share, in host memory of its own.
+        state: What `state.json` is going to hold, the digests excepted.
+        rank: This rank.
+    """
+
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+    rank: int
+
+    @property
+    def name(self) -> str:
+        """Name of this rank's file."""
+        return rank_file(self.rank, self.state["world"])
+
+
+def take_snapshot(
+    progress: Progress,
+    config: dict[str, Any],
+    tensors: Iterable[NamedTensor],
+    random: dict[str, Tensor],
+    world: World,
+) -> Snapshot:
+    """Copy the run's state to host memory, dealt out over ranks. Collective.
+
+    Args:
+        progress: How far the run has come.
+        config: The resolved configuration.
+        tensors: The engine's and its companions', in the same order on all ranks.
+        random: This rank's random state.
+        world: The ranks.
+    """
+    load = [0] * world.size
+    mine: dict[str, Tensor] = {}
+    shapes: dict[str, Any] = {}
+    for tensor in tensors:
+        owner = load.index(min(load))
+        parts = {f"value/{tensor.name}": tensor.value} | {
+            f"{key}/{tensor.name}": value for key, value in tensor.moments.items()
+        }
+        load[owner] += sum(value.nbytes for value in parts.values())
+        shapes[tensor.name] = {
+            "shape": list(tensor.value.shape),
+            "rank": owner,
+            "moments": sorted(tensor.moments),
+        }
+        if owner == world.rank:
+            # A copy: the file must hold this moment, whatever the engine does with its memory.
+            mine |= {k: v.detach().to("cpu", copy=True).contiguous() for k, v in parts.items()}
+    mine |= {f"rng/{name}": state for name, state in random.items()}
+    state = {
+        "format": FORMAT,
+        "version": VERSION,
+        **asdict(progress),
+        "world": world.size,
+        "config": config,
+        "tensors": shapes,
+    }
+    return Snapshot(mine, state, world.rank)
+
+
+def write_share(snapshot: Snapshot, aside: Path) -> None:
+    """Write this rank's file and then its note; rank 0 writes the draft of `state.json` too."""
+    path = aside / snapshot.name
+    save_file(snapshot.tensors, path)
+    sync(path)
+    if snapshot.rank == 0:
+        replace_file(aside / _DRAFT, json.dumps(snapshot.state, indent=1).encode())
+    replace_file(_note(path), json.dumps(digest_of(path)).encode())
+
+
+def publish_if_whole(aside: Path) -> Path | None:
+    """Give a folder that every rank has written its final name; None where something is missing."""
+    # With state.json only the rename is missing.
+    if not (aside / "state.json").exists():
+        try:
+            state = json.loads((aside / _DRAFT).read_text("utf-8"))
+            names = [rank_file(rank, state["world"]) for rank in range(state["world"])]
+            files = {name: json.loads(_note(aside / name).read_text("utf-8")) for name in names}
+        except FileNotFoundError:
+            return None
+        replace_file(aside / "state.json", json.dumps({**state, "files": files}, indent=1).encode())
+    for left in (aside / _DRAFT, *aside.glob("rank-*.json")):
+        left.unlink(missing_ok=True)
+    folder = aside.with_suffix("")
+    shutil.rmtree(folder, ignore_errors=True)
+    publish(aside, folder)
+    return folder
+
+
+def adopt_partial(run_dir: Path) -> None:
+    """At a start, rank 0: publish what a run had written when it died, remove what it had not."""
+    folder = run_dir / "checkpoints"
+    for aside in sorted(folder.glob(f"step-*{PARTIAL}")):
+        if publish_if_whole(aside) is None:
+            shutil.rmtree(aside)
+    for old in folder.glob(f"step-*{_OLD}"):
+        shutil.rmtree(old)
+
+
+def prune(run_dir: Path, step: int, keep: int, best_step: int | None) -> None:
+    """Keep the newest `keep` checkpoints up to `step`, and the best one.
+
+    Later ones belong to a course that the run has left: it went on from an earlier checkpoint.
+    """
+    folders = {int(path.name.removeprefix("step-")): path for path in step_folders(run_dir)}
+    kept = {*sorted((at for at in folders if at <= step), reverse=True)[:keep], best_step}
+    for at, path in folders.items():
+        if at not in kept:
+            # Renamed first: a folder that has its name is whole.
+            shutil.rmtree(path.rename(path.with_suffix(_OLD)))
+
+
+def _note(path: Path) -> Path:
+    return path.with_suffix(".json")
