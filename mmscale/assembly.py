@@ -17,10 +17,7 @@ from mmscale.config.batches import HardBatchesConfig
 from mmscale.config.deepspeed import zero_stage
 from mmscale.config.duration import Duration
 from mmscale.config.needs import (
-    FUSION_TERMS,
     needs_momentum,
-    needs_momentum_rows,
-    term_kinds,
     with_fusion_decided,
 )
 from mmscale.config.schema import Config, ModelConfig
@@ -34,14 +31,13 @@ from mmscale.data.stream import TrainStream
 from mmscale.dist.device import DevicePolicy, choose, rng_state, set_rng_state
 from mmscale.dist.peers import connect, from_main
 from mmscale.dist.world import join
-from mmscale.engine.bank import PREFIX, RowBank, slots
+from mmscale.engine.build_companions import build_companions
 from mmscale.engine.companions import Companions
 from mmscale.engine.encode import Call, encode
 from mmscale.engine.feature_cache import FeatureCache
 from mmscale.engine.fit_heads import fit_heads
 from mmscale.engine.inference import Inference
-from mmscale.engine.matching import Matcher
-from mmscale.engine.momentum import MomentumEncoder, averaged, copy_of
+from mmscale.engine.momentum import averaged, copy_of
 from mmscale.engine.plan import BatchPlan, plan_batch
 from mmscale.engine.rehearsal import gaps_line
 from mmscale.loss.objective import Objective
@@ -103,8 +99,7 @@ class Training:
 
     def close(self) -> None:
         """Free the engine and what follows it."""
-        if self.companions.momentum is not None:
-            self.companions.momentum.close()
+        self.companions.close()
         self.engine.close()
 
 
@@ -164,7 +159,18 @@ def assemble(segment: Segment, world: World, tell: Tell) -> Training:
     model.scale.follow(steps_of)
     follower = _follower(config, kind, model, origin)
     engine = _engine(kind, model.train(), config, plan, policy, world)
-    bank = _bank(config, shards.samples, engine.device, origin)
+    companions = build_companions(
+        config,
+        engine,
+        follower,
+        policy,
+        plan,
+        world,
+        shards.samples,
+        schedule.steps,
+        steps_of,
+        None if origin is None else origin.companions,
+    )
     # Ranks draw different dropout masks; a resumed run gets each rank's own state back.
     torch.manual_seed(config.run.seed * 1_000_003 + world.rank)
     if origin is not None:
@@ -178,7 +184,7 @@ def assemble(segment: Segment, world: World, tell: Tell) -> Training:
         plan=plan,
         policy=policy,
         engine=engine,
-        companions=_companions(config, engine, follower, policy, plan, bank),
+        companions=companions,
         objective=Objective(config, peers, steps_of),
         stream=stream,
         spec=spec,
@@ -237,39 +243,6 @@ def _follower(
     if origin is not None:
         origin.load_momentum(averaged(follower, model))
     return follower
-
-
-def _companions(
-    config: Config,
-    engine: Engine,
-    follower: nn.Module | None,
-    policy: DevicePolicy,
-    plan: BatchPlan,
-    bank: RowBank | None,
-) -> Companions:
-    kinds = term_kinds(config)
-    momentum = None
-    if follower is not None:
-        shadow = engine.shadow(follower)
-        momentum = MomentumEncoder(shadow, policy, config.model.momentum, plan.micro_rows)
-    matcher = None
-    if kinds & FUSION_TERMS:
-        matcher = Matcher(config.run.seed, plan.micro_rows, negatives="matching" in kinds)
-    from_momentum = bank is not None and config.negatives.queue.source == "momentum"
-    return Companions(momentum, needs_momentum_rows(config), matcher, bank, from_momentum)
-
-
-def _bank(
-    config: Config, images: int, device: torch.device, origin: Origin | None
-) -> RowBank | None:
-    """Rows of earlier batches, as the checkpoint left them."""
-    size, unique = slots(config.negatives.queue.size, images)
-    if not size:
-        return None
-    bank = RowBank(size, config.model.embed_dim, unique, device)
-    if origin is not None:
-        bank.restore(origin.companions(PREFIX))
-    return bank
 
 
 def _share_cores(policy: DevicePolicy, world: World) -> None:
@@ -345,14 +318,12 @@ def _tenths(tell: Tell) -> Callable[[int, int], None]:
 
 def snapshot(training: Training, progress: Progress) -> Snapshot:
     """What a checkpoint of a run in training holds. Collective."""
-    momentum, bank = training.companions.momentum, training.companions.bank
     return take_snapshot(
         replace(progress, scaler=training.engine.scaler()),
         training.config.model_dump(mode="json"),
         chain(
             training.engine.tensors(),
-            momentum.tensors() if momentum else (),
-            bank.named() if bank else (),
+            training.companions.tensors(),
             training.schedule.tensors(),
         ),
         rng_state(training.policy.device),

@@ -200,7 +200,8 @@ class LossInput:
         matching_targets: Which of these pairs match: 0 or 1.
         class_logits: Fusion's or the images' class logits.
         bias: Added to each logit by losses that judge every pair alone; None without one.
-        prototypes: Clusterings of the training images, one a number of clusters.
+        prototypes: Clusterings of the training images, one a number of clusters; () in the first
+            epoch, None where the run makes none.
     """
 
     image: Embeddings
@@ -216,7 +217,7 @@ class LossInput:
     matching_targets: Int64[Tensor, " m"] | None = None
     class_logits: Float[Tensor, "b classes"] | None = None
     bias: Float[Tensor, "1"] | None = None
-    prototypes: "tuple[Prototypes, ...]" = ()
+    prototypes: tuple[Prototypes, ...] | None = None
 
 
 @dataclass(frozen=True)

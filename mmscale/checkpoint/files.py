@@ -22,7 +22,7 @@ from mmscale.errors import CheckpointError
 
 FORMAT, VERSION = "mmscale-checkpoint", 1
 # What tensors that are not the model's are named with.
-COMPANIONS = ("momentum.", "hard_batches.", "queue.")
+COMPANIONS = ("momentum.", "hard_batches.", "queue.", "prototypes.")
 # Suffix of a folder that is being written.
 PARTIAL = ".partial"
 

@@ -105,7 +105,7 @@ class PrototypesTerm(Term):
     """Each row must find its image's cluster."""
 
     kind: Literal["prototypes"]
-    """Clusters of the momentum encoder's image features, made anew each epoch."""
+    """Clusters of the momentum encoder's image features, made anew each epoch, after the first."""
     clusters: tuple[Annotated[int, Field(gt=1)], ...] = (256,)
     """Numbers of clusters; the loss is the mean over them."""
     temperature: PositiveFloat = 0.2

@@ -33,6 +33,11 @@ def objective_faults(config: Config) -> Iterator[str]:
             "loss.terms holds siglip, but model.logit_scale.bias is null; set it, for example to "
             f"{SIGLIP_BIAS:g}"
         )
+    if sum(term.kind == "prototypes" for term in config.loss.terms) > 1:
+        yield (
+            "loss.terms holds prototypes more than once; name every number of clusters in one "
+            "term's clusters"
+        )
     fusion = config.model.fusion
     for kind in sorted(kinds & {"matching", "classification"}):
         if fusion.enabled is False:

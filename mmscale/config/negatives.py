@@ -18,6 +18,8 @@ class QueueConfig(Section):
     """Slots, 0 = none; `all`: one for each image; `auto`: `all` up to 8,192 images, else 4,096."""
     source: Literal["momentum", "online"] = "momentum"
     """What encoded the remembered rows: the running mean of the weights, or the weights."""
+    share: Share = ALL
+    """Share of the slots, the latest, that losses look at; a number or a ramp."""
 
 
 class MiningConfig(Section):

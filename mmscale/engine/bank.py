@@ -4,7 +4,7 @@ Every rank keeps the same rows, because it adds the whole global batch in its or
 contrasted with does not depend on how many ranks there are.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from jaxtyping import Float, Int64
@@ -66,7 +66,8 @@ class RowBank:
     def latest(self, length: int | None = None) -> Bank:
         """The rows, or the `length` slots written last.
 
-        A copy, because a loss needs them unchanged until its backward is through.
+        A copy, because a loss needs them unchanged until its backward is through. With a slot an
+        image, those whose turn comes last.
         """
         size = len(self)
         count = size if length is None else min(length, size)
@@ -96,7 +97,7 @@ class RowBank:
         for name, tensor in self.tensors().items():
             yield NamedTensor(PREFIX + name, tensor, {})
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take what `tensors` gave; a bank of another size keeps the latest rows that fit."""
         before = RowBank(0, 0, self._unique, self._rows.ids.device)
         before._rows = Bank(tensors["image"], tensors["text"], tensors["ids"])

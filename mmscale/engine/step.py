@@ -70,7 +70,7 @@ def update(
         factor: Factor of every group's rate.
         step: Updates taken before this one.
         stop: This rank was told to stop.
-        companions: Momentum encoder, queue and pair mining, where they are used.
+        companions: Momentum encoder, queue, pairs and clusters, where they are used.
         written: This rank has done its part of the checkpoint in flight.
     """
     scale_module: Any = engine.module.get_submodule("scale")
@@ -78,7 +78,10 @@ def update(
     momentum: tuple[Tensor | None, Tensor | None] = (None, None)
     if companions.momentum and (companions.momentum_rows or companions.bank_momentum):
         momentum = companions.momentum.encode(batch)
-    bank = companions.bank.latest() if companions.bank else None
+    bank, prototypes = companions.remembered(step), None
+    if companions.clusters:
+        companions.clusters.begin(step)
+        prototypes = companions.clusters.of(batch.match_ids)
     sequences = companions.matcher is not None
 
     def judge(features: Features) -> Judged:
@@ -101,6 +104,7 @@ def update(
             matching=matched.logits if matched else None,
             matching_targets=matched.targets if matched else None,
             class_logits=matched.class_logits if matched else None,
+            prototypes=prototypes,
         )
         return Judged(image, text, scale, objective(rows))
 
@@ -124,6 +128,8 @@ def update(
         if companions.bank:
             kept = momentum if companions.bank_momentum else (judged.image.unit, judged.text.unit)
             _remember(companions.bank, peers, kept, batch.match_ids)
+        if companions.clusters and momentum[0] is not None:
+            companions.clusters.add(peers.columns(momentum[0]), peers.columns(batch.match_ids))
     else:
         engine.discard()
     return Update(record, _detached(judged.image), _detached(judged.text))

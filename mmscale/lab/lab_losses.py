@@ -5,14 +5,21 @@ Meant for frozen towers with cached features (the `flickr8k` preset), where a ru
 
 import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from mmscale.lab.cells import Cell, Result
+from safetensors import safe_open
+
+from mmscale.config.load import load_config
+from mmscale.data.shards import open_train
+from mmscale.errors import ConfigError
+from mmscale.lab.cells import Cell, Figures, Result
 from mmscale.lab.experiments import with_defaults
 from mmscale.lab.table import Table, table_of
+from mmscale.lab.trained import trained
 from mmscale.report.recalls import MEAN_RECALL, RECALLS
 
-DEFAULTS = ("train.duration=300 steps", "eval.every=null", "checkpoint.every=null")
+DEFAULTS = ("train.duration=150 steps", "eval.every=null", "checkpoint.every=null")
 BATCH = "batch"
 INFONCE: dict[str, Any] = {"kind": "infonce"}
 # Terms that do not contrast, and those that only shape the space, stand beside InfoNCE.
@@ -30,18 +37,27 @@ LOSSES: dict[str, list[dict[str, Any]]] = {
     "barlow": [{"kind": "barlow"}],
     "alignment + uniformity": [{"kind": "alignment"}, {"kind": "uniformity"}],
     "distillation": [{"kind": "distillation"}],
+    "infonce + prototypes": [INFONCE, {"kind": "prototypes", "weight": 0.5}],
     "infonce + vicreg": [INFONCE, {"kind": "vicreg", "weight": 0.04}],
     "infonce + decorrelation": [INFONCE, {"kind": "decorrelation", "weight": 0.2}],
     "infonce + diversity": [INFONCE, {"kind": "diversity", "weight": 0.1}],
     "infonce + regression": [INFONCE, {"kind": "regression", "weight": 0.5}],
 }
+HARD_BATCHES = "hard batches"
 NEGATIVES: dict[str, tuple[str, ...]] = {
-    "queue, momentum": ("negatives.queue.size=4096",),
-    "queue, online": ("negatives.queue.size=4096", "negatives.queue.source=online"),
+    "queue, momentum": ("negatives.queue.size=1024",),
+    "queue, online": ("negatives.queue.size=1024", "negatives.queue.source=online"),
     "bank of all images": ("negatives.queue.size=all",),
+    "hard": ("negatives.mining.kind=hard",),
+    "semi_hard": ("negatives.mining.kind=semi_hard",),
+    "hard, after 3 epochs": (
+        "negatives.mining.kind=hard",
+        'negatives.mining.strength={from: 0, to: 1, over: "3 epochs"}',
+    ),
+    HARD_BATCHES: (),
 }
 # What is tried with each kind of negatives.
-CONTRASTED = ("infonce", "siglip", "hinge, hardest")
+CONTRASTED = ("infonce", "siglip")
 COLUMNS = {
     "image to text R@1": "eval/i2t_r1",
     "R@5": "eval/i2t_r5",
@@ -66,9 +82,33 @@ def cells(words: tuple[str, ...], seeds: Iterable[int]) -> list[Cell]:
             {"loss": loss, "negatives": negatives, "seed": seed},
             (*words, *extra, f"loss.terms={json.dumps(LOSSES[loss])}", f"run.seed={seed}"),
         )
-        for loss, negatives, extra in places
+        # Whole tables of one seed after another: a grid that is cut short has every row.
         for seed in seeds
+        for loss, negatives, extra in places
     ]
+
+
+def measure(cell: Cell, folder: Path) -> Figures:
+    """Train; images that look alike in the cached features make the hard batches."""
+    words = cell.words
+    if cell.labels["negatives"] == HARD_BATCHES:
+        words = (*words, f"data.hard_batches.table={_training_features(words)}")
+    return trained(Cell(cell.labels, words), folder)
+
+
+def _training_features(words: Sequence[str]) -> Path:
+    """The table of the training set in the feature cache that the runs share."""
+    data = load_config(words).data
+    images = open_train(data).samples
+    kept = [] if data.feature_cache is None else Path(data.feature_cache).glob("*.safetensors")
+    for path in sorted(kept):
+        with safe_open(path, "pt") as file:
+            if file.get_slice("image_ids").get_shape() == [images]:
+                return path
+    raise ConfigError(
+        f"data.feature_cache={data.feature_cache} has no features of the {images:,} images of "
+        "data.train to find hard batches with; name the folder of a run with frozen towers"
+    )
 
 
 def page(results: Sequence[Result]) -> str:

@@ -5,7 +5,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from mmscale.config.loss import AnyTerm
+from mmscale.config.loss import AnyTerm, PrototypesTerm
 from mmscale.config.ramp import Ramp, StepsOf, whole_steps
 from mmscale.config.schema import Config
 from mmscale.contracts import LossInput, LossOutput, Peers
@@ -35,7 +35,7 @@ class Objective:
         """Mean over this rank's rows of each term, and their weighted sum. Collective.
 
         Beside a term's value stand its floor, its chance value and a weight that changes, each
-        where there is one. A term of weight 0 is not computed.
+        where there is one. A term of weight 0 is not computed, nor prototypes before there are any.
 
         Raises:
             ConfigError: A term needs what this run does not make.
@@ -51,7 +51,7 @@ class Objective:
         values: dict[str, Tensor] = {}
         for name, term in self._terms.items():
             weight = at(term.weight)
-            if weight == 0:
+            if weight == 0 or _waits(term, rows):
                 continue
             computed = compute(term, rows, peers, at, mining)
             total = total + weight * computed.loss
@@ -68,6 +68,11 @@ class Objective:
                 if value is not None
             }
         return LossOutput(total, values)
+
+
+def _waits(term: AnyTerm, rows: LossInput) -> bool:
+    """Whether the term's first clusters are still to come: at the end of the first epoch."""
+    return isinstance(term, PrototypesTerm) and rows.prototypes == ()
 
 
 def named(terms: tuple[AnyTerm, ...]) -> dict[str, AnyTerm]:

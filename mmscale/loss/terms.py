@@ -128,7 +128,7 @@ def _scale(term: AnyTerm, rows: LossInput) -> Float[Tensor, "1"]:
 
 
 def _needed(value: T | None, term: AnyTerm, what: str) -> T:
-    if value is None or value == ():
+    if value is None:
         raise ConfigError(
             f"loss.terms holds {term.kind}, but this run makes no {what}; remove the term"
         )

@@ -27,7 +27,8 @@ def chance_loss(settings: Mapping[str, Any], num_ranks: int | None = None) -> fl
     """
     pairs = settings.get("train", {}).get("global_batch_size")
     negatives, model = settings.get("negatives", {}), settings.get("model", {})
-    remembered = (negatives.get("queue") or {}).get("size", 0)
+    queue = negatives.get("queue") or {}
+    remembered = queue.get("size", 0)
     try:
         terms = LossConfig.model_validate(settings.get("loss", {})).terms
         mining = Mining.of(MiningConfig.model_validate(negatives.get("mining") or {}), _end)
@@ -39,6 +40,7 @@ def chance_loss(settings: Mapping[str, Any], num_ranks: int | None = None) -> fl
         if num_ranks is None:
             return None
         pairs //= num_ranks
+    remembered = round(_end(Ramp.parse(queue.get("share", 1))) * remembered)
     classes = (model.get("fusion") or {}).get("classes")
     facts = Facts.expected(pairs, remembered, model.get("embed_dim", 1), classes)
     total = 0.0

@@ -2,7 +2,7 @@
 
 The mixture holds every term that needs no other model. Its SigLIP term fades out, so that the
 logits' bias has a gradient in the first updates and none in the last ones: ZeRO-3 would add the old
-one to nothing.
+one to nothing. With a queue, its length and what is mined from it change from update to update.
 """
 
 import os
@@ -36,13 +36,33 @@ MIXTURE = [
     {"kind": "regression", "weight": 0.5},
     {"kind": "diversity", "floor": 1.0},
 ]
-OBJECTIVES = {"infonce": [{"kind": "infonce"}], "mixture": MIXTURE}
+# No multiple of the batch: it wraps within one, and is not full at first.
+QUEUE = {
+    "queue": {"size": 29, "source": "online", "share": {"from": 0, "to": 1, "over": "5 steps"}},
+    "mining": {"kind": "hard", "share": 0.4, "strength": {"from": 0, "to": 1, "over": "8 steps"}},
+}
+# Terms and a queue that take the momentum encoder's rows; three clusters, made anew twice.
+MOMENTUM = [
+    {"kind": "infonce"},
+    {"kind": "distillation", "alpha": {"from": 0, "to": 0.4, "over": "5 steps"}},
+    {"kind": "prototypes", "clusters": [3]},
+]
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "infonce": {"loss__terms": [{"kind": "infonce"}]},
+    "mixture": {"loss__terms": MIXTURE},
+    "mixture and queue": {"loss__terms": MIXTURE, "negatives": QUEUE},
+    "momentum and queue": {
+        "loss__terms": MOMENTUM,
+        "negatives": {"queue": {"size": 29}, "mining": {"kind": "semi_hard", "share": 0.4}},
+        "model__momentum": 0.8,
+    },
+}
 CHUNKS = (1, 3)
 BIAS = "scale.bias"
 
 
 def _settings(name: str, stage: int | None = None) -> dict[str, Any]:
-    settings: dict[str, Any] = {"loss__terms": OBJECTIVES[name], "optim__lr": 1e-3}
+    settings: dict[str, Any] = {**OBJECTIVES[name], "optim__lr": 1e-3}
     if stage is not None:
         settings["engine__deepspeed"] = f"ds_configs/zero{stage}.json"
     return settings
@@ -67,9 +87,10 @@ WIDE = [(name, n, None, torch.float64) for name in OBJECTIVES for n in CHUNKS]
 ZERO = [
     ("infonce", 3, 3, torch.float32),
     ("mixture", 1, 3, torch.float32),
+    ("mixture and queue", 3, 3, torch.float32),
     *(("mixture", 3, stage, torch.float32) for stage in (1, 2, 3)),
 ]
-NARROW = [(name, 1, None, torch.float32) for name in OBJECTIVES]
+NARROW = [(name, 1, None, torch.float32) for name in {case[0] for case in ZERO}]
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +115,11 @@ def test_the_mixture_is_what_it_says(worlds):
     assert "siglip" in result["records"][3].terms
     assert "siglip" not in result["records"][4].terms
     assert not result["gradients"][BIAS].any()
+
+
+def test_prototypes_come_with_the_second_epoch(worlds):
+    records = _joint(worlds, "momentum and queue", torch.float64)["records"]
+    assert ["prototypes" in record.terms for record in records] == [False] * 3 + [True] * 7
 
 
 def assert_joint(ranks, worlds, name, chunks):

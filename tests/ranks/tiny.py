@@ -1,16 +1,21 @@
 """A tiny dual encoder and fixed rows: what the tests with real processes train."""
 
+from functools import partial
 from typing import Any
 
 import torch
 
 from mmscale.config.load import validate
+from mmscale.config.needs import needs_momentum, needs_momentum_rows
+from mmscale.config.ramp import whole_steps
 from mmscale.config.schema import Config
 from mmscale.contracts import Batch, World
 from mmscale.dist.device import choose
 from mmscale.dist.peers import connect
 from mmscale.engine.bank import RowBank, slots
+from mmscale.engine.clusters import EpochClusters
 from mmscale.engine.companions import Companions
+from mmscale.engine.momentum import MomentumEncoder, copy_of
 from mmscale.engine.plan import plan_batch
 from mmscale.engine.step import update
 from mmscale.loss.objective import Objective
@@ -116,7 +121,14 @@ def train(
     objective = Objective(config, peers)
     size, unique = slots(config.negatives.queue.size, ROWS)
     bank = RowBank(size, config.model.embed_dim, unique, CPU, dtype) if size else None
-    companions = Companions(bank=bank)
+    companions = Companions(
+        momentum=_momentum(engine, config, micro),
+        momentum_rows=needs_momentum_rows(config),
+        bank=bank,
+        bank_momentum=config.negatives.queue.source == "momentum",
+        bank_share=partial(config.negatives.queue.share.at, steps_of=whole_steps),
+        clusters=_clusters(config, world),
+    )
     records, gradients = [], {}
     apply = engine.apply
 
@@ -135,6 +147,19 @@ def train(
     result = {"records": records, "gradients": gradients, "weights": weights(engine)}
     engine.close()
     return result
+
+
+def _momentum(engine: Any, config: Config, micro: int) -> MomentumEncoder | None:
+    if not needs_momentum(config):
+        return None
+    shadow = engine.shadow(copy_of(engine.module, share_frozen=True))
+    return MomentumEncoder(shadow, choose(config.engine), config.model.momentum, micro)
+
+
+def _clusters(config: Config, world: World) -> EpochClusters | None:
+    """Of the images of `joint_batch`, made anew every three updates."""
+    terms = [term for term in config.loss.terms if term.kind == "prototypes"]
+    return EpochClusters(terms[0], ROWS, 3, 0, world, CPU) if terms else None
 
 
 def read_gradients(engine: Any, kind: str) -> dict[str, torch.Tensor]:

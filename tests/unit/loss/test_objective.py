@@ -61,6 +61,14 @@ def test_a_weight_follows_its_ramp_and_at_zero_the_term_is_not_computed():
     )
 
 
+def test_prototypes_wait_for_the_first_clusters():
+    sums = objective({"kind": "infonce"}, {"kind": "prototypes"})
+    first, later = sums(rows(prototypes=())), sums(rows())
+    assert "prototypes" not in first.terms
+    assert first.total.item() == first.terms["infonce"].item()
+    assert later.terms["prototypes"] > 0
+
+
 def test_where_every_weight_is_zero_the_gradient_is_too():
     leaf = {name: value.requires_grad_() for name, value in leaves(IDS).items()}
     out = objective({"kind": "infonce", "weight": 0})(made_up(leaf, IDS))
@@ -73,7 +81,7 @@ def test_where_every_weight_is_zero_the_gradient_is_too():
     ("kind", "missing"),
     [
         ("distillation", {"momentum_text": None}),
-        ("prototypes", {"prototypes": ()}),
+        ("prototypes", {"prototypes": None}),
         ("matching", {"matching": None}),
         ("classification", {"class_logits": None}),
         ("classification", {"labels": None}),
