@@ -255,25 +255,35 @@ def doctor(
 def plan(
     context: typer.Context,
     world: Annotated[int, typer.Option(help="Ranks to plan for.", min=1)] = 1,
+    samples: Annotated[
+        int | None, typer.Option(help="Images an epoch, where the data is not there yet.", min=1)
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of captions; default the tower's most.", min=1)
+    ] = None,
+    cluster: Annotated[
+        str, typer.Option(help="a100, h100, or a YAML file as config/clusters/a100.yaml.")
+    ] = "a100",
+    plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG).")] = None,
+    json_file: Json = None,
 ) -> int:
-    """Check CONFIG key=value ... without training, and print the batch arithmetic."""
-    from mmscale.config.load import load_config
-    from mmscale.data.schedule import plan_schedule
-    from mmscale.data.shards import open_train
-    from mmscale.engine.plan import plan_batch
+    """Predict what CONFIG key=value ... needs, without training: memory, traffic, efficiency.
 
-    config = load_config(context.args)
-    batch = plan_batch(config, world)
-    shards = open_train(config.data)
-    schedule = plan_schedule(config, shards, batch.lanes)
-    steps = config.train.duration.steps(schedule.steps, batch.global_rows)
-    _say(f"batch: {batch}")
-    count = len(shards.paths)
-    images = "resampled" if config.data.resampled else f"{shards.samples:,} images in"
-    _say(f"data: {images} {count} shard{'s' * (count > 1)}")
-    pairs = steps * batch.global_rows
-    _say(f"length: {steps:,} step{'s' * (steps > 1)}, {pairs:,} pairs in all")
-    _say(f"epoch: {schedule.steps:,} step{'s' * (schedule.steps > 1)}")
+    Every figure is predicted and stands beside its formula. What could not run is refused.
+    """
+    from mmscale.config.cluster import read_cluster
+    from mmscale.config.load import load_config
+    from mmscale.engine.forecast import forecast
+    from mmscale.report.forecast import as_json, tables
+
+    planned = forecast(load_config(context.args), world, read_cluster(cluster), samples, tokens)
+    _write(json_file, as_json(planned))
+    _say(tables(planned))
+    if plot is not None:
+        from mmscale.report.forecast_plot import draw_forecast
+
+        draw_forecast(planned, plot)
+        _say(f"picture: {plot}")
     return 0
 
 

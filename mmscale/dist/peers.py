@@ -14,6 +14,9 @@ from torch import Tensor
 
 from mmscale.contracts import Peers, World
 
+# Of gradients that are averaged in one exchange.
+BUCKET_BYTES = 25 << 20
+
 
 class Alone:
     """Peers of a single process."""
@@ -67,7 +70,9 @@ def connect(world: World) -> Peers:
     return Group(world) if dist.is_initialized() and world.size > 1 else Alone()
 
 
-def average_gradients(parameters: list[torch.nn.Parameter], bucket_bytes: int = 25 << 20) -> None:
+def average_gradients(
+    parameters: list[torch.nn.Parameter], bucket_bytes: int = BUCKET_BYTES
+) -> None:
     """Average `.grad` over ranks in flat buckets; a missing gradient counts as zero.
 
     For an engine that leaves gradients local. Every rank must pass the same parameters.

@@ -38,7 +38,7 @@ class DeepSpeedEngine:
         self, model: nn.Module, config: Config, plan: BatchPlan, policy: DevicePolicy, world: World
     ):
         deepspeed = _import(policy)
-        settings = _settings(config, plan, policy)
+        settings = deepspeed_settings(config, plan, policy.dtype)
         backend = "nccl" if policy.device.type == "cuda" else "gloo"
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
         check_world(world, deepspeed.comm.get_world_size(), "DeepSpeed")
@@ -253,8 +253,12 @@ def _destroy(engine: Any) -> None:
     stack[:] = [module for module in stack if module is not root]
 
 
-def _settings(config: Config, plan: BatchPlan, policy: DevicePolicy) -> dict[str, Any]:
-    """The file's ZeRO choices with the run's batch, clipping and precision."""
+def deepspeed_settings(config: Config, plan: BatchPlan, dtype: torch.dtype) -> dict[str, Any]:
+    """The file's ZeRO choices with the run's batch, clipping and precision.
+
+    Raises:
+        ConfigError: The file contradicts the run.
+    """
     name = config.engine.deepspeed
     decided: dict[str, Any] = {
         "train_batch_size": plan.global_rows,
@@ -265,10 +269,10 @@ def _settings(config: Config, plan: BatchPlan, policy: DevicePolicy) -> dict[str
         "fp16.enabled": False,
         "bf16.enabled": False,
     }
-    if policy.dtype != torch.float32:
+    if dtype != torch.float32:
         decided |= {
             "torch_autocast.enabled": True,
-            "torch_autocast.dtype": str(policy.dtype).removeprefix("torch."),
+            "torch_autocast.dtype": str(dtype).removeprefix("torch."),
         }
     return fill(read_deepspeed(name), decided, name)
 

@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 # Large enough that threads seldom wait for one another and that a GPU's launches are few.
-_CPU_SIDE, _ACCELERATOR_SIDE = 2048, 4096
+CPU_SIDE, ACCELERATOR_SIDE = 2048, 4096
 # What a small batch may keep instead of computing it again: up to 4,096 x 4,096 in fp32.
-_KEPT_BYTES = 64 << 20
+KEPT_BYTES = 64 << 20
 # fp32 has e^-87 to e^88. Between the highest exponent and the lowest sum, neither sums over 10^7
 # columns overflow, nor their reciprocals times a gradient underflow, nor terms that matter.
 _HIGHEST_EXPONENT, _LOWEST_SUM = 50.0, 1e-22
@@ -41,7 +41,7 @@ def shifted_sums(
     Appends the exponentials of the first tiles to `kept`.
     """
     row_sum, column_sum = x.new_zeros(len(x)), x.new_zeros(len(y))
-    room = _KEPT_BYTES
+    room = KEPT_BYTES
     for r, c, tile, _ in tiles(x, y, s):
         shifted_exp(tile, shift)
         row_sum[r] += tile.sum(1)
@@ -97,7 +97,7 @@ def tiles(
 
     At the first places stand the tiles that are `ready`, instead of logits; they leave that list.
     """
-    side = _CPU_SIDE if x.device.type == "cpu" else _ACCELERATOR_SIDE
+    side = CPU_SIDE if x.device.type == "cpu" else ACCELERATOR_SIDE
     size = min(side, len(x)) * min(side, len(y))
     logits, work = x.new_empty(2, size)
     for r in _slices(len(x), side):

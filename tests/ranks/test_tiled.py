@@ -39,7 +39,7 @@ def loss_and_gradients(loss, rows, peers, scale, with_bank, smoothing):
 def on_a_rank(cases):
     import torch.distributed as dist
 
-    tiles._CPU_SIDE, tiles._KEPT_BYTES = SIDE, SIDE * SIDE * 8
+    tiles.CPU_SIDE, tiles.KEPT_BYTES = SIDE, SIDE * SIDE * 8
     world = World(dist.get_rank(), dist.get_world_size(), 0, "test")
     share = ROWS // world.size
     rows = slice(world.rank * share, (world.rank + 1) * share)

@@ -20,8 +20,8 @@ KEPT_TILES = 2
 @pytest.fixture
 def small_tiles(monkeypatch):
     """So small that a few rows need many tiles, of which only the first are kept."""
-    monkeypatch.setattr(tiles, "_CPU_SIDE", SIDE)
-    monkeypatch.setattr(tiles, "_KEPT_BYTES", KEPT_TILES * SIDE * SIDE * 8)
+    monkeypatch.setattr(tiles, "CPU_SIDE", SIDE)
+    monkeypatch.setattr(tiles, "KEPT_BYTES", KEPT_TILES * SIDE * SIDE * 8)
 
 
 def unit_rows(count, width, seed, dtype=torch.float64):
@@ -84,13 +84,13 @@ def problems(draw):
 @given(problem=problems())
 def test_equals_the_dense_loss(problem):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "_CPU_SIDE", SIDE)
-        patch.setattr(tiles, "_KEPT_BYTES", KEPT_TILES * SIDE * SIDE * 8)
+        patch.setattr(tiles, "CPU_SIDE", SIDE)
+        patch.setattr(tiles, "KEPT_BYTES", KEPT_TILES * SIDE * SIDE * 8)
         assert_same(*problem)
 
 
 def test_equals_the_dense_loss_over_the_edge_of_a_real_tile():
-    count = tiles._CPU_SIDE + 3
+    count = tiles.CPU_SIDE + 3
     ids = torch.arange(count).clamp(max=count - 5)
     assert_same(unit_rows(count, 4, 0), unit_rows(count, 4, 1), ids, scale_of(30.0))
 

@@ -1,0 +1,202 @@
+"""What a model keeps and computes, read from a forward over tensors without values."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmscale.config.optim import OptimConfig
+from mmscale.config.schema import Config
+from mmscale.contracts import InputSpec
+from mmscale.engine.optimizer import parameter_groups
+from mmscale.engine.plan import BatchPlan
+from mmscale.model.two_tower import TwoTower
+
+# DeepSpeed sends gradients and weights of these in autocast's dtype (its torch_autocast default).
+_SENT_LOW = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter.
+
+    Attributes:
+        name: Its name in the model.
+        numel: Elements.
+        group: Its optimizer group; None where it is frozen.
+        sent_low: Belongs to a layer whose weights DeepSpeed sends in autocast's dtype.
+    """
+
+    name: str
+    numel: int
+    group: str | None
+    sent_low: bool
+
+
+@dataclass(frozen=True)
+class Work:
+    """One part of the model over some rows.
+
+    Attributes:
+        saved: Bytes that its forward keeps for the backward; inputs and weights not counted.
+        output: Bytes of what it gives.
+        forward: FLOPs of the forward.
+        both: FLOPs of forward and backward; of a frozen part, of the forward.
+    """
+
+    saved: int
+    output: int
+    forward: int
+    both: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """A model at a size of chunk.
+
+    Attributes:
+        weights: Every parameter.
+        buffers: Bytes of buffers.
+        towers: `image` and `text` over a chunk's rows.
+        heads: Heads over a rank's rows.
+        rows: Rows of a chunk.
+        tokens: Tokens of a caption.
+        embed_dim: Shared width.
+    """
+
+    weights: tuple[Weight, ...]
+    buffers: int
+    towers: dict[str, Work]
+    heads: Work
+    rows: int
+    tokens: int
+    embed_dim: int
+
+    def numel(self, trained: bool) -> int:
+        """Elements of all trained, or of all frozen parameters."""
+        return sum(w.numel for w in self.weights if (w.group is not None) is trained)
+
+
+def footprint(
+    model: TwoTower,
+    spec: InputSpec,
+    config: Config,
+    plan: BatchPlan,
+    tokens: int,
+    dtype: torch.dtype,
+) -> Footprint:
+    """Read a model, on any device; afterwards it cannot compute any more.
+
+    Args:
+        model: Whole.
+        spec: Its input.
+        config: The run.
+        plan: Its batch.
+        tokens: Tokens of a caption.
+        dtype: Of matrix products.
+    """
+    weights = tuple(_weights(model, config.optim))
+    rows, buffers = plan.micro_rows, sum(buffer.nbytes for buffer in model.buffers())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _forget_values(model)
+        model.train()
+        pixels = torch.empty(rows, 3, spec.image_size, spec.image_size)
+        ids = torch.ones(rows, tokens, dtype=torch.int64)
+        towers = {
+            "image": _work(model, dtype, "image", pixels),
+            "text": _work(model, dtype, "text", ids, ids.bool()),
+        }
+        features = (
+            torch.empty(plan.rank_rows, tower.width, requires_grad=part not in model.frozen)
+            for part, tower in (("vision", model.vision), ("text", model.text))
+        )
+        heads = _work(model, dtype, "heads", *features)
+    return Footprint(weights, buffers, towers, heads, rows, tokens, config.model.embed_dim)
+
+
+def _weights(model: nn.Module, optim: OptimConfig) -> Iterator[Weight]:
+    groups = {
+        id(parameter): group["name"]
+        for group in parameter_groups(model, optim)
+        for parameter in group["params"]
+    }
+    low = {
+        id(parameter)
+        for module in model.modules()
+        # As DeepSpeed compares: a subclass is another class.
+        if type(module) in _SENT_LOW
+        for parameter in module.parameters(recurse=False)
+    }
+    for name, parameter in model.named_parameters():
+        yield Weight(name, parameter.numel(), groups.get(id(parameter)), id(parameter) in low)
+
+
+def _forget_values(model: nn.Module) -> None:
+    """Put tensors of shape and dtype alone in place of every parameter and buffer."""
+    known: dict[int, Any] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in known:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                known[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+            module._parameters[name] = known[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _work(model: nn.Module, dtype: torch.dtype, mode: str, *inputs: Tensor) -> Work:
+    kept = Kept([*model.parameters(), *model.buffers(), *inputs])
+    with FlopCounterMode(display=False) as counter:
+        with (
+            saved_tensors_hooks(kept.pack, kept.unpack),
+            torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+        ):
+            outputs = _tensors(model(mode, *inputs))
+        forward, saved = counter.get_total_flops(), kept.bytes
+        total = sum((x.float().sum() for x in outputs if x.requires_grad), torch.zeros(()))
+        if total.requires_grad:
+            total.backward()
+        both = counter.get_total_flops()
+    for parameter in model.parameters():
+        parameter.grad = None
+    return Work(saved, sum(x.nbytes for x in outputs), forward, both)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value if isinstance(value, tuple) else vars(value).values() if value else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+class Kept:
+    """Hooks of `saved_tensors_hooks` that count each storage once, whatever looks at it."""
+
+    def __init__(self, others: list[Tensor]):
+        """Begin to count.
+
+        Args:
+            others: Tensors that live anyway: weights and inputs.
+        """
+        self._others = {tensor.untyped_storage()._cdata for tensor in others}
+        self._held: dict[int, Any] = {}
+        self.unpack: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+    @property
+    def bytes(self) -> int:
+        """So far."""
+        return sum(storage.nbytes() for storage in self._held.values())
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._others:
+            self._held[storage._cdata] = storage
+        return tensor

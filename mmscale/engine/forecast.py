@@ -1,0 +1,182 @@
+"""What a run would need, before a node is paid for: memory, traffic, steps, efficiency."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from mmscale.config.cluster import ClusterConfig
+from mmscale.config.deepspeed import read_deepspeed
+from mmscale.config.schema import Config
+from mmscale.data.schedule import plan_schedule
+from mmscale.data.shards import open_train
+from mmscale.engine.bank import slots
+from mmscale.engine.deepspeed import deepspeed_settings
+from mmscale.engine.efficiency import GPUS, Step, predict
+from mmscale.engine.footprint import Footprint, footprint
+from mmscale.engine.memory import Holding, Sharding, holdings
+from mmscale.engine.optimizer_kind import optimizer_kind
+from mmscale.engine.plan import BatchPlan, plan_batch
+from mmscale.engine.wire import Transfer, transfers
+from mmscale.errors import ConfigError
+from mmscale.model.outline import outline
+
+FILES = {
+    "ZeRO-1": "ds_configs/zero1.json",
+    "ZeRO-2": "ds_configs/zero2.json",
+    "ZeRO-3": "ds_configs/zero3.json",
+    "ZeRO-3 + offload": "ds_configs/zero3_offload.json",
+}
+REPLICATED = Sharding("accelerate", 0, {})
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Data:
+    """The training set.
+
+    Attributes:
+        images: In an epoch.
+        shards: Files; None where the set is known by its number of images alone.
+        steps_per_epoch: Full batches.
+        steps: Of the run.
+    """
+
+    images: int
+    shards: int | None
+    steps_per_epoch: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The prediction for one configuration.
+
+    Attributes:
+        batch: The global batch.
+        data: The training set.
+        seen: The model.
+        precision: Of matrix products.
+        chosen: Name of the sharding that the configuration asks for.
+        memory: By sharding.
+        wire: By sharding.
+        steps: Updates at each of `GPUS`, by sharding; each GPU keeps its rows.
+        cluster: The GPUs and links.
+    """
+
+    batch: BatchPlan
+    data: Data
+    seen: Footprint
+    precision: str
+    chosen: str
+    memory: dict[str, list[Holding]]
+    wire: dict[str, list[Transfer]]
+    steps: dict[str, list[Step]]
+    cluster: ClusterConfig
+
+
+def forecast(
+    config: Config, world: int, cluster: ClusterConfig, samples: int | None, tokens: int | None
+) -> Forecast:
+    """Plan a run without training, data or GPUs.
+
+    Args:
+        config: The run.
+        world: Ranks.
+        cluster: Where it would run.
+        samples: Images of an epoch; None reads the manifest of `data.train`.
+        tokens: Tokens of a batch's longest caption; None: as many as the tower takes.
+
+    Raises:
+        ConfigError: It could not run as it is configured.
+        DataError: The data is not there.
+    """
+    batch = plan_batch(config, world)
+    precision = "bf16" if config.engine.precision == "auto" else config.engine.precision
+    dtype = DTYPES.get(precision, torch.float32)
+    shardings, chosen = _shardings(config, batch, dtype)
+    data = _data(config, batch, samples)
+    model, spec = outline(config.model, config.data.image_size)
+    if tokens is not None and tokens > spec.context_length:
+        raise ConfigError(
+            f"--tokens {tokens} is more than the {spec.context_length} that the text tower takes; "
+            "lower it"
+        )
+    seen = footprint(model, spec, config, batch, tokens or spec.context_length, dtype)
+    queue, _ = slots(config.negatives.queue.size, data.images)
+    words: tuple[Any, ...] = (config, batch, queue, dtype)
+    memory = {s.name: holdings(seen, s, *words) for s in shardings}
+    _require_room(memory, chosen, batch, cluster)
+    steps = {
+        s.name: [
+            predict(seen, s, config, replace(batch, world=gpus), queue, dtype, precision, cluster)
+            for gpus in GPUS
+        ]
+        for s in shardings
+        # What the host computes and copies has no figure in a cluster's description.
+        if not s.offloads
+    }
+    wire = {s.name: transfers(seen, s, *words) for s in shardings}
+    return Forecast(batch, data, seen, precision, chosen, memory, wire, steps, cluster)
+
+
+def _shardings(config: Config, batch: BatchPlan, dtype: torch.dtype) -> tuple[list[Sharding], str]:
+    """The shipped ways, and the configured one if it is none of them; its name."""
+    found = [REPLICATED]
+    for name, file in FILES.items():
+        zero = read_deepspeed(file)["zero_optimization"]
+        found.append(Sharding(name, zero["stage"], zero))
+    own = config.engine.deepspeed
+    sharded = own is not None or config.engine.kind == "deepspeed"
+    if optimizer_kind(config.optim, fused=False, sharded=sharded).unsharded:
+        return [REPLICATED], REPLICATED.name
+    if own is None:
+        return found, found[1 if sharded else 0].name
+    zero = deepspeed_settings(config, batch, dtype)["zero_optimization"]
+    same = [sharding.name for sharding in found if sharding.zero == zero]
+    if same:
+        return found, same[0]
+    return [*found, Sharding(own, zero["stage"], zero)], own
+
+
+def _data(config: Config, batch: BatchPlan, samples: int | None) -> Data:
+    if samples is None:
+        shards = open_train(config.data)
+        schedule = plan_schedule(config, shards, batch.lanes)
+        images, count, steps = schedule.items, len(shards.paths), schedule.steps
+    else:
+        captions = config.data.captions
+        if captions == "flat":
+            raise ConfigError(
+                "--samples counts images, but data.captions=flat makes every caption a row; pack "
+                "the data, or set data.captions"
+            )
+        group = captions if isinstance(captions, int) else 1
+        images, count, steps = samples, None, samples // (batch.global_rows // group)
+    if not steps:
+        raise ConfigError(
+            f"{images:,} images do not fill one batch of train.global_batch_size="
+            f"{batch.global_rows}; lower it"
+        )
+    return Data(images, count, steps, config.train.duration.steps(steps, batch.global_rows))
+
+
+def _require_room(
+    memory: dict[str, list[Holding]], chosen: str, batch: BatchPlan, cluster: ClusterConfig
+) -> None:
+    needed = device_bytes(memory[chosen])
+    if needed <= 1e9 * cluster.memory_gb:
+        return
+    room = {name: device_bytes(held) for name, held in memory.items()}
+    fits = [name for name, size in room.items() if size <= 1e9 * cluster.memory_gb]
+    repair = f"take {fits[0]}, or lower" if fits else "lower"
+    raise ConfigError(
+        f"{chosen} on {batch.world} ranks needs {needed / 1e9:.1f} GB a GPU, a GPU of "
+        f"{cluster.name} has {cluster.memory_gb:g}; {repair} train.micro_batch_size="
+        f"{batch.micro_rows}, or switch model.vision.checkpointing on"
+    )
+
+
+def device_bytes(held: list[Holding]) -> int:
+    """All that does not lie in the host's memory."""
+    return sum(holding.bytes for holding in held if not holding.host)

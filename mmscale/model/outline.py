@@ -1,0 +1,59 @@
+"""A model without its weights, to be counted: built on the meta device, without a hub."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, BertTokenizer
+
+from mmscale.config.schema import ModelConfig, TowerConfig
+from mmscale.contracts import InputSpec
+from mmscale.errors import ConfigError
+from mmscale.model.build import build_model
+from mmscale.model.presets import fill_preset
+from mmscale.model.registry import curated
+from mmscale.model.two_tower import TwoTower
+
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def outline(config: ModelConfig, image_size: int | None) -> tuple[TwoTower, InputSpec]:
+    """The model that `config` asks for; its spec cannot tokenise.
+
+    Towers of Hugging Face that the registry describes are built from that description; any other
+    is looked up as in training. A model whose forward or constructor needs values is built for
+    real.
+
+    Raises:
+        ConfigError: A setting is wrong, or a tower's description cannot be had.
+    """
+    filled = fill_preset(config)
+    with tempfile.TemporaryDirectory() as folder:
+        towers = {
+            part: _described(getattr(filled, part), part, Path(folder))
+            for part in ("vision", "text")
+        }
+        model = filled.model_copy(update={"weights": "random", **towers})
+        try:
+            with torch.device("meta"):
+                return build_model(model, image_size, 0)
+        except (RuntimeError, NotImplementedError, ConfigError):
+            return build_model(model, image_size, 0)
+
+
+def _described(tower: TowerConfig, part: str, folder: Path) -> TowerConfig:
+    """The tower without weights; one that the registry describes as a folder of its own."""
+    plain = tower.model_copy(update={"weights": "random"})
+    facts = curated()[part].get(str(tower.name))
+    if not facts or "config" not in facts:
+        return plain
+    path = folder / part
+    values = {key: value for key, value in facts["config"].items() if key != "model_type"}
+    AutoConfig.for_model(facts["config"]["model_type"], **values).save_pretrained(path)
+    if "preprocessor" in facts:
+        (path / "preprocessor_config.json").write_text(json.dumps(facts["preprocessor"]))
+    if part == "text":
+        (path / "vocab.txt").write_text("\n".join(WORDS))
+        BertTokenizer(vocab=str(path / "vocab.txt")).save_pretrained(path)
+    return plain.model_copy(update={"name": f"hf:{path}"})

@@ -1,0 +1,209 @@
+"""The tables and the JSON of `mmscale plan`: every figure predicted, each with its formula."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mmscale.engine.efficiency import FORMULA
+from mmscale.engine.forecast import Forecast, device_bytes
+from mmscale.engine.memory import Holding
+from mmscale.engine.wire import Transfer
+
+UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+
+def tables(plan: Forecast) -> str:
+    """Everything as text."""
+    return "\n".join(_lines(plan))
+
+
+def _lines(plan: Forecast) -> Iterator[str]:
+    yield from _facts(plan)
+    yield ""
+    yield f"memory a rank, predicted ({plan.batch.world} ranks; configured: {plan.chosen})"
+    yield from aligned(_memory_rows(plan))
+    yield from _formulas(plan.memory)
+    yield ""
+    yield f"sent by a rank in one update, predicted ({plan.batch.world} ranks, ring algorithms)"
+    yield from aligned(_wire_rows(plan)) if any(plan.wire.values()) else ["nothing: one rank"]
+    yield from _formulas(plan.wire)
+    yield ""
+    yield from _efficiency(plan)
+
+
+def _facts(plan: Forecast) -> Iterator[str]:
+    data, seen, batch = plan.data, plan.seen, plan.batch
+    yield f"batch: {batch}"
+    shards = "shards unknown" if data.shards is None else _count(data.shards, "shard")
+    lanes = "" if data.shards is None else f", {data.shards / batch.lanes:.2f} a lane"
+    yield f"data: {data.images:,} images an epoch, {shards}{lanes}"
+    yield f"epoch: {_count(data.steps_per_epoch, 'step')}"
+    yield f"length: {_count(data.steps, 'step')}, {data.steps * batch.global_rows:,} pairs in all"
+    yield (
+        f"parameters: {seen.numel(True):,} trained, {seen.numel(False):,} frozen; products in "
+        f"{plan.precision}, captions of {seen.tokens} tokens"
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def _memory_rows(plan: Forecast) -> Iterator[list[str]]:
+    names = list(plan.memory)
+    yield ["", *names]
+    held = {name: {h.name: h for h in plan.memory[name]} for name in names}
+    for kind in _kinds(plan.memory):
+        yield [kind, *(_held(held[name].get(kind)) for name in names)]
+    yield ["on the device", *(shown(device_bytes(plan.memory[name])) for name in names)]
+
+
+def _held(holding: Holding | None) -> str:
+    if holding is None:
+        return "-"
+    return f"({shown(holding.bytes)} host)" if holding.host else shown(holding.bytes)
+
+
+def _wire_rows(plan: Forecast) -> Iterator[list[str]]:
+    names = list(plan.wire)
+    yield ["", "collective", *names]
+    sent = {name: {t.name: t for t in plan.wire[name]} for name in names}
+    for kind in _kinds(plan.wire):
+        found = [sent[name].get(kind) for name in names]
+        collectives = {transfer.collective: None for transfer in found if transfer}
+        yield [kind, " or ".join(collectives), *(_sent(t, plan.batch.world) for t in found)]
+    totals = (sum(t.sent(plan.batch.world) for t in plan.wire[name]) for name in names)
+    yield ["in all", "", *map(shown, totals)]
+
+
+def _sent(transfer: Transfer | None, world: int) -> str:
+    if transfer is None:
+        return "-"
+    times = f"{transfer.times} x " if transfer.times > 1 else ""
+    return times + shown(transfer.sent(world) // transfer.times)
+
+
+def _kinds(groups: dict[str, Any]) -> list[str]:
+    """Names of all groups' entries, each where it first stands."""
+    return list(dict.fromkeys(entry.name for group in groups.values() for entry in group))
+
+
+def _formulas(groups: dict[str, Any]) -> Iterator[str]:
+    found: dict[str, dict[str, None]] = {}
+    for group in groups.values():
+        for entry in group:
+            found.setdefault(entry.name, {})[entry.formula] = None
+    for name, formulas in found.items():
+        yield f"  {name}: {'; or '.join(formulas)}"
+
+
+def _efficiency(plan: Forecast) -> Iterator[str]:
+    cluster, precision = plan.cluster, plan.precision
+    yield (
+        f"efficiency on {cluster.name}, predicted: each GPU keeps {plan.batch.rank_rows} rows; "
+        f"peak {getattr(cluster.peak_tflops, precision):g} TFLOP/s {precision}, utilisation "
+        f"{cluster.utilisation:g}, {cluster.within_node_gb_per_s:g} GB/s a GPU in a node, "
+        f"{cluster.between_nodes_gb_per_s:g} GB/s a node outside, link share {cluster.link_share:g}"
+    )
+    gpus = [step.gpus for step in next(iter(plan.steps.values()))]
+    rows = [["GPUs", *(f"{count:,}" for count in gpus)]]
+    for name, steps in plan.steps.items():
+        rows.append([name, *(f"{step.efficiency:.1%}" for step in steps)])
+    rows += (
+        [
+            [
+                f"pairs/s, {plan.chosen}",
+                *(f"{s.samples_per_second:,.0f}" for s in plan.steps[plan.chosen]),
+            ]
+        ]
+        if plan.chosen in plan.steps
+        else []
+    )
+    yield from aligned(rows)
+    yield f"  {FORMULA}"
+
+
+def aligned(rows: Sequence[Sequence[str]] | Iterator[list[str]]) -> Iterator[str]:
+    """Rows of cells as lines: the first column to the left, the others to the right."""
+    rows = [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  ".join(cells).rstrip()
+
+
+def shown(size: float) -> str:
+    """Bytes as a reader takes them in."""
+    for unit, name in UNITS:
+        if size >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size:.0f} B"
+
+
+def as_json(plan: Forecast) -> dict[str, Any]:
+    """Everything as `--json` writes it."""
+    world, data, batch = plan.batch.world, plan.data, plan.batch
+    return {
+        "predicted": True,
+        "batch": {
+            "ranks": world,
+            "rank_rows": batch.rank_rows,
+            "micro_rows": batch.micro_rows,
+            "chunks": batch.chunks,
+            "global_rows": batch.global_rows,
+            "lanes": batch.lanes,
+        },
+        "data": {
+            "images": data.images,
+            "shards": data.shards,
+            "shards_per_lane": None if data.shards is None else data.shards / batch.lanes,
+            "steps_per_epoch": data.steps_per_epoch,
+            "steps": data.steps,
+        },
+        "parameters": {"trained": plan.seen.numel(True), "frozen": plan.seen.numel(False)},
+        "precision": plan.precision,
+        "tokens": plan.seen.tokens,
+        "chosen": plan.chosen,
+        "memory": {
+            name: [
+                {"name": h.name, "bytes": h.bytes, "host": h.host, "formula": h.formula}
+                for h in held
+            ]
+            for name, held in plan.memory.items()
+        },
+        "wire": {
+            name: [
+                {
+                    "name": t.name,
+                    "collective": t.collective,
+                    "payload_bytes": t.payload,
+                    "times": t.times,
+                    "sent_bytes": t.sent(world),
+                    "overlaps_backward": t.overlaps,
+                    "formula": t.formula,
+                }
+                for t in sent
+            ]
+            for name, sent in plan.wire.items()
+        },
+        "efficiency": {
+            "formula": FORMULA,
+            "cluster": plan.cluster.model_dump(mode="json"),
+            "steps": {
+                name: [
+                    {
+                        "gpus": s.gpus,
+                        "global_rows": s.global_rows,
+                        "compute_s": s.compute,
+                        "exposed_s": s.exposed,
+                        "efficiency": s.efficiency,
+                        "samples_per_second": s.samples_per_second,
+                    }
+                    for s in steps
+                ]
+                for name, steps in plan.steps.items()
+            },
+        },
+    }

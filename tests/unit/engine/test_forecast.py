@@ -1,0 +1,149 @@
+"""`mmscale plan`: what it predicts where it can be worked out by hand, and what it refuses."""
+
+import json
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from mmscale import cli
+from mmscale.config.cluster import read_cluster
+from mmscale.config.load import load_config
+from mmscale.engine.footprint import footprint
+from mmscale.engine.forecast import forecast
+from mmscale.engine.plan import plan_batch
+from mmscale.engine.wire import Transfer
+from mmscale.errors import ConfigError, explained
+from mmscale.model.build import build_model
+from mmscale.model.outline import outline
+
+# Text of 48 tokens and images of 36 patches through transformers of known shape.
+DEMO = ["demo", "engine.precision=fp32"]
+
+
+def plan(*words, world=8, samples=100_000, cluster="a100", tokens=None):
+    config = load_config([*DEMO, *words])
+    return forecast(config, world, read_cluster(cluster), samples, tokens)
+
+
+def run(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["mmscale", "plan", *words])
+    return explained(cli._invoke)
+
+
+def test_the_outline_is_the_model():
+    config = load_config(DEMO)
+    whole, spec = build_model(config.model, config.data.image_size, 0)
+    bare, bare_spec = outline(config.model, config.data.image_size)
+    assert {n: p.shape for n, p in whole.named_parameters()} == {
+        n: p.shape for n, p in bare.named_parameters()
+    }
+    assert (spec.image_size, spec.context_length) == (96, 48)
+    assert (bare_spec.image_size, bare_spec.context_length) == (96, 48)
+
+
+def test_towers_of_a_hub_are_planned_without_it():
+    planned = forecast(load_config(["flickr30k"]), 1, read_cluster("a100"), 29_000, None)
+    # ViT-S/16 and a MiniLM of 12 layers of 384 with 30,522 words; two heads of 384 x 384; a scale.
+    assert planned.seen.numel(True) == 21_665_664 + 33_212_160 + 2 * 384 * 384 + 1
+
+
+def test_flops_are_those_of_the_products():
+    config = load_config(DEMO)
+    seen = footprint(
+        *outline(config.model, config.data.image_size),
+        config,
+        plan_batch(config, 2),
+        48,
+        torch.float32,
+    )
+    width, tokens, layers = 128, 48, 2
+    products = layers * (12 * width * width * tokens + 2 * tokens * tokens * width)
+    assert seen.towers["text"].forward == 2 * products * seen.rows
+    # A backward computes a gradient for both factors of every product; attention's kernel computes
+    # its scores again.
+    ratio = seen.towers["text"].both / seen.towers["text"].forward
+    assert 3 <= ratio < 3.1
+
+
+def test_frozen_towers_keep_nothing_and_go_forward_only():
+    planned = forecast(load_config(["flickr8k"]), 1, read_cluster("a100"), 6_000, 32)
+    for work in planned.seen.towers.values():
+        assert work.saved == 0
+        assert work.both == work.forward
+
+
+def test_state_is_divided_as_zero_divides_it():
+    planned = plan()
+    trained = planned.seen.numel(True)
+    held = {
+        name: {holding.name: holding.bytes for holding in holdings}
+        for name, holdings in planned.memory.items()
+    }
+    assert held["accelerate"]["optimizer"] == 8 * trained
+    for name in ("ZeRO-1", "ZeRO-2", "ZeRO-3"):
+        assert held[name]["optimizer"] == pytest.approx(trained, rel=1e-3)
+    assert held["ZeRO-3"]["weights"] == pytest.approx(trained / 2, rel=5e-3)
+    offloaded = {h.name for h in planned.memory["ZeRO-3 + offload"] if h.host}
+    assert offloaded == {"masters", "gradients", "optimizer"}
+
+
+def test_rings_send_what_they_must():
+    assert Transfer("x", "all-reduce", 800, 1, "").sent(8) == 1400
+    assert Transfer("x", "all-gather", 800, 3, "").sent(8) == 2100
+
+
+def test_efficiency_falls_with_slower_links(tmp_path):
+    text = (
+        "{name: slow, gpus_per_node: 8, memory_gb: 80, within_node_gb_per_s: 300, "
+        "between_nodes_gb_per_s: 1, peak_tflops: {bf16: 312, fp16: 312, tf32: 156, fp32: 19.5}}"
+    )
+    slow = tmp_path / "slow.yaml"
+    slow.write_text(text)
+    fast, slowed = plan().steps["accelerate"], plan(cluster=str(slow)).steps["accelerate"]
+    assert fast[0].efficiency == slowed[0].efficiency, "within a node nothing changed"
+    assert all(f.efficiency > s.efficiency for f, s in zip(fast[1:], slowed[1:], strict=True))
+    assert [step.gpus for step in fast] == [8, 16, 32, 64, 128, 256, 512]
+
+
+def test_the_command_prints_writes_and_draws(monkeypatch, capsys, tmp_path):
+    figures, picture = tmp_path / "plan.json", tmp_path / "plan.png"
+    words = ["--world", "8", "--samples", "100000", "--json", str(figures), "--plot", str(picture)]
+    assert run(monkeypatch, *DEMO, *words) == 0
+    shown = capsys.readouterr().out
+    assert "8 ranks x 16 rows x 1 chunk = 128 pairs" in shown
+    for word in ("ZeRO-3 + offload", "all-gather", "steps", "4 x trained", "efficiency", "512"):
+        assert word in shown
+    written = json.loads(figures.read_text("utf-8"))
+    assert written["predicted"] is True
+    assert written["data"]["steps_per_epoch"] == 100_000 // 128
+    entries = [*written["memory"]["ZeRO-2"], *written["wire"]["ZeRO-2"]]
+    assert all(entry["formula"] for entry in entries)
+    assert Image.open(picture).size[0] > 1000
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train.global_batch_size=100"], "not a multiple of 8 ranks"),
+        (["data.captions=flat"], "data.captions=flat"),
+        (["engine.deepspeed=nowhere.json"], "nowhere.json"),
+        (["train.global_batch_size=1048576"], "do not fill one batch"),
+    ],
+)
+def test_what_cannot_run_is_refused(monkeypatch, capsys, words, message):
+    assert run(monkeypatch, *DEMO, *words, "--world", "8", "--samples", "100000") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_that_contradicts_the_run_is_refused_with_both_values(tmp_path):
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}, "gradient_clipping": 0.25}))
+    with pytest.raises(ConfigError, match=r"gradient_clipping=0\.25 contradicts the run's 1\.0"):
+        plan(f"engine.deepspeed={file}")
+
+
+def test_a_model_that_does_not_fit_is_refused_with_what_does():
+    with pytest.raises(ConfigError, match=r"needs .* GB a GPU.*train\.micro_batch_size=131072"):
+        plan("train.global_batch_size=1048576", samples=10**8)
