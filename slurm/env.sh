@@ -30,3 +30,16 @@ num_cpus=${SLURM_CPUS_PER_TASK:-1}
 export SRUN_CPUS_PER_TASK=$num_cpus
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$num_cpus}
 export PYTHONUNBUFFERED=1
+
+# queue_again WHY: let Slurm start this job again later, where it is not on its way out.
+queue_again() {
+    # A job that was cancelled, preempted or requeued is no longer RUNNING here.
+    local state
+    state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null || true)
+    if [[ $state == RUNNING ]]; then
+        echo "job $SLURM_JOB_ID: $1, queued again"
+        scontrol requeue "$SLURM_JOB_ID"
+        # Slurm ends this script; a return here would count as the job's own end.
+        sleep 60
+    fi
+}

@@ -75,6 +75,9 @@ def join(world: World, backend: str, timeout_seconds: int, alone_too: bool = Fal
             iter(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
         )
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        # accelerate looks for the world under torchrun's names, which srun does not set.
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
+        os.environ["LOCAL_RANK"] = str(world.local_rank)
         watch(store)
     except (RuntimeError, ValueError, OSError) as error:
         raise LaunchError(

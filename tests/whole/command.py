@@ -47,12 +47,14 @@ def start(
     words: Sequence[str | Path],
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
+    stdin: int | None = None,
 ) -> subprocess.Popen[str]:
     """Start `words` and return at once; the caller signals it, and ends it with `end`."""
     return subprocess.Popen(
         [str(word) for word in words],
         cwd=cwd or ROOT,
         env={**environment(), **(env or {})},
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
