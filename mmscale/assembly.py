@@ -16,11 +16,13 @@ from mmscale.checkpoint.write import Snapshot, take_snapshot
 from mmscale.config.batches import HardBatchesConfig
 from mmscale.config.deepspeed import zero_stage
 from mmscale.config.duration import Duration
+from mmscale.config.load import stage_config
 from mmscale.config.needs import (
     needs_momentum,
     with_fusion_decided,
 )
 from mmscale.config.schema import Config, ModelConfig
+from mmscale.config.staging import expanded
 from mmscale.contracts import Engine, InputSpec, Peers, World
 from mmscale.data.caption_text import with_cleaning
 from mmscale.data.features import CachedStream, FeatureTable
@@ -38,13 +40,16 @@ from mmscale.engine.feature_cache import FeatureCache
 from mmscale.engine.fit_heads import fit_heads
 from mmscale.engine.inference import Inference
 from mmscale.engine.momentum import averaged, copy_of
+from mmscale.engine.optimizer_kind import optimizer_kind
 from mmscale.engine.plan import BatchPlan, plan_batch
 from mmscale.engine.rehearsal import gaps_line
+from mmscale.engine.stages import stage_lengths
 from mmscale.loss.objective import Objective
 from mmscale.model.batch_norm import connect_batch_norms
 from mmscale.model.build import build_model
 from mmscale.model.presets import fill_preset, stand_in_line
 from mmscale.model.scale import with_scale_fitted
+from mmscale.model.selection import check_patterns, select
 from mmscale.model.two_tower import TwoTower
 
 Tell = Callable[[str], None]
@@ -76,8 +81,16 @@ class Segment:
 
 @dataclass(frozen=True)
 class Training:
-    """Everything that the loop needs for one segment of a run."""
+    """Everything that the loop needs for one segment of a run.
 
+    Attributes:
+        run: The whole run's configuration.
+        config: That of the stage which trains now.
+        end: `Progress.step` at which the stage ends.
+        total_steps: The same of the run.
+    """
+
+    run: Config
     config: Config
     world: World
     peers: Peers
@@ -90,6 +103,7 @@ class Training:
     spec: InputSpec
     held_out: HeldOut | None
     start: Progress
+    end: int
     total_steps: int
 
     @property
@@ -111,20 +125,28 @@ def assemble(segment: Segment, world: World, tell: Tell) -> Training:
         world: The launcher's promise.
         tell: Takes a line about what is built, as it is built.
     """
-    config = segment.config
-    policy = choose(config.engine, world.local_rank)
-    filled = fill_preset(config.model, policy.failing_towers)
-    if stand_in := stand_in_line(config.model, filled):
+    run = segment.config
+    policy = choose(run.engine, world.local_rank)
+    filled = fill_preset(run.model, policy.failing_towers)
+    if stand_in := stand_in_line(run.model, filled):
         tell(f"{policy.device}: {stand_in}")
-    config = with_fusion_decided(config.model_copy(update={"model": filled}))
-    plan = plan_batch(config, world.size)
-    kind = engine_kind(config, world)
+    run = with_fusion_decided(run.model_copy(update={"model": filled}))
+    stages = [stage_config(run, number) for number in range(max(1, len(expanded(run))))]
+    plans = [plan_batch(stage, world.size) for stage in stages]
+    kind = engine_kind(run, world)
+    for stage in stages:
+        optimizer_kind(stage.optim, policy.fused_optimizer, sharded=kind == "deepspeed")
     _share_cores(policy, world)
-    join(world, policy.backend, config.engine.timeout, alone_too=kind == "deepspeed")
+    join(world, policy.backend, run.engine.timeout, alone_too=kind == "deepspeed")
     peers = connect(world)
-    shards = open_train(config.data)
-    schedule = plan_schedule(config, shards, plan.lanes)
-    origin = segment.origin or starting_point(config, world, tell)
+    shards = open_train(run.data)
+    schedule = plan_schedule(stages[0], shards, plans[0].lanes)
+    lengths = stage_lengths(run, stages, schedule.items)
+    origin = segment.origin or starting_point(run, world, tell)
+    start = segment.start or (origin.progress if origin else Progress())
+    config, plan = stages[start.stage], plans[start.stage]
+    if start.stage:
+        schedule = plan_schedule(config, shards, plan.lanes)
     if config.data.hard_batches.table is not None:
         tell(f"hard batches: neighbours from {config.data.hard_batches.table}")
         table = _neighbours(config.data.hard_batches, world, origin)
@@ -138,7 +160,10 @@ def assemble(segment: Segment, world: World, tell: Tell) -> Training:
     if origin is not None:
         origin.load_weights(model)
     if isinstance(origin, Checkpoint) and segment.origin is None:
-        require_same_run(origin, config, plan.lanes)
+        require_same_run(origin, run, plan.lanes)
+    check_patterns(model, run)
+    for line in select(model, run, start.stage):
+        tell(line)
     tell(f"batch: {plan}")
     tell(f"device: {policy}")
     if gaps := gaps_line(model, spec, policy):
@@ -172,12 +197,15 @@ def assemble(segment: Segment, world: World, tell: Tell) -> Training:
         None if origin is None else origin.companions,
     )
     # Ranks draw different dropout masks; a resumed run gets each rank's own state back.
-    torch.manual_seed(config.run.seed * 1_000_003 + world.rank)
+    torch.manual_seed(config.run.seed * 1_000_003 + start.stage * 500_009 + world.rank)
     if origin is not None:
-        engine.restore(origin.moments, origin.progress.updates, origin.progress.scaler)
+        trained = origin.progress.updates - origin.progress.stage_updates
+        engine.restore(origin.moments, trained, origin.progress.scaler)
         if random := origin.random(world.rank):
             set_rng_state(policy.device, random)
+    end = start.step if start.over else start.stage_start + lengths[start.stage]
     return Training(
+        run=run,
         config=config,
         world=world,
         peers=peers,
@@ -189,8 +217,9 @@ def assemble(segment: Segment, world: World, tell: Tell) -> Training:
         stream=stream,
         spec=spec,
         held_out=held_out,
-        start=segment.start or (origin.progress if origin else Progress(lanes=plan.lanes)),
-        total_steps=config.train.duration.steps(schedule.steps, plan.global_rows),
+        start=replace(start, lanes=plan.lanes),
+        end=end,
+        total_steps=end + (0 if start.over == "run" else sum(lengths[start.stage + 1 :])),
     )
 
 
@@ -226,8 +255,8 @@ def _engine(
 
 def _neighbours(hard: HardBatchesConfig, world: World, origin: Origin | None) -> Neighbours:
     """The table that the run began with, else the one that it is given; equal on every rank."""
-    if origin is not None:
-        return Neighbours.of(origin.companions("hard_batches."))
+    if origin is not None and (kept := origin.companions("hard_batches.")):
+        return Neighbours.of(kept)
     read = read_neighbours(Path(str(hard.table)), hard.by).tensors() if world.is_main else None
     return Neighbours.of(from_main(world, read))
 
@@ -320,7 +349,7 @@ def snapshot(training: Training, progress: Progress) -> Snapshot:
     """What a checkpoint of a run in training holds. Collective."""
     return take_snapshot(
         replace(progress, scaler=training.engine.scaler()),
-        training.config.model_dump(mode="json"),
+        training.run.model_dump(mode="json"),
         chain(
             training.engine.tensors(),
             training.companions.tensors(),

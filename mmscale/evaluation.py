@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
 from mmscale.assembly import HeldOut, Training, encode_set, without_weights
 from mmscale.checkpoint.files import Checkpoint
 from mmscale.checkpoint.resume import open_trained
-from mmscale.config.load import validate
+from mmscale.config.load import stage_config, validate
 from mmscale.config.schema import Config
 from mmscale.contracts import InputSpec, Peers
 from mmscale.data.caption_text import with_cleaning
@@ -16,13 +17,14 @@ from mmscale.data.features import FeatureTable
 from mmscale.data.shards import ShardSet
 from mmscale.diagnostics.pairs import Pairs
 from mmscale.diagnostics.reranking import reranked_recalls, shortlists
-from mmscale.diagnostics.retrieval import recalls
+from mmscale.diagnostics.retrieval import RECALLS, recalls
 from mmscale.dist.device import choose
 from mmscale.engine.encode import Call
 from mmscale.engine.inference import Inference
 from mmscale.engine.momentum import averaged
 from mmscale.engine.rerank import match_scores
 from mmscale.model.build import build_model
+from mmscale.model.selection import select
 from mmscale.model.two_tower import TwoTower
 
 
@@ -44,10 +46,12 @@ def load_trained(path: Path) -> Trained:
         CheckpointError: Neither, or damaged.
     """
     checkpoint = open_trained(path)
-    config = validate(checkpoint.config)
+    run, stage = validate(checkpoint.config), checkpoint.progress.stage
+    config = stage_config(run, stage)
     model, spec = build_model(
         without_weights(config.model), config.data.image_size, config.run.seed
     )
+    select(model, run, stage)
     spec = with_cleaning(spec, config.data.caption_cleaning)
     checkpoint.load_weights(model)
     if config.eval.weights == "ema":
@@ -85,7 +89,8 @@ def evaluate(training: Training) -> tuple[dict[str, float], Pairs] | None:
     pairs = embed(call, engine.device, table)
     figures = _figures(training.config, call, engine.device, held_out, training.peers, table, pairs)
     engine.module.train()
-    return {f"eval/{name}": value for name, value in figures.items()}, pairs
+    named = {f"eval/{name}": value for name, value in figures.items()}
+    return named | {"eval/mean": fmean(figures[name] for name in RECALLS)}, pairs
 
 
 def embed(call: Call, device: torch.device, table: FeatureTable) -> Pairs:

@@ -84,6 +84,7 @@ def _segment(
 ) -> "Segment | None":
     """Train with one configuration and engine; returns what the run goes on as, None at its end."""
     from mmscale.course.closing import finish
+    from mmscale.course.stages import next_stage
     from mmscale.report.lines import opening_lines
 
     for line in opening_lines(training):
@@ -91,6 +92,7 @@ def _segment(
     # Closed, so that decoding processes end here and not when their loader is collected.
     with closing(_batches(training)) as batches:
         progress, following = _loop(training, report, stop, saver, batches, updated)
+    following = following or next_stage(training, progress)
     if following is None:
         finish(training, report, saver, progress)
     training.close()
@@ -109,19 +111,24 @@ def _loop(
     from mmscale.assembly import snapshot
     from mmscale.course.closing import evaluated
     from mmscale.course.damage import check_damage
+    from mmscale.course.divergence import guarded
     from mmscale.course.skips import Skips
+    from mmscale.course.watch import plateau_factor, watched
     from mmscale.engine.schedule import rate_factor
     from mmscale.engine.step import update
     from mmscale.report.lines import first_batch_line, probe_line, training_line
 
-    config, progress, total = training.config, training.start, training.total_steps
+    config, progress = training.config, training.start
+    length = training.end - progress.stage_start
     warmup = _steps(training, config.optim.warmup)
     skips = Skips()
     clock = time.perf_counter()
     for batch, position, waited in batches:
         if progress is training.start:
             report.say(first_batch_line(batch))
-        factor = rate_factor(progress.step, total, warmup, config.optim.schedule)
+        step = progress.step - progress.stage_start
+        factor = rate_factor(step, length, warmup, config.optim.schedule)
+        factor *= plateau_factor(training, progress)
         done = update(
             training.engine,
             training.objective,
@@ -130,33 +137,37 @@ def _loop(
             training.plan.micro_rows,
             config.optim.lr * factor,
             factor,
-            progress.step,
+            step,
             stop.wanted,
             training.companions,
             saver.written,
         )
         updated()
-        progress = _advance(progress, position, done)
+        progress = _advance(progress, position, done, training.plan.global_rows)
         seconds = time.perf_counter() - clock
         if _due(training, config.log.every, progress):
             report.training(training_line(training, progress, done, seconds, waited))
         skips.count(progress, done, batch)
+        progress = guarded(config.stop, warmup, progress, done.record)
         if done.record.damaged:
             check_damage(training, report, batch, progress)
         if _due(training, config.probe.every, progress):
             report.probe(probe_line(training, progress, done, batch))
         if done.record.written:
             saver.settle()
-        if progress.step < total:
+        if progress.step < training.total_steps:
             if done.record.stop:
                 saver.save(snapshot(training, progress))
                 saver.finish()
                 raise TerminatedError(f"told to stop; step {progress.step} is in a checkpoint")
             if _due(training, config.eval.every, progress):
                 progress, _ = evaluated(training, report, progress)
+                progress = watched(training, report, progress)
             is_best = progress.best is not None and progress.best.step == progress.step
             if is_best or _due(training, config.checkpoint.every, progress):
                 saver.save(snapshot(training, progress))
+            if progress.over:
+                break
         clock = time.perf_counter()
     return progress, None
 
@@ -166,14 +177,14 @@ def _batches(training: "Training") -> "Batches":
     from mmscale.engine.feed import on_device
 
     stream = training.stream.batches(training.start.position)
-    for _ in range(training.total_steps - training.start.step):
+    for _ in range(training.end - training.start.step):
         start = time.perf_counter()
         batch, position = next(stream)
         batch = on_device(batch, training.policy.device, training.spec)
         yield batch, position, time.perf_counter() - start
 
 
-def _advance(progress: "Progress", position: "Position", done: "Update") -> "Progress":
+def _advance(progress: "Progress", position: "Position", done: "Update", rows: int) -> "Progress":
     before = progress.damaged if progress.position.rows else 0
     return replace(
         progress,
@@ -181,6 +192,7 @@ def _advance(progress: "Progress", position: "Position", done: "Update") -> "Pro
         updates=progress.updates + done.record.applied,
         position=position,
         damaged=before + done.record.damaged,
+        samples=progress.samples + rows,
     )
 
 
@@ -200,7 +212,7 @@ def _write_config(training: "Training") -> None:
     if training.world.is_main:
         run_dir = Path(training.config.run.dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_yaml(run_dir / "config.yaml", training.config.model_dump(mode="json"))
+        write_yaml(run_dir / "config.yaml", training.run.model_dump(mode="json"))
 
 
 if __name__ == "__main__":

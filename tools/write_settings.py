@@ -44,13 +44,22 @@ def page() -> str:
     for name, field in Config.model_fields.items():
         rows = "\n".join(
             f"| `{path}` | {kind(setting)} | {default(setting)} | {described(setting)} |"
-            for path, setting in settings(field.annotation, f"{name}.")
+            for path, setting in group(name, field.annotation)
         )
+        doc = field.annotation.__doc__ if is_section(field.annotation) else field.description
         parts.append(
-            f"## {name}\n\n{field.annotation.__doc__}\n\n"
+            f"## {name}\n\n{doc}\n\n"
             f"| setting | type | default | meaning |\n|---|---|---|---|\n{rows}\n"
         )
     return "\n".join(parts)
+
+
+def group(name: str, annotation: Any) -> Iterator[tuple[str, FieldInfo]]:
+    """The settings of one group: a section, or a list of sections."""
+    if is_section(annotation):
+        yield from settings(annotation, f"{name}.")
+    for entry in entries(annotation):
+        yield from settings(entry, f"{name}[].")
 
 
 def settings(section: Any, prefix: str) -> Iterator[tuple[str, FieldInfo]]:

@@ -51,6 +51,10 @@ class Progress:
         stage_start: `step` at which that stage began.
         best: The best evaluation by `checkpoint.best`.
         scaler: State of the engine's loss scaling; empty without one.
+        stage_updates: `updates` at which it began.
+        samples: Rows taken since the run began.
+        over: `stage` or `run` where an evaluation ended one of them before its time.
+        watched: What decides about that, by name.
     """
 
     step: int = 0
@@ -63,6 +67,10 @@ class Progress:
     stage_start: int = 0
     best: Best | None = None
     scaler: dict[str, float] = field(default_factory=dict)
+    stage_updates: int = 0
+    samples: int = 0
+    over: str = ""
+    watched: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "Progress":

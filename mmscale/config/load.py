@@ -15,6 +15,7 @@ from mmscale.config.explain import explain
 from mmscale.config.loss_rules import fill_logit_scale, objective_faults
 from mmscale.config.needs import fusion_faults, negatives_faults
 from mmscale.config.schema import Config
+from mmscale.config.staging import expanded, stage_faults, stage_settings
 from mmscale.config.yaml import parse_scalar, read_yaml
 from mmscale.errors import ConfigError
 
@@ -58,6 +59,8 @@ def validate(settings: dict[str, Any]) -> Config:
     except ValidationError as error:
         raise ConfigError("\n".join(explain(error))) from error
     config = fill_logit_scale(config)
+    if faults := [*stage_faults(config), *_faults_within(config)]:
+        raise ConfigError("\n".join(faults))
     faults = [
         *_contradictions(config),
         *data_faults(config.data),
@@ -68,6 +71,32 @@ def validate(settings: dict[str, Any]) -> Config:
     if faults:
         raise ConfigError("\n".join(faults))
     return config
+
+
+def stage_config(config: Config, number: int) -> Config:
+    """A run's configuration in one of its stages; without stages, the run's.
+
+    Raises:
+        ConfigError: The stage contradicts itself.
+    """
+    stages = expanded(config)
+    if not stages:
+        return config
+    stage = stages[number]
+    try:
+        return validate(stage_settings(config, stage))
+    except ConfigError as error:
+        lines = str(error).split("\n")
+        raise ConfigError("\n".join(f"stage {stage.name!r}: {line}" for line in lines)) from error
+
+
+def _faults_within(config: Config) -> Iterator[str]:
+    """Faults of the stages' own settings."""
+    for number in range(len(expanded(config))):
+        try:
+            stage_config(config, number)
+        except ConfigError as error:
+            yield from str(error).split("\n")
 
 
 def flatten(section: BaseModel, prefix: str = "") -> dict[str, Any]:

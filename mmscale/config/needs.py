@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from mmscale.config.loss import LossConfig
 from mmscale.config.schema import Config
 
 FUSION_TERMS = frozenset({"matching", "classification"})
@@ -14,7 +15,8 @@ MOMENTUM_TERMS = frozenset({"distillation", "prototypes"})
 
 def term_kinds(config: Config) -> frozenset[str]:
     """Kinds of every term that the run trains on at any time."""
-    return frozenset(term.kind for term in config.loss.terms)
+    losses = [config.loss, *(LossConfig.model_validate(s.loss) for s in config.stages if s.loss)]
+    return frozenset(term.kind for loss in losses for term in loss.terms)
 
 
 def with_fusion_decided(config: Config) -> Config:

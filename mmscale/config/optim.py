@@ -35,10 +35,8 @@ class LayerDecayConfig(Section):
 
 
 class PlateauConfig(Section):
-    """`optim.schedule=plateau`: the rate falls when a metric no longer rises."""
+    """`optim.schedule=plateau`: the rate falls when `stop.metric` no longer rises."""
 
-    metric: str = "mean_recall"
-    """Evaluation figure that is watched, as it stands in `metrics.jsonl` after `eval/`."""
     patience: Positive = 3
     """Evaluations without a new best after which the rate falls."""
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.5

@@ -16,6 +16,8 @@ from mmscale.config.optim import OptimConfig
 from mmscale.config.ramp import Ramp
 from mmscale.config.section import Positive, Section
 from mmscale.config.sources import Sources
+from mmscale.config.stages import StageConfig
+from mmscale.config.stopping import StopConfig
 
 
 class RunConfig(Section):
@@ -248,6 +250,10 @@ class Config(Section):
     """Length and batches."""
     optim: OptimConfig = OptimConfig()
     """Optimizer and rates."""
+    stages: tuple[StageConfig, ...] = ()
+    """Stretches of the run that train other parts, at other rates, on other terms."""
+    stop: StopConfig = StopConfig()
+    """Early stopping and guards."""
     engine: EngineConfig = EngineConfig()
     """DeepSpeed or accelerate."""
     eval: EvalConfig = EvalConfig()

@@ -16,6 +16,7 @@ from mmscale.diagnostics.similarity import on_grid
 from mmscale.errors import DataError
 
 TOP = (1, 5, 10)
+RECALLS = tuple(f"{way}_r{k}" for way in ("i2t", "t2i") for k in TOP)
 
 
 def recalls(pairs: Pairs, peers: Peers) -> dict[str, float | int]:

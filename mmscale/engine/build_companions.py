@@ -48,7 +48,7 @@ def build_companions(
         images: Of the training set.
         steps: Updates an epoch.
         steps_of: A duration in updates.
-        restored: The checkpoint that the run goes on from.
+        restored: What the run goes on from; holds nothing where a stage begins.
     """
     queue = config.negatives.queue
     return Companions(
@@ -83,8 +83,8 @@ def _bank(
     if not size:
         return None
     rows = RowBank(size, config.model.embed_dim, unique, device)
-    if restored is not None:
-        rows.restore(restored(bank.PREFIX))
+    if restored is not None and (kept := restored(bank.PREFIX)):
+        rows.restore(kept)
     return rows
 
 
@@ -99,7 +99,7 @@ def _clusters(
     for term in config.loss.terms:
         if isinstance(term, PrototypesTerm):
             found = EpochClusters(term, images, steps, config.run.seed, world, device)
-            if restored is not None:
-                found.restore(restored(clusters.PREFIX))
+            if restored is not None and (kept := restored(clusters.PREFIX)):
+                found.restore(kept)
             return found
     return None

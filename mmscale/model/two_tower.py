@@ -4,7 +4,7 @@ The engine wraps `TwoTower` and reaches everything through its `forward`, so tha
 parameters fire; `mode` says which part runs. Called by engine, checkpoint and diagnostics.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -53,10 +53,15 @@ class TwoTower(nn.Module):
         self.head = nn.ModuleDict(dict(heads))
         self.scale = scale
         self.fusion = fusion
-        self.frozen = frozen
-        for name in frozen:
+        self.frozen: frozenset[str] = frozenset()
+        self.freeze(frozen)
+
+    def freeze(self, towers: Collection[str]) -> None:
+        """Keep the weights of these towers from now on, in evaluation mode."""
+        self.frozen |= frozenset(towers)
+        for name in towers:
             self.get_submodule(name).requires_grad_(False)
-        self.train()
+        self.train(self.training)
 
     def train(self, mode: bool = True) -> "TwoTower":
         super().train(mode)

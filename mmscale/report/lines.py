@@ -27,7 +27,7 @@ def training_line(
     norms = dict(record.grad_norm)
     return {
         "step": progress.step,
-        "samples": progress.step * rows,
+        "samples": progress.samples,
         "loss": record.loss,
         **{f"loss/{name}": value for name, value in record.terms.items()},
         "lr": record.lr,
@@ -59,7 +59,9 @@ def opening_lines(training: Training) -> list[str]:
     """What is told before the first update."""
     total = training.total_steps
     steps = f"{total:,} step{'s' * (total > 1)}, {training.schedule.steps:,} an epoch"
-    resumed = training.start.step
+    start = training.start
+    # A stage begins where the one before it ended; that is no resuming.
+    resumed = start.step if start.step > start.stage_start else 0
     return [
         f"engine: {training.engine.label}",
         *rates_table(training.engine.groups, training.engine.module),

@@ -1,0 +1,120 @@
+"""A stage change keeps every weight bit for bit, sharded or not; its optimizer is a fresh one."""
+
+import os
+
+import pytest
+import torch
+
+from mmscale.checkpoint.carried import Carried
+from mmscale.checkpoint.files import Progress
+from mmscale.config.load import stage_config
+from mmscale.contracts import World
+from mmscale.dist.device import choose
+from mmscale.dist.peers import connect
+from mmscale.dist.world import join
+from mmscale.engine.plan import plan_batch
+from mmscale.engine.step import update
+from mmscale.loss.objective import Objective
+from mmscale.model.build import build_model
+from mmscale.model.selection import select
+from tests.ranks import tiny
+from tests.ranks.launch import run_on_ranks
+
+STAGES = [
+    {"name": "heads", "duration": "2 steps", "train": ["head", "scale", "text[-1:]"]},
+    {"name": "all", "duration": "2 steps", "optim": {"lr": 1e-3}},
+]
+
+
+def _config(stage):
+    sharded = {"engine__deepspeed": f"ds_configs/zero{stage}.json"} if stage else {}
+    return tiny.tiny_config(stages=STAGES, **sharded)
+
+
+def _engine(run, number, world, sharded, origin=None):
+    config = stage_config(run, number)
+    # Another seed: every weight must come from the stage before.
+    model, _ = build_model(config.model, None, number)
+    if origin:
+        origin.load_weights(model)
+    select(model, run, number)
+    policy, plan = choose(config.engine), plan_batch(config, world.size)
+    if sharded:
+        from mmscale.engine.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(model.train(), config, plan, policy, world), config
+    from mmscale.engine.accelerate import AccelerateEngine
+
+    return AccelerateEngine(model.train(), config, policy, world), config
+
+
+def _train(engine, config, world, steps):
+    peers = connect(world)
+    objective = Objective(config, peers)
+    rows = tiny.ROWS // world.size
+    for step in steps:
+        batch = tiny.share(tiny.joint_batch(step), world.rank, world.size)
+        update(engine, objective, peers, batch, rows, 1e-2, 1.0, step, False)
+
+
+def _held(engine):
+    """Masters of what is trained and everything else, and the moments, whole."""
+    tensors = list(engine.tensors())
+    values = {t.name: t.value.detach().cpu().clone() for t in tensors}
+    moments = {t.name: {k: v.clone() for k, v in t.moments.items()} for t in tensors}
+    return values, moments
+
+
+def _change_stage(stages):
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    join(World(), "gloo", 60, alone_too=True)
+    world, found = World(rank, size, rank, "test"), {}
+    for stage in stages:
+        run = _config(stage)
+        engine, config = _engine(run, 0, world, stage)
+        first, _ = _held(engine)
+        _train(engine, config, world, (0, 1))
+        before, _ = _held(engine)
+        carried = Carried(engine.tensors(), Progress(2, 2, stage=1, stage_start=2, stage_updates=2))
+        engine.close()
+        engine, config = _engine(run, 1, world, stage, carried)
+        engine.restore(carried.moments, 0)
+        after, moments = _held(engine)
+        _train(engine, config, world, (2, 3))
+        found[stage] = first, before, after, moments, _held(engine)[0]
+        engine.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def changes():
+    """First weights, those at the first stage's end, at the second's start, and at its end."""
+    alone = run_on_ranks(1, _change_stage, [0])[0]
+    return alone | run_on_ranks(2, _change_stage, [1, 2, 3])[0]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_weights_are_bit_equal_over_the_change_and_moments_are_none(changes, stage):
+    _, before, after, moments, _ = changes[stage]
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert not any(moments.values())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_each_stage_moves_what_it_trains_and_nothing_else(changes, stage):
+    first, before, after, _, end = changes[stage]
+    moved = {name for name in first if not torch.equal(first[name], before[name])}
+    assert {name.split(".")[0] for name in moved} == {"head", "scale", "text"}
+    assert "text.trunk.token_embedding.weight" not in moved
+    moved = {name for name in after if not torch.equal(after[name], end[name])}
+    assert "vision.trunk.conv1.weight" in moved
+    assert "text.trunk.token_embedding.weight" in moved
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_stages_in_shards_end_where_one_device_ends(changes, stage):
+    wanted, got = changes[0][-1], changes[stage][-1]
+    whole = torch.stack([value.double().norm() for value in wanted.values()]).norm()
+    for name, value in wanted.items():
+        assert (got[name].double() - value.double()).norm() / whole < 1e-5, name
