@@ -15,7 +15,7 @@ from mmscale.contracts import InputSpec, Peers
 from mmscale.data.caption_text import with_cleaning
 from mmscale.data.features import FeatureTable
 from mmscale.data.shards import ShardSet
-from mmscale.diagnostics.pairs import Pairs
+from mmscale.diagnostics.pairs import Pairs, Sources
 from mmscale.diagnostics.reranking import reranked_recalls, shortlists
 from mmscale.diagnostics.retrieval import RECALLS, recalls
 from mmscale.dist.device import choose
@@ -96,6 +96,12 @@ def evaluate(training: Training) -> tuple[dict[str, float], Pairs] | None:
 def embed(call: Call, device: torch.device, table: FeatureTable) -> Pairs:
     """Tower outputs through the heads: the pairs that are evaluated. Collective under ZeRO-3."""
     good, captions = table.good, table.good.repeat_interleave(table.first.diff())
+    places = good.nonzero()[:, 0]
+    sources = Sources(
+        places,
+        [table.keys[place] for place in places.tolist()],
+        [table.captions[row] for row in captions.nonzero()[:, 0].tolist()],
+    )
     with torch.no_grad():
         image, text, scale, _ = call(
             "heads", table.image[good].to(device), table.text[captions].to(device)
@@ -108,6 +114,7 @@ def embed(call: Call, device: torch.device, table: FeatureTable) -> Pairs:
         backbone_image=table.image[good],
         backbone_text=table.text[captions],
         logit_scale=float(scale),
+        sources=sources,
     )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmscale.diagnostics.pairs import Pairs, distinct_rows
+from mmscale.diagnostics.pairs import Pairs, thinned_rows
 from mmscale.diagnostics.similarity import on_grid
 
 BINS = 80
@@ -19,20 +19,17 @@ def similarity_histogram(pairs: Pairs) -> dict[str, Any]:
     At most `LARGEST_SAMPLE` distinct images, taken evenly, are compared with their captions and
     those of one another; `images` and `captions` say how many.
     """
-    distinct = distinct_rows(pairs.image_ids).cpu()
-    if len(distinct) > LARGEST_SAMPLE:
-        distinct = distinct[torch.linspace(0, len(distinct) - 1, LARGEST_SAMPLE).round().long()]
-    image_ids, text_ids = pairs.image_ids.cpu()[distinct], pairs.text_ids.cpu()
-    texts = torch.isin(text_ids, image_ids)
-    images, captions = on_grid(pairs.image.cpu()[distinct]), on_grid(pairs.text.cpu()[texts])
+    chosen, texts = thinned_rows(pairs, LARGEST_SAMPLE)
+    image_ids, text_ids = pairs.image_ids.cpu()[chosen], pairs.text_ids.cpu()[texts]
+    images, captions = on_grid(pairs.image.cpu()[chosen]), on_grid(pairs.text.cpu()[texts])
     low, high = _bounds(images, captions)
     edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64)
     counts = {name: torch.zeros(BINS, dtype=torch.float64) for name in ("matched", "unmatched")}
     for rows, ids in zip(torch.split(images, _CHUNK), torch.split(image_ids, _CHUNK), strict=True):
         similarity = rows @ captions.T
-        matched = ids[:, None] == text_ids[texts][None, :]
-        for name, chosen in (("matched", matched), ("unmatched", ~matched)):
-            counts[name] += torch.histogram(similarity[chosen], edges).hist
+        matched = ids[:, None] == text_ids[None, :]
+        for name, cells in (("matched", matched), ("unmatched", ~matched)):
+            counts[name] += torch.histogram(similarity[cells], edges).hist
     described = {
         name: {"edges": edges.tolist(), "counts": [int(v) for v in values]}
         for name, values in counts.items()

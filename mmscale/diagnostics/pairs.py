@@ -23,6 +23,21 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Sources:
+    """Where rows come from in their set, for those who want to look at them.
+
+    Attributes:
+        places: Place of each image row in the set.
+        keys: Key of each image row.
+        captions: Text of each caption row.
+    """
+
+    places: Int64[Tensor, " n"]
+    keys: list[str]
+    captions: list[str]
+
+
+@dataclass(frozen=True)
 class Pairs:
     """Unit rows of both modalities; an image and a caption belong together if their ids are equal.
 
@@ -34,6 +49,7 @@ class Pairs:
         backbone_image: Image tower outputs before the head, for the rows of `image`.
         backbone_text: Text tower outputs before the head, for the rows of `text`.
         logit_scale: 1/temperature at the time.
+        sources: What the rows are of; not kept in files.
     """
 
     image: Float[Tensor, "n d"]
@@ -43,6 +59,7 @@ class Pairs:
     backbone_image: Float[Tensor, "n f"] | None = None
     backbone_text: Float[Tensor, "m g"] | None = None
     logit_scale: float | None = None
+    sources: Sources | None = None
 
 
 def one_to_one(pairs: Pairs, limit: int | None = None) -> Pairs:
@@ -60,6 +77,7 @@ def one_to_one(pairs: Pairs, limit: int | None = None) -> Pairs:
         text_ids=_take(pairs.text_ids, texts),
         backbone_image=None if backbone[0] is None else _take(backbone[0], images),
         backbone_text=None if backbone[1] is None else _take(backbone[1], texts),
+        sources=None,
     )
 
 
@@ -77,6 +95,15 @@ def first_pairs(
     if limit is not None and len(order) > limit:
         order = order[np.linspace(0, len(order) - 1, limit).round().astype(np.int64)]
     return torch.from_numpy(image_rows[order]), torch.from_numpy(text_rows[order])
+
+
+def thinned_rows(pairs: Pairs, limit: int) -> tuple[Int64[Tensor, " p"], Int64[Tensor, " q"]]:
+    """Rows of at most `limit` distinct images, evenly, and rows of all of their captions."""
+    images = distinct_rows(pairs.image_ids).cpu()
+    if len(images) > limit:
+        images = images[torch.linspace(0, len(images) - 1, limit).round().long()]
+    ids = pairs.image_ids.cpu()[images]
+    return images, torch.isin(pairs.text_ids.cpu(), ids).nonzero()[:, 0]
 
 
 def distinct_rows(ids: Int64[Tensor, " n"]) -> Int64[Tensor, " distinct"]:
@@ -102,7 +129,8 @@ def require_finite(pairs: Pairs) -> None:
 
 def save_npz(path: Path, pairs: Pairs) -> None:
     """Write what `load_npz` reads."""
-    arrays = {name: value for name, value in vars(pairs).items() if value is not None}
+    given = {name: value for name, value in vars(pairs).items() if name != "sources"}
+    arrays = {name: value for name, value in given.items() if value is not None}
     plain = {
         name: value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
         for name, value in arrays.items()
