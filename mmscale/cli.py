@@ -358,6 +358,23 @@ def compare(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    layout: Annotated[
+        str | None, typer.Option("--map", help="pca, tsne or umap; default the run's log.map.")
+    ] = None,
+) -> int:
+    """Write a run's report.html again, from its folder alone."""
+    from mmscale.diagnostics.layout import require_layout
+    from mmscale.report.page import write_page
+
+    if layout is not None:
+        require_layout(layout)
+    _say(f"report: {write_page(run, layout).path}")
+    return 0
+
+
+@app.command()
 def bench(
     name: Annotated[str, typer.Argument(help="data or loss.")],
     json_file: Json = None,

@@ -231,6 +231,10 @@ class LogConfig(Section):
     """Send the figures to Weights & Biases."""
     wandb_project: str = "mmscale"
     """Project that the figures are filed under."""
+    wandb_images: bool = False
+    """Send the photographs of the report's gallery too; figures and drawn pictures always go."""
+    map: Literal["pca", "tsne", "umap"] = "pca"
+    """How the report lays out its maps; t-SNE and UMAP need `pip install 'mmscale[maps]'`."""
 
 
 class Config(Section):

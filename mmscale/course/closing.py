@@ -14,6 +14,7 @@ from mmscale.diagnostics.pairs import Pairs
 from mmscale.durable import replace_file
 from mmscale.errors import ConfigError
 from mmscale.evaluation import evaluate
+from mmscale.report.choosing import choose_examples
 from mmscale.report.page import write_page
 from mmscale.report.report import Report
 
@@ -57,10 +58,14 @@ def finish(training: Training, report: Report, saver: Saver, progress: Progress)
         return
     run_dir = Path(training.config.run.dir)
     last: dict[str, Any] = {"step": progress.step, **progress.metrics}
-    if pairs is not None:
+    held_out = training.held_out
+    if pairs is not None and held_out is not None:
         diagnosis = diagnose(pairs).to_json()
         replace_file(run_dir / "doctor.json", json.dumps(diagnosis, indent=1).encode())
         report.say(f"verdict: {diagnosis['verdict']} (confidence {diagnosis['confidence']:.2f})")
         last["verdict"] = diagnosis["verdict"]
+        choose_examples(pairs, held_out.shards, report.warn).write(run_dir)
     report.finish(last)
-    report.say(f"report: {write_page(run_dir)}")
+    page = write_page(run_dir)
+    report.page(page)
+    report.say(f"report: {page.path}")

@@ -4,13 +4,15 @@ import base64
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+from mmscale.report.console import clean
 
 HALF_WIDTH = 5.4  # inches; two such pictures stand side by side on the page
 FULL_WIDTH = 11.0
@@ -58,10 +60,15 @@ _STYLE: dict[Any, Any] = {
 
 
 @contextmanager
-def drawing(width: float, height: float) -> Iterator[Figure]:
-    """An empty white figure in the shared style; sizes in inches."""
+def drawing(
+    width: float, height: float, layout: Literal["constrained"] | None = "constrained"
+) -> Iterator[Figure]:
+    """An empty white figure in the shared style; sizes in inches.
+
+    Without a layout the drawer makes the room for labels: much faster with many panels.
+    """
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+        figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
         FigureCanvasAgg(figure)
         yield figure
 
@@ -81,10 +88,15 @@ def log_axis(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def png(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
+def literal(text: str) -> str:
+    """A text that may come from a file, kept from being read as mathematics."""
+    return clean(text).replace("$", r"\$")
+
+
+def png(figure: Figure, transparent: bool = False) -> bytes:
+    """The figure as a PNG file, on white or without a ground of its own."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
+    figure.savefig(buffer, format="png", dpi=DPI, transparent=transparent)
     return buffer.getvalue()
 
 
@@ -94,5 +106,5 @@ def as_uri(picture: bytes) -> str:
 
 
 def data_uri(figure: Figure) -> str:
-    """The figure as the source of an `<img>`."""
-    return as_uri(png(figure))
+    """The figure as the source of an `<img>`, on the page's own ground."""
+    return as_uri(png(figure, transparent=True))

@@ -1,4 +1,4 @@
-"""The picture of the embedding space's health: a small panel for each figure.
+"""Pictures of the embedding space's health: a small panel for each figure, in groups.
 
 Known names get words; any other `health/*` figure still gets a panel of its own.
 """
@@ -16,14 +16,18 @@ from mmscale.report.figure import (
     TEXT_COLOUR,
     data_uri,
     drawing,
+    literal,
     step_axis,
 )
 from mmscale.report.series import Lines, Series, series
 
 PREFIX = "health/"
 COLUMNS = 4
+PANEL_HEIGHT = 1.9  # inches
+LEGEND_HEIGHT = 0.4
 
 _SIDES = ("image", "text")
+_WAYS = {"i2t": "image to text", "t2i": "text to image"}
 _COLOURS = {
     "image": IMAGE_COLOUR,
     "text": TEXT_COLOUR,
@@ -34,6 +38,7 @@ _COLOURS = {
     "by image alone": IMAGE_COLOUR,
     "by caption alone": TEXT_COLOUR,
     "plain": CHANCE_COLOUR,
+    "floor": CHANCE_COLOUR,
     "chance": CHANCE_COLOUR,
 }
 _SHARED_PANELS = {
@@ -44,6 +49,9 @@ _SHARED_PANELS = {
     "accuracy_i2t": ("accuracy within the sample", "image to text"),
     "accuracy_t2i": ("accuracy within the sample", "text to image"),
     "accuracy_chance": ("accuracy within the sample", "chance"),
+    "loss": ("loss of the sample (nats)", "loss"),
+    "loss_chance": ("loss of the sample (nats)", "chance"),
+    "loss_floor": ("loss of the sample (nats)", "floor"),
     "row_share": ("variance decided", "by image alone"),
     "column_share": ("variance decided", "by caption alone"),
 }
@@ -53,6 +61,14 @@ _TITLES = {
     "d_prime": "pairing signal (d′)",
     "std_off_sqrt_d": "unmatched std · √d (isotropic 1)",
     "gap": "distance of the two centres",
+    "alignment": "mean squared distance of pairs",
+    "uniformity": "uniformity (isotropic −4)",
+    "twins": "share of rows there twice",
+    "hub_skew": "hubness (skewness)",
+    "uncovered": "share that is nobody's nearest",
+    "hub_share": "queries that find the same one",
+    "dims95": "directions of 95 % of the variance",
+    "loss_progress": "loss from chance (0) to floor (1)",
     "intra": "mean cosine within a modality",
     "variance": "variance of a modality (max 1)",
     "std": "std of a coordinate",
@@ -63,27 +79,77 @@ _TITLES = {
     "cka": "CKA of image and text",
     "cka_z": "CKA of image and text (z)",
 }
-# Constant through a run: the size of the probe's sample.
-_NOT_DRAWN = ("pairs",)
+# Constant through a run, or drawn elsewhere: the probe's size, its chance value, the scale.
+_NOT_DRAWN = ("pairs", "dims_possible", "logit_scale")
+# A group's figures by the beginnings of their names; the first that fits takes a figure.
+_GROUPS = {
+    "Do pairs stand out": (
+        "matched",
+        "unmatched",
+        "delta",
+        "d_prime",
+        "auc",
+        "accuracy",
+        "loss",
+        "cka",
+        "backbone_cka",
+        "std_off",
+    ),
+    "Room that each side uses": (
+        "intra",
+        "variance",
+        "std",
+        "rankme",
+        "participation",
+        "nesum",
+        "dims",
+        "knee",
+        "condition",
+        "slope",
+        "uniformity",
+    ),
+    "How the sides lie to each other": (
+        "gap",
+        "alignment",
+        "row_share",
+        "column_share",
+        "hub",
+        "uncovered",
+        "twins",
+    ),
+    "Features before they are normalised": ("tower_", "head_"),
+    "Gradients and updates": ("grad", "update", "moved", "still", "unmoved", "param", "balance"),
+}
+_OTHER = "Other figures"
 
 Panels = dict[str, dict[str, Series]]
 
 
-def draw_health(lines: Lines) -> str | None:
-    """Every `health/*` figure over the run; `X_image` and `X_text` share a panel."""
-    panels = _panels(lines)
-    if not panels:
-        return None
+def draw_health(lines: Lines) -> dict[str, str]:
+    """Every `health/*` figure over the run, a picture a group; two sides share a panel."""
+    return {group: _draw_group(panels) for group, panels in _grouped(lines).items()}
+
+
+def _draw_group(panels: Panels) -> str:
     rows = math.ceil(len(panels) / COLUMNS)
-    with drawing(FULL_WIDTH, 1.9 * rows + 0.4) as figure:
+    height = PANEL_HEIGHT * rows + LEGEND_HEIGHT
+    with drawing(FULL_WIDTH, height, layout=None) as figure:
         grid = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
+        figure.subplots_adjust(
+            left=0.045,
+            right=0.99,
+            bottom=0.5 / height,
+            top=1 - (LEGEND_HEIGHT + 0.1) / height,
+            wspace=0.24,
+            hspace=0.62,
+        )
         for axes, (title, curves) in zip(grid, panels.items(), strict=False):
             _draw_panel(axes, title, curves)
         for axes in grid[len(panels) :]:
             axes.remove()
         if any(label in _SIDES for curves in panels.values() for label in curves):
             handles = [Line2D([], [], color=_COLOURS[side], label=side) for side in _SIDES]
-            figure.legend(handles=handles, loc="outside upper right", ncols=2)
+            figure.legend(handles=handles, loc="upper right", ncols=2)
         return data_uri(figure)
 
 
@@ -100,17 +166,24 @@ def _draw_panel(axes: Axes, title: str, curves: dict[str, Series]) -> None:
     axes.xaxis.label.set_fontsize(8)
 
 
-def _panels(lines: Lines) -> Panels:
-    """Curves by panel title, then by label; a figure alone in its panel has the label ''."""
-    panels: Panels = {}
+def _grouped(lines: Lines) -> dict[str, Panels]:
+    """Curves by group, then by panel title, then by label; a lone curve has the label ''."""
+    groups: dict[str, Panels] = {group: {} for group in (*_GROUPS, _OTHER)}
     keys = dict.fromkeys(key for line in lines for key in line if key.startswith(PREFIX))
     for key in keys:
         name = key.removeprefix(PREFIX)
         curve = series(lines, key)
         if curve is not None and name not in _NOT_DRAWN:
             title, label = _title_and_label(name)
-            panels.setdefault(title, {})[label] = curve
-    return panels
+            groups[_group(name)].setdefault(title, {})[label] = curve
+    return {group: panels for group, panels in groups.items() if panels}
+
+
+def _group(name: str) -> str:
+    for group, beginnings in _GROUPS.items():
+        if name.startswith(beginnings):
+            return group
+    return _OTHER
 
 
 def _title_and_label(name: str) -> tuple[str, str]:
@@ -118,6 +191,8 @@ def _title_and_label(name: str) -> tuple[str, str]:
     if name in _SHARED_PANELS:
         return _SHARED_PANELS[name]
     base, _, side = name.rpartition("_")
+    if base and side in _WAYS:
+        return _TITLES.get(base, literal(base.replace("_", " "))), _WAYS[side]
     if side not in _SIDES or not base:
         base, side = name, ""
-    return _TITLES.get(base, base.replace("_", " ")), side
+    return _TITLES.get(base, literal(base.replace("_", " "))), side

@@ -2,41 +2,59 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmscale.config.yaml import read_yaml
 from mmscale.errors import DataError
 from mmscale.report.chance import chance_loss
+from mmscale.report.examples import Examples
 from mmscale.report.facts import collect_facts, collect_recalls
 from mmscale.report.health import draw_health
+from mmscale.report.maps import NAMES, SIZE, draw_maps
 from mmscale.report.metrics import read_metrics
-from mmscale.report.plots import (
-    draw_gradient_norms,
-    draw_loss,
-    draw_recall,
-    draw_schedule,
-    draw_similarity,
-)
-from mmscale.report.series import Lines
-from mmscale.report.space import SPACE_NAME, Moments, read_space
+from mmscale.report.pictures import Picture, space_pictures, training_pictures
+from mmscale.report.space import SPACE_NAME, read_space
 from mmscale.report.template import write_html
 from mmscale.report.verdicts import describe
 
-WIDE_PICTURES = ("Health of the embedding space", "Learning rate and logit scale")
+
+@dataclass(frozen=True)
+class Page:
+    """A page that was written, and what it shows.
+
+    Attributes:
+        path: The file.
+        pictures: Those drawn from figures.
+        examples: Photographs and captions.
+    """
+
+    path: Path
+    pictures: list[Picture]
+    examples: Examples
 
 
-def write_page(run_dir: Path) -> Path:
+def write_page(run_dir: Path, layout: str | None = None) -> Page:
     """Write `report.html` from what the run folder holds; only `metrics.jsonl` must be there.
+
+    Args:
+        run_dir: The folder.
+        layout: How maps are drawn; default the run's `log.map`.
 
     Raises:
         DataError: A file of the folder is missing or cannot be read.
+        ConfigError: The maps' library is not installed.
     """
     lines = read_metrics(run_dir / "metrics.jsonl")
     config_path = run_dir / "config.yaml"
     settings = read_yaml(config_path) if config_path.exists() else {}
     doctor = _read_json(run_dir / "doctor.json")
+    moments, examples = read_space(run_dir / SPACE_NAME), Examples.read(run_dir)
+    layout = layout or (settings.get("log") or {}).get("map", "pca")
     chance = chance_loss(settings)
+    training, space = training_pictures(lines, chance), space_pictures(moments)
+    health = [Picture(title, source) for title, source in draw_health(lines).items()]
     page = run_dir / "report.html"
     write_html(
         page,
@@ -49,58 +67,17 @@ def write_page(run_dir: Path) -> Path:
         causes=[str(cause) for cause in doctor.get("causes") or ()],
         remedies=[str(remedy) for remedy in doctor.get("remedies") or ()],
         recalls=collect_recalls(lines),
-        pictures=_pictures(lines, read_space(run_dir / SPACE_NAME), chance),
+        training=training,
+        space=space,
+        maps=draw_maps(moments, examples, layout),
+        map_name=NAMES[layout],
+        map_size=SIZE,
+        examples=examples,
+        health=health,
         facts=collect_facts(lines, chance),
         config_text=config_path.read_text("utf-8") if settings else None,
     )
-    return page
-
-
-def _pictures(lines: Lines, moments: Moments, chance: float | None) -> list[dict[str, Any]]:
-    """What could be drawn, each with its name and what to look for."""
-    drawn = [
-        (
-            "Loss",
-            draw_loss(lines, chance),
-            "It should leave the chance line within the first tenth of the run and keep falling; "
-            "a curve that hugs the line has learnt nothing about pairs.",
-        ),
-        (
-            "Similarity of pairs",
-            draw_similarity(moments[-1].get("similarity", {}) if moments else {}),
-            "The matched pairs should form a hill of their own to the right; two hills on top of "
-            "each other mean that images and captions are unaligned.",
-        ),
-        (
-            "Recall on held-out pairs",
-            draw_recall(lines),
-            "Both directions should rise together; a fall while the loss still sinks is "
-            "overfitting.",
-        ),
-        (
-            "Gradient norms",
-            draw_gradient_norms(lines),
-            "The towers should stay within about a factor of ten of each other; a line that drops "
-            "away is a tower that no longer learns.",
-        ),
-        (
-            "Health of the embedding space",
-            draw_health(lines),
-            "Look for a side that departs from the other or runs to an extreme: spread or rank "
-            "that goes to nothing is collapse.",
-        ),
-        (
-            "Learning rate and logit scale",
-            draw_schedule(lines),
-            "The scale should move slowly and settle below its limit; one that sits at the limit "
-            "is saturated.",
-        ),
-    ]
-    return [
-        {"title": title, "source": source, "caption": caption, "wide": title in WIDE_PICTURES}
-        for title, source, caption in drawn
-        if source is not None
-    ]
+    return Page(page, [*training, *space, *health], examples)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

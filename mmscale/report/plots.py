@@ -1,7 +1,6 @@
-"""Pictures of a run: figures in, a PNG as a `data:` URI out; None where nothing can be drawn."""
+"""Curves of a run: figures in, a PNG as a `data:` URI out; None where nothing can be drawn."""
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,37 +15,67 @@ from mmscale.report.figure import (
     TEXT_COLOUR,
     data_uri,
     drawing,
+    literal,
     log_axis,
     step_axis,
 )
-from mmscale.report.series import Lines, Series, series, smoothed
+from mmscale.report.series import EMPTY, Lines, Series, series, smoothed
 
 HEIGHT = 3.1  # inches, of every picture of half the page's width
 RECALL_STYLES = {"r1": ("-", 1.0), "r5": ("--", 0.75), "r10": (":", 0.75)}
 
 
 def draw_loss(lines: Lines, chance: float | None) -> str | None:
-    """Loss of the global batch, raw and smoothed, with the level of a blind model."""
+    """Loss of the global batch, raw and smoothed, with the level of a blind model.
+
+    The floor is that of the only term; several terms have a picture of their own.
+    """
     curve = series(lines, "loss")
     if curve is None:
         return None
+    terms = term_names(lines)
     with drawing(HALF_WIDTH, HEIGHT) as figure:
         axes = figure.subplots()
         _draw_raw_and_smooth(axes, curve, PLAIN_COLOUR, "smoothed", "each logged step")
         if chance is not None:
-            axes.axhline(chance, color=CHANCE_COLOUR, linestyle="--", linewidth=1.2)
-            axes.annotate(
-                f"chance: {chance:.2f}",
-                (1, chance),
-                xycoords=("axes fraction", "data"),
-                xytext=(-2, 3),
-                textcoords="offset points",
-                ha="right",
-                color="#64748b",
-            )
+            _draw_chance(axes, chance)
+        if len(terms) == 1:
+            _draw_bound(axes, lines, f"loss/{terms[0]}_floor", ":", "floor at the current scale")
         axes.set_ylabel("loss (nats)")
         step_axis(axes)
         axes.legend(loc="best")
+        return data_uri(figure)
+
+
+def term_names(lines: Lines) -> list[str]:
+    """The objective's terms, in the order in which they appear."""
+    keys = dict.fromkeys(key for line in lines for key in line if key.startswith("loss/"))
+    names = [key.removeprefix("loss/") for key in keys]
+    return [name for name in names if not name.endswith(("_floor", "_chance", "_weight"))]
+
+
+def draw_terms(lines: Lines) -> str | None:
+    """Each of several terms between its floor and the value of a model that has learnt nothing."""
+    curves = {
+        name: curve
+        for name in term_names(lines)
+        if (curve := series(lines, f"loss/{name}")) is not None
+    }
+    if len(curves) < 2:
+        return None
+    columns = min(3, len(curves))
+    rows = math.ceil(len(curves) / columns)
+    with drawing(FULL_WIDTH, 2.3 * rows + 0.3) as figure:
+        grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for axes, (name, curve) in zip(grid, curves.items(), strict=False):
+            _draw_raw_and_smooth(axes, curve, PLAIN_COLOUR, "smoothed")
+            _draw_bound(axes, lines, f"loss/{name}_chance", "--", "chance")
+            _draw_bound(axes, lines, f"loss/{name}_floor", ":", "floor")
+            axes.set_title(literal(name.replace("_", " ")))
+            step_axis(axes, num_ticks=4)
+            axes.legend(loc="best", fontsize=7.5)
+        for axes in grid[len(curves) :]:
+            axes.remove()
         return data_uri(figure)
 
 
@@ -65,7 +94,7 @@ def draw_schedule(lines: Lines) -> str | None:
     with drawing(FULL_WIDTH, 2.4) as figure:
         grid = figure.subplots(1, len(panels), squeeze=False)
         for axes, (curve, label) in zip(grid.flat, panels, strict=True):
-            _draw_line(axes, curve, PLAIN_COLOUR)
+            _draw_line(axes, curve, color=PLAIN_COLOUR)
             axes.set_ylabel(label)
             step_axis(axes)
         return data_uri(figure)
@@ -88,54 +117,14 @@ def draw_recall(lines: Lines) -> str | None:
         ):
             for recall, (line_style, opacity) in RECALL_STYLES.items():
                 if (curve := curves.get((way, recall))) is not None:
-                    _draw_line(
-                        axes, curve, colour, f"R@{recall[1:]}", linestyle=line_style, alpha=opacity
-                    )
+                    style = {"linestyle": line_style, "alpha": opacity}
+                    _draw_line(axes, curve, color=colour, label=f"R@{recall[1:]}", **style)
             axes.set_title(title)
             axes.set_ylim(0, 100)
             axes.set_ylabel("recall (percent)" if way == "i2t" else "")
             step_axis(axes, num_ticks=5)
             if axes.lines:
                 axes.legend(loc="best")
-        return data_uri(figure)
-
-
-def draw_similarity(content: Mapping[str, Any]) -> str | None:
-    """Cosines of matched and unmatched pairs, each as a density.
-
-    Args:
-        content: `matched` and `unmatched`, each with `edges` and `counts`; `width` of the space.
-    """
-    groups = [
-        (label, colour, *histogram)
-        for key, label, colour in (
-            ("unmatched", "unmatched pairs", TEXT_COLOUR),
-            ("matched", "matched pairs", IMAGE_COLOUR),
-        )
-        if (histogram := _densities(content.get(key))) is not None
-    ]
-    if not groups:
-        return None
-    with drawing(HALF_WIDTH, HEIGHT) as figure:
-        axes = figure.subplots()
-        for label, colour, edges, density in groups:
-            axes.stairs(density, edges, fill=True, color=colour, alpha=0.25)
-            axes.stairs(density, edges, color=colour, linewidth=1.5, label=label)
-        width = content.get("width")
-        if isinstance(width, int) and width > 0:
-            deviation = 1 / math.sqrt(width)
-            axes.axvspan(
-                -deviation,
-                deviation,
-                color=CHANCE_COLOUR,
-                alpha=0.25,
-                linewidth=0,
-                label=f"chance: 0 ± 1/√{width} = {deviation:.3f}",
-            )
-        axes.set_xlabel("cosine similarity of image and caption")
-        axes.set_ylabel("density")
-        axes.set_ylim(bottom=0)
-        axes.legend(loc="best")
         return data_uri(figure)
 
 
@@ -164,41 +153,68 @@ def draw_gradient_norms(lines: Lines) -> str | None:
         return data_uri(figure)
 
 
+def draw_balance(lines: Lines) -> str | None:
+    """The image tower's gradient norm over the text tower's, on a logarithmic scale."""
+    image, text = (
+        {int(step): value for step, value in zip(curve.steps, curve.values, strict=True)}
+        for curve in (series(lines, f"grad_norm_{side}") or EMPTY for side in ("vision", "text"))
+    )
+    steps = [step for step in image if image[step] > 0 and text.get(step, 0) > 0]
+    if not steps:
+        return None
+    ratio = Series(
+        np.asarray(steps, dtype=np.float64),
+        np.asarray([image[step] / text[step] for step in steps]),
+    )
+    with drawing(HALF_WIDTH, HEIGHT) as figure:
+        axes = figure.subplots()
+        axes.axhspan(
+            0.1, 10, color=CHANCE_COLOUR, alpha=0.13, linewidth=0, label="within ten times"
+        )
+        axes.axhline(1, color=CHANCE_COLOUR, linestyle="--", linewidth=1.2)
+        _draw_raw_and_smooth(axes, ratio, PLAIN_COLOUR, "smoothed")
+        log_axis(axes)
+        low, high = ratio.values.min(), ratio.values.max()
+        axes.set_ylim(min(0.08, low / 1.3), max(12.5, high * 1.3))
+        axes.set_ylabel("image tower / text tower")
+        step_axis(axes)
+        axes.legend(loc="best")
+        return data_uri(figure)
+
+
+def _draw_chance(axes: Axes, chance: float) -> None:
+    axes.axhline(chance, color=CHANCE_COLOUR, linestyle="--", linewidth=1.2)
+    axes.annotate(
+        f"chance: {chance:.2f}",
+        (1, chance),
+        xycoords=("axes fraction", "data"),
+        xytext=(-2, 3),
+        textcoords="offset points",
+        ha="right",
+        color="#64748b",
+    )
+
+
+def _draw_bound(axes: Axes, lines: Lines, key: str, line_style: str, label: str) -> None:
+    if (curve := series(lines, key)) is not None:
+        style = {"color": CHANCE_COLOUR, "linestyle": line_style, "linewidth": 1.3}
+        _draw_line(axes, curve, label=label, **style)
+
+
 def _draw_raw_and_smooth(
     axes: Axes, curve: Series, colour: str, label: str, raw_label: str | None = None
 ) -> None:
     axes.plot(curve.steps, curve.values, color=colour, alpha=0.25, linewidth=0.8, label=raw_label)
-    _draw_line(axes, smoothed(curve), colour, label)
+    _draw_line(axes, smoothed(curve), color=colour, label=label)
 
 
-def _draw_line(
-    axes: Axes, curve: Series, colour: str, label: str | None = None, **style: Any
-) -> None:
+def _draw_line(axes: Axes, curve: Series, **style: Any) -> None:
     """A line; with dots where the points are so few that a reader wants to see them."""
     marker = "o" if len(curve.steps) <= 25 else None
-    axes.plot(
-        curve.steps, curve.values, color=colour, label=label, marker=marker, markersize=3, **style
-    )
+    axes.plot(curve.steps, curve.values, marker=marker, markersize=3, **style)
 
 
 def _positive(curve: Series) -> Series | None:
     """The points that a logarithmic axis can show."""
     shown = curve.values > 0
     return Series(curve.steps[shown], curve.values[shown]) if shown.any() else None
-
-
-def _densities(histogram: Any) -> tuple[np.ndarray, np.ndarray] | None:
-    """Edges and densities, or None where the histogram is missing, empty or does not fit."""
-    if not isinstance(histogram, Mapping):
-        return None
-    edges, counts = _floats(histogram.get("edges")), _floats(histogram.get("counts"))
-    if edges is None or counts is None or len(edges) != len(counts) + 1:
-        return None
-    total = counts.sum()
-    return (edges, counts / (total * np.diff(edges))) if total > 0 else None
-
-
-def _floats(values: Any) -> np.ndarray | None:
-    if not isinstance(values, Sequence) or not values:
-        return None
-    return np.asarray(values, dtype=np.float64)

@@ -10,11 +10,13 @@ from typing import Any, Self
 
 from mmscale.config.schema import Config
 from mmscale.contracts import World
+from mmscale.diagnostics.layout import require_layout
 from mmscale.diagnostics.pairs import Pairs
 from mmscale.diagnostics.space import snapshot
 from mmscale.report.chance import chance_loss
 from mmscale.report.console import TrainingConsole
 from mmscale.report.metrics import MetricsLog
+from mmscale.report.page import Page
 from mmscale.report.space import SPACE_NAME, SpaceLog
 from mmscale.report.wandb import WandbSink, require_wandb
 
@@ -29,11 +31,12 @@ class Report:
         start_step: Updates already made; past zero, the log is cut back to it and continued.
 
     Raises:
-        ConfigError: wandb is asked for and missing; on every rank.
+        ConfigError: wandb, or a library for maps, is asked for and missing; on every rank.
     """
 
     def __init__(self, config: Config, world: World, total_steps: int, start_step: int) -> None:
         require_wandb(config)
+        require_layout(config.log.map)
         self._console: TrainingConsole | None = None
         self._sinks: list[MetricsLog | WandbSink] = []
         self._space: SpaceLog | None = None
@@ -103,8 +106,14 @@ class Report:
             self._space = SpaceLog(self._log.with_name(SPACE_NAME), step)
 
     def finish(self, line: Mapping[str, Any]) -> None:
-        """Record that the run is whole; nothing may be recorded afterwards."""
+        """Record that the run is whole; no line may be recorded afterwards."""
         self._write({"finished": True, **line})
+
+    def page(self, page: Page) -> None:
+        """Hand on what the report shows."""
+        for sink in self._sinks:
+            if isinstance(sink, WandbSink):
+                sink.show(page)
 
     def close(self) -> None:
         """Close the files and free the terminal; may be called twice."""

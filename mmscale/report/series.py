@@ -13,10 +13,13 @@ SMOOTHING_SHARE = 0.02  # of a curve's points: the time constant of the average 
 
 @dataclass(frozen=True)
 class Series:
-    """A figure over the course of a run; at least one point, steps rise."""
+    """A figure over the course of a run; steps rise."""
 
     steps: NDArray[np.float64]
     values: NDArray[np.float64]
+
+
+EMPTY = Series(np.empty(0), np.empty(0))
 
 
 def series(lines: Lines, key: str) -> Series | None:

@@ -1,17 +1,23 @@
-"""Figures to Weights & Biases, when `log.wandb` asks for it: figures and settings, never pictures.
+"""Figures to Weights & Biases, when `log.wandb` asks for it; photographs only where asked again.
 
 A run that trains must not end because a web service does: failures are told once, then ignored.
 """
 
+import base64
 import importlib
 import importlib.util
+import io
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from mmscale.config.schema import Config
 from mmscale.errors import ConfigError
+from mmscale.report.examples import Examples
+from mmscale.report.page import Page
 
 
 def require_wandb(config: Config) -> None:
@@ -38,13 +44,33 @@ class WandbSink:
         require_wandb(config)
         self._warn = warn
         self._run: Any = None
-        self._attempt(lambda: self._start(_import_wandb(config), config))
+        self._wandb = _import_wandb(config)
+        self._with_photographs = config.log.wandb_images
+        self._attempt(lambda: self._start(self._wandb, config))
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Send one metric line."""
         # log()'s own step must rise, which it does not after a resume: step is a metric instead.
         if self._run is not None:
             self._attempt(lambda: self._run.log(dict(line)))
+
+    def show(self, page: Page) -> None:
+        """Send a page's drawn pictures, and its photographs where `log.wandb_images` is set."""
+        if self._run is None:
+            return
+        content: dict[str, Any] = {
+            f"report/{picture.title}": self._wandb.Image(_opened(picture.source))
+            for picture in page.pictures
+        }
+        if self._with_photographs:
+            content |= {
+                f"report/{name}": [
+                    self._wandb.Image(_opened(source), caption=caption)
+                    for source, caption in entries
+                ]
+                for name, entries in _photographs(page.examples).items()
+            }
+        self._attempt(lambda: self._run.log(content))
 
     def close(self) -> None:
         """Send what is left and end the wandb run."""
@@ -83,6 +109,38 @@ def _import_wandb(config: Config) -> Any:
             f"log.wandb={config.log.wandb}: importing wandb failed ({error}); "
             "run pip install 'mmscale[wandb]' or set log.wandb=off"
         ) from error
+
+
+def _photographs(examples: Examples) -> dict[str, list[tuple[str, str]]]:
+    """Photographs of the gallery with what is said of them."""
+    lists = {
+        "best retrievals": [
+            (entry.photo, f"{entry.way}, rank {entry.rank}: {entry.caption}")
+            for entry in examples.best
+        ],
+        "worst retrievals": [
+            (entry.photo, f"{entry.way}, rank {entry.rank}: {entry.caption}")
+            for entry in examples.worst
+        ],
+        "doubtful captions": [
+            (entry.photo, f"cosine {entry.similarity:.2f}: {entry.caption}")
+            for entry in examples.doubts
+        ],
+    }
+    shown = {
+        name: [
+            (picture, caption)
+            for photo, caption in entries
+            if (picture := examples.photos[photo].picture) is not None
+        ]
+        for name, entries in lists.items()
+    }
+    return {name: entries for name, entries in shown.items() if entries}
+
+
+def _opened(source: str) -> Image.Image:
+    content = base64.b64decode(source.partition(",")[2])
+    return Image.open(io.BytesIO(content), formats=("PNG", "WEBP"))
 
 
 def _run_id(folder: Path) -> str:

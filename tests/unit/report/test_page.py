@@ -1,3 +1,5 @@
+import base64
+import hashlib
 import json
 from html.parser import HTMLParser
 
@@ -10,6 +12,7 @@ from mmscale.report.page import write_page
 from mmscale.report.verdicts import VERDICTS
 
 EVIL = "<script>alert('x')</script>\"><img src=http://evil.example/x onerror=alert(1)>"
+STEERING = "a\0b\u202ereversed\u2066\x1b[31m"
 
 
 class Reader(HTMLParser):
@@ -17,14 +20,20 @@ class Reader(HTMLParser):
 
     def __init__(self, page):
         super().__init__()
-        self.tags, self.text = [], ""
+        self.tags, self.text, self.scripts = [], "", []
         self.feed(page.read_text("utf-8"))
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
 
     def handle_data(self, data):
-        self.text += data
+        if self.lasttag == "script":
+            self.scripts.append(data)
+        else:
+            self.text += data
+
+    def handle_endtag(self, tag):
+        self.lasttag = ""
 
 
 @pytest.fixture
@@ -34,10 +43,11 @@ def folder(tmp_path, run_lines):
 
 
 @pytest.fixture
-def full_folder(folder, histograms):
+def full_folder(folder, space, make_examples):
     config = Config.model_validate({"data": {"train": EVIL}, "train": {"global_batch_size": 32}})
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    (folder / "space.jsonl").write_text(json.dumps({"step": 40, "similarity": histograms}) + "\n")
+    (folder / "space.jsonl").write_text("".join(json.dumps(moment) + "\n" for moment in space))
+    make_examples(EVIL + STEERING, EVIL).write(folder)
     doctor = {
         "verdict": "unaligned",
         "also": ["hubness"],
@@ -51,7 +61,7 @@ def full_folder(folder, histograms):
 
 
 def test_metrics_alone_make_a_page(folder):
-    page = write_page(folder)
+    page = write_page(folder).path
     assert page == folder / "report.html"
     text = Reader(page).text
     assert "Not diagnosed" in text
@@ -62,34 +72,61 @@ def test_metrics_alone_make_a_page(folder):
 
 def test_an_empty_log_makes_a_page(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
-    assert "not finished" in Reader(write_page(tmp_path)).text
+    assert "not finished" in Reader(write_page(tmp_path).path).text
 
 
 def test_everything_in_the_folder_is_shown_in_order(full_folder):
-    reader = Reader(write_page(full_folder))
+    reader = Reader(write_page(full_folder).path)
     ids = [attrs["id"] for _, attrs in reader.tags if "id" in attrs]
-    assert ids == ["verdict", "recalls", "pictures", "evidence", "configuration", "facts"]
-    assert sum(tag == "img" for tag, _ in reader.tags) == 6
+    assert ids == [
+        *("verdict", "evidence", "recalls", "training", "space", "maps", "pairs", "tip"),
+        *("gallery", "suspects", "health", "configuration", "facts"),
+    ]
+    assert sum("frame" in attrs.get("class", "").split() for _, attrs in reader.tags) == 11
+    assert sum(tag == "circle" for tag, _ in reader.tags) == 2 * 2 * 8
     for part in ("Unaligned", "also: hubness", "look at the pairs", "0.5123", "3.4657 nats"):
         assert part in reader.text
 
 
 def test_text_from_data_stays_text(full_folder):
-    reader = Reader(write_page(full_folder))
-    assert "script" not in {tag for tag, _ in reader.tags}
+    reader = Reader(write_page(full_folder).path)
+    assert len(reader.scripts) == 1
+    assert "alert" not in reader.scripts[0]
     assert not any(name.startswith("on") for _, attrs in reader.tags for name in attrs)
-    assert reader.text.count("alert('x')") == 3
+    # Every place that shows a caption or a cause; keys stand in attributes too.
+    assert reader.text.count("alert('x')") >= 8 + 3 + 1 + 2 + 1
+    sources = [attrs["src"] for tag, attrs in reader.tags if tag == "img"]
+    assert all(source.startswith("data:image/") for source in sources)
+
+
+def test_characters_that_steer_are_left_out(full_folder):
+    content = write_page(full_folder).path.read_text("utf-8")
+    assert not set(content) & set("\0\x1b\u202e\u2066")
+    assert "abreversed" in content
+
+
+def test_the_policy_names_the_script_and_the_style_of_the_page(full_folder):
+    page = write_page(full_folder).path
+    content, reader = page.read_text("utf-8"), Reader(page)
+    policy = next(a["content"] for tag, a in reader.tags if tag == "meta" and "http-equiv" in a)
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == "'none'"
+    style = content.partition("<style>")[2].partition("</style>")[0]
+    for rule, code in (("script-src", reader.scripts[0]), ("style-src", style)):
+        digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+        assert rules[rule] == f"'sha256-{digest}'"
+    assert not any("style" in attrs for _, attrs in reader.tags)
 
 
 def test_a_run_folder_may_have_any_name(folder):
     evil = folder / "<script>x"
     evil.mkdir()
     (folder / "metrics.jsonl").rename(evil / "metrics.jsonl")
-    assert "script" not in {tag for tag, _ in Reader(write_page(evil)).tags}
+    assert "script" not in {tag for tag, _ in Reader(write_page(evil).path).tags}
 
 
 def test_the_page_loads_nothing_from_elsewhere(full_folder):
-    page = write_page(full_folder)
+    page = write_page(full_folder).path
     for tag, attrs in Reader(page).tags:
         for name in ("src", "href", "srcset", "action", "data", "poster"):
             assert attrs.get(name, "data:").startswith("data:"), (tag, attrs)
@@ -98,10 +135,44 @@ def test_the_page_loads_nothing_from_elsewhere(full_folder):
     assert "@import" not in style
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"picture": "http://evil.example/x"},
+        {"picture": "data:image/svg+xml;base64,AAAA"},
+        {"picture": 'data:image/webp;base64,AA" onerror="alert(1)'},
+        {"id": "x"},
+    ],
+)
+def test_photographs_from_elsewhere_are_refused(full_folder, damage):
+    path = full_folder / "examples.json"
+    content = json.loads(path.read_text())
+    content["photos"]["1"] |= damage
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"examples\.json"):
+        write_page(full_folder)
+
+
+def test_a_photograph_that_is_missing_is_told(full_folder):
+    path = full_folder / "examples.json"
+    content = json.loads(path.read_text())
+    del content["photos"]["5"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="photo 5"):
+        write_page(full_folder)
+
+
+def test_maps_are_drawn_without_examples(full_folder):
+    (full_folder / "examples.json").unlink()
+    reader = Reader(write_page(full_folder).path)
+    assert sum(tag == "circle" for tag, _ in reader.tags) == 2 * 2 * 8
+    assert "gallery" not in [attrs.get("id") for _, attrs in reader.tags]
+
+
 @pytest.mark.parametrize("name", [*VERDICTS, "some_new_verdict"])
 def test_each_verdict_has_words(folder, name):
     (folder / "doctor.json").write_text(json.dumps({"verdict": name}))
-    words = Reader(write_page(folder)).text
+    words = Reader(write_page(folder).path).text
     title = VERDICTS[name].title if name in VERDICTS else "Some new verdict"
     assert title in words
 

@@ -7,11 +7,12 @@ from PIL import Image
 
 from mmscale.report.health import draw_health
 from mmscale.report.plots import (
+    draw_balance,
     draw_gradient_norms,
     draw_loss,
     draw_recall,
     draw_schedule,
-    draw_similarity,
+    draw_terms,
 )
 from mmscale.report.series import Series, series, smoothed
 
@@ -20,15 +21,18 @@ OF_LINES = {
     "loss without chance": lambda lines: draw_loss(lines, None),
     "schedule": draw_schedule,
     "recall": draw_recall,
+    "terms": draw_terms,
     "gradient norms": draw_gradient_norms,
-    "health": draw_health,
+    "gradient balance": draw_balance,
+    "health": lambda lines: next(iter(draw_health(lines).values()), None),
 }
 
 
 def pixels(source):
     head, _, body = source.partition(",")
     assert head == "data:image/png;base64"
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(body))).convert("RGB"))
+    drawn = Image.open(io.BytesIO(base64.b64decode(body)))
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn))[..., :3]
 
 
 @pytest.mark.parametrize("draw", OF_LINES.values(), ids=OF_LINES.keys())
@@ -64,20 +68,17 @@ def test_a_tower_without_gradient_leaves_the_other(run_lines):
     assert draw_gradient_norms([{"step": 1, "grad_norm_text": 0.0}]) is None
 
 
-def test_the_similarity_histogram_is_drawn_in_both_colours(histograms):
-    picture = pixels(draw_similarity(histograms)).astype(int)
-    red, blue = picture[..., 0], picture[..., 2]
-    assert (blue - red > 100).sum() > 100
-    assert (red - blue > 100).sum() > 100
+def test_the_balance_is_that_of_the_steps_that_have_both():
+    lines = [{"step": step, "grad_norm_vision": 2.0} for step in (1, 2)]
+    assert draw_balance(lines) is None
+    assert draw_balance([*lines, {"step": 3, "grad_norm_text": 1.0}]) is None
+    assert draw_balance([*lines, {"step": 2, "grad_norm_text": 1.0}]) is not None
 
 
-@pytest.mark.parametrize(
-    "matched",
-    [None, {}, {"edges": [0, 1], "counts": []}, {"edges": [0, 1], "counts": [0]}, "text"],
-)
-def test_histograms_that_do_not_fit_are_left_out(histograms, matched):
-    assert draw_similarity({"matched": matched}) is None
-    assert draw_similarity({**histograms, "matched": matched}) is not None
+def test_one_term_needs_no_picture_beside_the_loss(run_lines):
+    one = [{key: v for key, v in line.items() if "vicreg" not in key} for line in run_lines]
+    assert draw_terms(one) is None
+    assert draw_terms(run_lines) is not None
 
 
 def test_the_later_line_of_a_step_counts():
@@ -93,9 +94,11 @@ def test_smoothing_keeps_a_constant_and_calms_noise():
     assert smoothed(Series(steps, noise)).values[100:].std() < 0.3
 
 
-def test_health_gives_each_figure_a_panel_and_joins_the_sides():
-    lines = [{"step": 1, "health/pairs": 256}]
-    assert draw_health(lines) is None
-    one = pixels(draw_health([{"step": 1, "health/std_image": 0.1, "health/std_text": 0.2}]))
-    five = pixels(draw_health([{"step": 1} | {f"health/figure{n}": n for n in range(5)}]))
-    assert five.shape[0] > 1.5 * one.shape[0]
+def test_health_gives_each_figure_a_panel_in_its_group_and_joins_the_sides():
+    assert draw_health([{"step": 1, "health/pairs": 256}]) == {}
+    sides = {"health/std_image": 0.1, "health/std_text": 0.2}
+    strange = {f"health/figure{n}$_{n}": n for n in range(5)}
+    groups = draw_health([{"step": 1, **sides, "health/delta_z": 3.0, **strange}])
+    assert list(groups) == ["Do pairs stand out", "Room that each side uses", "Other figures"]
+    one, five = (pixels(groups[name]).shape[0] for name in list(groups)[1:])
+    assert five > 1.5 * one

@@ -1,10 +1,13 @@
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from mmscale.config.schema import Config
 from mmscale.errors import ConfigError
+from mmscale.report.page import Page
+from mmscale.report.pictures import space_pictures
 from mmscale.report.wandb import WandbSink
 
 
@@ -33,7 +36,10 @@ def config(tmp_path):
 
 def install(monkeypatch, init):
     module = SimpleNamespace(
-        init=init, Settings=lambda **_: None, __spec__=SimpleNamespace(name="wandb")
+        init=init,
+        Settings=lambda **_: None,
+        Image=lambda picture, caption=None: (picture.size, caption),
+        __spec__=SimpleNamespace(name="wandb"),
     )
     monkeypatch.setitem(sys.modules, "wandb", module)
 
@@ -89,3 +95,19 @@ def test_a_broken_installation_is_a_wrong_configuration(config, monkeypatch):
     monkeypatch.setattr("importlib.import_module", fail)
     with pytest.raises(ConfigError, match="half installed"):
         WandbSink(config, pytest.fail)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_photographs_go_only_where_asked(config, monkeypatch, make_examples, histograms, asked):
+    run = FakeRun()
+    install(monkeypatch, lambda **_: run)
+    log = config.log.model_copy(update={"wandb_images": asked})
+    sink = WandbSink(config.model_copy(update={"log": log}), pytest.fail)
+    pictures = space_pictures([{"step": 1, "similarity": histograms}])
+    sink.show(Page(Path("report.html"), pictures, make_examples()))
+    (line,) = run.lines
+    assert line.pop("report/Similarity of pairs")[0][0] > 500
+    shown = {"report/best retrievals", "report/worst retrievals", "report/doubtful captions"}
+    assert set(line) == (shown if asked else set())
+    if asked:
+        assert line["report/best retrievals"] == [((8, 6), "i2t, rank 1: a dog")]
