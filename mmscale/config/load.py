@@ -149,7 +149,7 @@ def _merge(into: dict[str, Any], update: dict[str, Any]) -> None:
 def _contradictions(config: Config) -> Iterator[str]:
     """Rules between settings that need neither the machine nor the data."""
     data, model, engine = config.data, config.model, config.engine
-    if data.feature_cache is not None:
+    if data.feature_cache is not None and not config.stages:
         if not (model.vision.frozen is True and model.text.frozen is True):
             yield (
                 "data.feature_cache holds outputs of frozen towers, but a tower is trained; set "

@@ -32,7 +32,7 @@ def with_fusion_decided(config: Config) -> Config:
 def fusion_faults(config: Config) -> Iterator[str]:
     """Settings that fusion contradicts, or that need it."""
     enabled = with_fusion_decided(config).model.fusion.enabled
-    if enabled and config.data.feature_cache is not None:
+    if enabled and config.data.feature_cache is not None and not config.stages:
         yield (
             "data.feature_cache keeps pooled features, but fusion reads both towers' tokens; set "
             "data.feature_cache=null, or remove the terms matching and classification"

@@ -36,7 +36,10 @@ def _parts(stage: StageConfig) -> Iterator[StageConfig]:
 
 
 def stage_settings(config: Config, stage: StageConfig) -> dict[str, Any]:
-    """Nested settings of one stage of a run, as if it were a run of its own."""
+    """Nested settings of one stage of a run, as if it were a run of its own.
+
+    Cached features serve the stages in which both towers rest.
+    """
     settings: dict[str, Any] = config.model_dump(mode="json")
     settings["stages"] = []
     for name in ("optim", "negatives", "data"):
@@ -49,6 +52,8 @@ def stage_settings(config: Config, stage: StageConfig) -> dict[str, Any]:
     for tower in ("vision", "text"):
         if not any(_may_match(pattern, tower) for pattern in stage.train):
             settings["model"][tower]["frozen"] = True
+    if not all(settings["model"][tower]["frozen"] is True for tower in ("vision", "text")):
+        settings["data"]["feature_cache"] = None
     return settings
 
 
