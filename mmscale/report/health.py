@@ -4,13 +4,16 @@ Known names get words; any other `health/*` figure still gets a panel of its own
 """
 
 import math
+from itertools import cycle
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from mmscale.report.figure import (
     CHANCE_COLOUR,
     FULL_WIDTH,
+    GROUP_COLOURS,
     IMAGE_COLOUR,
     PLAIN_COLOUR,
     TEXT_COLOUR,
@@ -37,8 +40,11 @@ _COLOURS = {
     "text to image": TEXT_COLOUR,
     "by image alone": IMAGE_COLOUR,
     "by caption alone": TEXT_COLOUR,
+    "vision": IMAGE_COLOUR,
     "plain": CHANCE_COLOUR,
     "floor": CHANCE_COLOUR,
+    "centred": PLAIN_COLOUR,
+    "loss": PLAIN_COLOUR,
     "chance": CHANCE_COLOUR,
 }
 _SHARED_PANELS = {
@@ -69,6 +75,9 @@ _TITLES = {
     "hub_share": "queries that find the same one",
     "dims95": "directions of 95 % of the variance",
     "loss_progress": "loss from chance (0) to floor (1)",
+    "imbalance": "pull at the image tower / text tower",
+    "never_moved": "tensors that never moved",
+    "scale_clamped": "share of updates at the scale's limit",
     "intra": "mean cosine within a modality",
     "variance": "variance of a modality (max 1)",
     "std": "std of a coordinate",
@@ -78,6 +87,12 @@ _TITLES = {
     "nesum": "stable rank (NESum)",
     "cka": "CKA of image and text",
     "cka_z": "CKA of image and text (z)",
+}
+# Figures of one kind share a panel, each by what follows the beginning of its name.
+_FAMILIES = {
+    "grad_norm_": "gradient norm by part",
+    "update_": "update as a share of the weights",
+    "progress_": "terms from chance (0) to floor (1)",
 }
 # Constant through a run, or drawn elsewhere: the probe's size, its chance value, the scale.
 _NOT_DRAWN = ("pairs", "dims_possible", "logit_scale")
@@ -117,8 +132,16 @@ _GROUPS = {
         "uncovered",
         "twins",
     ),
+    "The same on held-out pairs": ("heldout_",),
     "Features before they are normalised": ("tower_", "head_"),
-    "Gradients and updates": ("grad", "update", "moved", "still", "unmoved", "param", "balance"),
+    "Gradients and updates": (
+        "grad_norm_",
+        "update_",
+        "progress_",
+        "imbalance",
+        "never_moved",
+        "scale_clamped",
+    ),
 }
 _OTHER = "Other figures"
 
@@ -154,16 +177,26 @@ def _draw_group(panels: Panels) -> str:
 
 
 def _draw_panel(axes: Axes, title: str, curves: dict[str, Series]) -> None:
+    others = cycle(GROUP_COLOURS)
     for label, curve in curves.items():
         marker = "o" if len(curve.steps) == 1 else None
-        colour = _COLOURS.get(label, PLAIN_COLOUR)
-        axes.plot(curve.steps, curve.values, color=colour, marker=marker, markersize=3, label=label)
+        colour = _COLOURS.get(label) or (next(others) if label else PLAIN_COLOUR)
+        name = literal(label)
+        axes.plot(curve.steps, curve.values, color=colour, marker=marker, markersize=3, label=name)
     if any(label and label not in _SIDES for label in curves):
         axes.legend(loc="best", fontsize=7.5)
+    if _spans_orders(curves):
+        axes.set_yscale("log")
     axes.set_title(title, fontsize=9)
     axes.tick_params(labelsize=8)
     step_axis(axes, num_ticks=4)
     axes.xaxis.label.set_fontsize(8)
+
+
+def _spans_orders(curves: dict[str, Series]) -> bool:
+    """Whether a linear axis would show the largest values only."""
+    values = np.concatenate([curve.values for curve in curves.values()])
+    return bool(values.min() > 0 and values.max() > 100 * values.min())
 
 
 def _grouped(lines: Lines) -> dict[str, Panels]:
@@ -190,6 +223,11 @@ def _title_and_label(name: str) -> tuple[str, str]:
     """`std_image` is the panel `std of a coordinate` and the label `image`."""
     if name in _SHARED_PANELS:
         return _SHARED_PANELS[name]
+    for beginning, title in _FAMILIES.items():
+        if name.startswith(beginning):
+            return title, name.removeprefix(beginning).replace("_", " ")
+    if name.startswith("heldout_"):
+        return _title_and_label(name.removeprefix("heldout_"))
     base, _, side = name.rpartition("_")
     if base and side in _WAYS:
         return _TITLES.get(base, literal(base.replace("_", " "))), _WAYS[side]

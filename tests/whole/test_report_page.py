@@ -1,6 +1,7 @@
 """The report of a real run in a real browser: nothing in red, every picture there."""
 
 import json
+import sys
 
 import pytest
 
@@ -18,11 +19,13 @@ EVIL = '<img src=x onerror="window.harm=1"><script>window.harm=1</script>\0\u202
 
 @pytest.fixture(scope="module")
 def folder(synthetic, tmp_path_factory):
-    """A run of 20 steps that was evaluated four times."""
+    """A run of 20 steps that was evaluated four times, its page written again afterwards."""
     settings = write_settings(tmp_path_factory.mktemp("settings"))
     run_dir = tmp_path_factory.mktemp("run") / "run"
     words = ["eval.every=5 steps", "probe.every=5 steps", f"run.dir={run_dir}"]
     succeed([*ALONE, *words_for(synthetic, settings), *words])
+    (run_dir / "report.html").unlink()
+    succeed([sys.executable, "-m", "mmscale.cli", "report", run_dir])
     return run_dir
 
 

@@ -100,5 +100,10 @@ def test_health_gives_each_figure_a_panel_in_its_group_and_joins_the_sides():
     strange = {f"health/figure{n}$_{n}": n for n in range(5)}
     groups = draw_health([{"step": 1, **sides, "health/delta_z": 3.0, **strange}])
     assert list(groups) == ["Do pairs stand out", "Room that each side uses", "Other figures"]
+    line = {"health/heldout_auc": 0.9, "health/update_vision": 1e-3, "health/update_text": 0.5}
+    assert list(draw_health([{"step": 1, **line}, {"step": 2, **line}])) == [
+        "The same on held-out pairs",
+        "Gradients and updates",
+    ]
     one, five = (pixels(groups[name]).shape[0] for name in list(groups)[1:])
     assert five > 1.5 * one
