@@ -83,28 +83,51 @@ def test_two_ranks_make_the_same_clusters(settings, straight, tmp_path):
             assert line[name] == pytest.approx(wanted[line["step"]][name], rel=1e-3), name
 
 
-def _train_each(settings, folder, extra):
-    """Ten updates of every named objective; what each ended with."""
+def _train(names, settings, folder, kind):
+    """Ten updates of each named objective, in this process; what each ended with."""
     from mmscale.train import main
 
     codes = {}
-    for name in OBJECTIVES:
-        words = [f"loss.preset={name}", f"run.dir={folder / name}", "train.duration=10 steps"]
-        if "classification" in {term["kind"] for term in OBJECTIVES[name]}:
+    for name in names:
+        words = [
+            *settings,
+            f"loss.preset={name}",
+            f"run.dir={folder / name}",
+            f"engine.kind={kind}",
+            "train.duration=10 steps",
+            "checkpoint.every=null",
+            "data.eval=null",
+            "data.workers=0",
+            *("model.fusion.dim=32", "model.fusion.heads=2", "model.fusion.layers=1"),
+        ]
+        if any(term["kind"] == "classification" for term in OBJECTIVES[name]):
             words.append("model.fusion.classes=8")
-        codes[name] = main([*settings, "data.workers=0", "data.eval=null", *words, *extra])
+        codes[name] = main(words)
     return codes
 
 
-@pytest.mark.parametrize("kind", ["accelerate", "deepspeed"])
-def test_every_named_objective_trains(settings, tmp_path, kind):
-    extra = [f"engine.kind={kind}", "checkpoint.every=null", "optim.lr=1e-3"]
-    (codes,) = run_on_ranks(1, _train_each, settings, tmp_path, extra, join=False)
-    assert set(codes.values()) == {0}, codes
-    for name, terms in OBJECTIVES.items():
-        lines = training_lines(tmp_path / name)
-        assert len(lines) == 10
-        assert {line["skipped"] for line in lines} == {0}
-        logged = set().union(*lines)
-        assert {f"loss/{term['kind']}" for term in terms} <= logged
-        assert lines[-1]["loss"] < lines[0]["loss"] or name in ("albef", "mixed"), name
+def assert_trained(folder, name):
+    lines = training_lines(folder / name)
+    assert len(lines) == 10
+    assert {line["skipped"] for line in lines} == {0}
+    assert {f"loss/{term['kind']}" for term in OBJECTIVES[name]} <= set().union(*lines)
+    # Of these two the targets and pairs harden while the model learns.
+    assert lines[-1]["loss"] < lines[0]["loss"] or name in ("albef", "mixed")
+
+
+def test_every_named_objective_trains(settings, tmp_path):
+    words = (list(OBJECTIVES), settings, tmp_path, "accelerate")
+    (codes,) = run_on_ranks(1, _train, *words, join=False, timeout=600)
+    assert codes == dict.fromkeys(OBJECTIVES, 0)
+    for name in OBJECTIVES:
+        assert_trained(tmp_path, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_named_objective_trains_with_deepspeed(settings, tmp_path, name):
+    # A process each: DeepSpeed keeps the groups of a run that has ended.
+    words = ([name], settings, tmp_path, "deepspeed")
+    (codes,) = run_on_ranks(1, _train, *words, join=False)
+    assert codes == {name: 0}
+    assert_trained(tmp_path, name)
