@@ -58,14 +58,18 @@ class EpochClusters:
         self._rows = torch.zeros(0, 0)
         self._slots: dict[int, int] = {}
         self._found: tuple[Clustering, ...] = ()
+        self._begun = 0
 
     def begin(self, step: int) -> None:
-        """Cluster anew where an epoch's updates have been made. Collective.
+        """Cluster anew at each epoch's end, once a whole epoch has been seen. Collective.
+
+        A stage may begin within an epoch: few images would have a row then.
 
         Args:
             step: Updates taken.
         """
-        if step and step % self._steps == 0:
+        self._begun += 1
+        if self._begun > self._steps and step % self._steps == 0:
             made = self._make(step) if self._world.is_main else None
             self._found = _clusterings(from_main(self._world, made), self._device)
 
@@ -86,12 +90,13 @@ class EpochClusters:
     def named(self) -> Iterator[NamedTensor]:
         """What a checkpoint keeps, under `prototypes.`."""
         kept = {"rows": self._rows[: len(self._slots)], "row_ids": self._ids()}
+        kept["begun"] = torch.tensor([self._begun])
         for name, tensor in (kept | _tensors(self._found)).items():
             yield NamedTensor(PREFIX + name, tensor, {})
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take what `named` gave, by what follows the prefix."""
-        self._rows = tensors["rows"].clone()
+        self._rows, self._begun = tensors["rows"].clone(), int(tensors["begun"])
         self._slots = {identity: s for s, identity in enumerate(tensors["row_ids"].tolist())}
         self._found = _clusterings(tensors, self._device)
 

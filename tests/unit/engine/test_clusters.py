@@ -66,6 +66,14 @@ def test_an_epochs_end_clusters_the_latest_row_of_each_image():
     assert (unknown == NO_LABEL).tolist() == [True, False, True]
 
 
+def test_those_that_begin_within_an_epoch_wait_for_a_whole_one():
+    clusters = run(made(), range(STEPS - 1, 2 * STEPS))
+    clusters.begin(2 * STEPS)
+    assert clusters.of(torch.tensor([101]))
+    early = run(made(), range(STEPS - 1, STEPS + 1))
+    assert early.of(torch.tensor([101])) == ()
+
+
 def test_they_stay_for_an_epoch_and_change_with_the_next():
     clusters = run(made(), range(STEPS + 1))
     first = tensors(clusters)["0.centres"]
