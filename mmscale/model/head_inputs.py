@@ -4,7 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-# Below this share of its mean, fp32 sums cannot tell a feature's deviation from rounding.
+# Below this share of its mean, fp32 sums cannot tell a feature's deviation from rounding; below this
+# share of the usual deviation it is a dead one, whose gradient a division would blow up.
 CONSTANT = 1e-6
 # Directions with less than this share of the largest variance are rounding, and are not blown up.
 RANK_TOLERANCE = 1e-6
@@ -22,11 +23,11 @@ class Standardize(nn.Module):
         self.register_buffer("std", torch.ones(width))
 
     def fit(self, rows: Float[Tensor, "n f"]) -> None:
-        """Keep each feature's mean and deviation; a constant feature keeps deviation 1."""
+        """Keep each feature's mean and deviation; a constant or dead feature keeps deviation 1."""
         wide = rows.detach().cpu().double()
         mean = wide.mean(0)
         std = (wide - mean).pow(2).mean(0).sqrt()
-        constant = std <= CONSTANT * mean.abs()
+        constant = std <= CONSTANT * torch.maximum(mean.abs(), std.pow(2).mean().sqrt())
         self.mean.copy_(mean)
         self.std.copy_(torch.where(constant, torch.ones_like(std), std))
 

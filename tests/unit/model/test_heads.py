@@ -112,6 +112,18 @@ def test_standardisation_is_the_identity_until_fitted():
     assert not any("standardize" in name for name, _ in built.named_parameters())
 
 
+def test_standardisation_does_not_blow_up_a_dead_feature():
+    rows = torch.randn(50, 6)
+    # A pretrained layer norm may hold a weight of 1e-30: exact zero in all but name.
+    rows[:, 2] *= 1e-30
+    built = Head(6, 6, HeadConfig(standardize=50))
+    built.fit(rows)
+    leaf = rows.clone().requires_grad_()
+    built(leaf).sum().backward()
+    assert leaf.grad is not None
+    assert leaf.grad.abs().max() < 100
+
+
 @pytest.mark.parametrize("kind", ["zca", "pca"])
 def test_whitening_gives_unit_covariance(kind):
     rows = features()
