@@ -16,7 +16,7 @@ from mmscale.checkpoint.write import Snapshot, take_snapshot
 from mmscale.config.batches import HardBatchesConfig
 from mmscale.config.deepspeed import zero_stage
 from mmscale.config.duration import Duration
-from mmscale.config.load import stage_config
+from mmscale.config.load import stage_config, with_words
 from mmscale.config.needs import (
     needs_momentum,
     with_fusion_decided,
@@ -143,6 +143,11 @@ def assemble(segment: Segment, world: World, tell: Tell) -> Training:
     schedule = plan_schedule(stages[0], shards, plans[0].lanes)
     lengths = stage_lengths(run, stages, schedule.items)
     origin = segment.origin or starting_point(run, world, tell)
+    if origin is not None and (words := origin.progress.remedies):
+        mended = with_words(run, words)
+        if mended != with_words(run, ()):
+            tell(f"guard: this run goes on with {' '.join(words)}")
+            return assemble(replace(segment, config=mended), world, tell)
     start = segment.start or (origin.progress if origin else Progress())
     config, plan = stages[start.stage], plans[start.stage]
     if start.stage:

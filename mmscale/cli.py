@@ -234,10 +234,14 @@ def doctor(
 ) -> int:
     """Name what is wrong with an embedding space; exit 0 if healthy, 3 if not."""
     from mmscale.diagnostics.doctor import diagnose
+    from mmscale.diagnostics.in_training import InTraining
     from mmscale.diagnostics.pairs import load_npz
+    from mmscale.report.metrics import read_metrics
 
     pairs = load_npz(subject) if subject.is_file() else _pairs(subject, data)
-    diagnosis = diagnose(pairs).to_json()
+    log = subject / "metrics.jsonl"
+    own = InTraining.last_of(read_metrics(log)) if log.exists() else None
+    diagnosis = diagnose(pairs, own).to_json()
     _write(json_file, diagnosis)
     _say(f"verdict: {diagnosis['verdict']} (confidence {diagnosis['confidence']:.2f})")
     for title in ("also", "evidence", "causes", "remedies"):

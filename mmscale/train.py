@@ -112,16 +112,21 @@ def _loop(
     from mmscale.course.closing import evaluated
     from mmscale.course.damage import check_damage
     from mmscale.course.divergence import guarded
+    from mmscale.course.guard import keep_a_way_back, respond
+    from mmscale.course.probes import Probes
     from mmscale.course.skips import Skips
     from mmscale.course.watch import plateau_factor, watched
     from mmscale.engine.schedule import rate_factor
     from mmscale.engine.step import update
-    from mmscale.report.lines import first_batch_line, probe_line, training_line
+    from mmscale.report.lines import first_batch_line, training_line
 
     config, progress = training.config, training.start
     length = training.end - progress.stage_start
     warmup = _steps(training, config.optim.warmup)
     skips = Skips()
+    probe, grace = (_steps(training, every) for every in (config.probe.every, config.guard.grace))
+    probes = Probes(training, report, probe, grace)
+    keep_a_way_back(training, saver)
     clock = time.perf_counter()
     for batch, position, waited in batches:
         if progress is training.start:
@@ -129,6 +134,7 @@ def _loop(
         step = progress.step - progress.stage_start
         factor = rate_factor(step, length, warmup, config.optim.schedule)
         factor *= plateau_factor(training, progress)
+        probes.before(progress)
         done = update(
             training.engine,
             training.objective,
@@ -151,10 +157,12 @@ def _loop(
         progress = guarded(config.stop, warmup, progress, done.record)
         if done.record.damaged:
             check_damage(training, report, batch, progress)
-        if _due(training, config.probe.every, progress):
-            report.probe(probe_line(training, progress, done, batch))
         if done.record.written:
             saver.settle()
+        if (alarm := probes.after(progress, done, batch)) is not None:
+            following = respond(alarm, training, report, saver, progress)
+            if following is not None:
+                return progress, following
         if progress.step < training.total_steps:
             if done.record.stop:
                 saver.save(snapshot(training, progress))
@@ -164,7 +172,8 @@ def _loop(
                 progress, _ = evaluated(training, report, progress)
                 progress = watched(training, report, progress)
             is_best = progress.best is not None and progress.best.step == progress.step
-            if is_best or _due(training, config.checkpoint.every, progress):
+            wanted = is_best or _due(training, config.checkpoint.every, progress)
+            if wanted and not probes.holds_checkpoints:
                 saver.save(snapshot(training, progress))
             if progress.over:
                 break

@@ -55,6 +55,7 @@ class Progress:
         samples: Rows taken since the run began.
         over: `stage` or `run` where an evaluation ended one of them before its time.
         watched: What decides about that, by name.
+        remedies: Words that the guard has set; they hold for the rest of the run.
     """
 
     step: int = 0
@@ -71,13 +72,18 @@ class Progress:
     samples: int = 0
     over: str = ""
     watched: dict[str, float] = field(default_factory=dict)
+    remedies: tuple[str, ...] = ()
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "Progress":
         """Read what `state.json` keeps of it; what an older one lacks has its default."""
         known = {f.name: state[f.name] for f in fields(cls) if f.name in state}
-        best = Best(**state["best"]) if state.get("best") else None
-        return cls(**{**known, "position": Position(**state["position"]), "best": best})
+        objects = {
+            "position": Position(**state["position"]),
+            "best": Best(**state["best"]) if state.get("best") else None,
+            "remedies": tuple(state.get("remedies", ())),
+        }
+        return cls(**known | objects)
 
 
 def step_folder(run_dir: Path, step: int) -> Path:

@@ -19,7 +19,7 @@ from mmscale.dist.peers import barrier
 from mmscale.errors import CheckpointError, ConfigError
 
 # Settings that may change between the parts of one run.
-MAY_DIFFER = ("run.", "engine.", "log.", "checkpoint.")
+MAY_DIFFER = ("run.", "engine.", "log.", "checkpoint.", "guard.")
 MAY_DIFFER_EXACTLY = (
     "train.duration",
     "train.micro_batch_size",

@@ -99,6 +99,18 @@ def _faults_within(config: Config) -> Iterator[str]:
             yield from str(error).split("\n")
 
 
+def with_words(config: Config, words: Sequence[str]) -> Config:
+    """A configuration changed by `key=value` words.
+
+    Raises:
+        ConfigError: Every fault found, a line each.
+    """
+    settings = config.model_dump(mode="json")
+    for word in words:
+        _merge(settings, _read_word(word))
+    return validate(settings)
+
+
 def flatten(section: BaseModel, prefix: str = "") -> dict[str, Any]:
     """Dotted path -> value of every setting."""
     flat: dict[str, Any] = {}

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from mmscale.config.batches import HardBatchesConfig
 from mmscale.config.duration import Duration
+from mmscale.config.guard import GuardConfig, ProbeConfig
 from mmscale.config.heads import FusionConfig, HeadConfig
 from mmscale.config.loss import LossConfig
 from mmscale.config.negatives import NegativesConfig
@@ -200,13 +201,6 @@ class EvalConfig(Section):
     """First candidates of each query that fusion puts in another order, reported apart; 0 = off."""
 
 
-class ProbeConfig(Section):
-    """Figures of the embedding space, taken while training."""
-
-    every: Duration = Duration(50, "steps")
-    """How often the global batch's embeddings are measured."""
-
-
 class CheckpointConfig(Section):
     """What is kept of a run."""
 
@@ -264,6 +258,8 @@ class Config(Section):
     """Retrieval."""
     probe: ProbeConfig = ProbeConfig()
     """Health figures."""
+    guard: GuardConfig = GuardConfig()
+    """What is done about a failing space."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
     log: LogConfig = LogConfig()

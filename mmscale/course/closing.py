@@ -10,11 +10,13 @@ from mmscale.checkpoint.files import Best, Progress
 from mmscale.checkpoint.saver import Saver
 from mmscale.config.schema import CheckpointConfig
 from mmscale.diagnostics.doctor import diagnose
+from mmscale.diagnostics.in_training import InTraining
 from mmscale.diagnostics.pairs import Pairs
 from mmscale.durable import replace_file
 from mmscale.errors import ConfigError
 from mmscale.evaluation import evaluate
 from mmscale.report.choosing import choose_examples
+from mmscale.report.metrics import read_metrics
 from mmscale.report.page import write_page
 from mmscale.report.report import Report
 
@@ -60,7 +62,10 @@ def finish(training: Training, report: Report, saver: Saver, progress: Progress)
     last: dict[str, Any] = {"step": progress.step, **progress.metrics}
     held_out = training.held_out
     if pairs is not None and held_out is not None:
-        diagnosis = diagnose(pairs).to_json()
+        own = InTraining.last_of(read_metrics(run_dir / "metrics.jsonl"))
+        diagnosis = diagnose(pairs, own).to_json()
+        if progress.remedies:
+            diagnosis["applied"] = list(progress.remedies)
         replace_file(run_dir / "doctor.json", json.dumps(diagnosis, indent=1).encode())
         report.say(f"verdict: {diagnosis['verdict']} (confidence {diagnosis['confidence']:.2f})")
         last["verdict"] = diagnosis["verdict"]

@@ -1,10 +1,11 @@
 """From embedded pairs to a verdict: what is wrong, on which figures, why, and what to set."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mmscale.diagnostics.finding import Figures, Finding
 from mmscale.diagnostics.geometry import PREFIX, health_figures
+from mmscale.diagnostics.in_training import InTraining
 from mmscale.diagnostics.pairing import pairing_figures
 from mmscale.diagnostics.pairs import Pairs
 from mmscale.diagnostics.rules_space import too_few_samples
@@ -50,17 +51,49 @@ class Diagnosis:
         }
 
 
-def diagnose(pairs: Pairs) -> Diagnosis:
+def diagnose(pairs: Pairs, training: InTraining | None = None) -> Diagnosis:
     """The verdict on one set of pairs, the same each time for the same pairs.
 
     `healthy` means that none of the failures in `verdicts.RULES` shows; it is no praise of the
     recalls.
+
+    Args:
+        pairs: Held-out pairs.
+        training: What the run knows of its training pairs, where there is a run.
     """
-    return judge(health_figures(pairs) | pairing_figures(pairs))
+    figures = health_figures(pairs) | pairing_figures(pairs)
+    if training is not None:
+        # As many on both sides: the loss of more pairs is another.
+        figures |= beside(training, health_figures(pairs, training.pairs))
+    return judge(figures, training)
 
 
-def judge(health: Figures) -> Diagnosis:
+def beside(training: InTraining, held_out: Figures) -> dict[str, float]:
+    """Figures of training pairs and of as many held-out ones, as rules that compare them read."""
+    figures = {
+        "train_loss_progress": training.loss_progress,
+        "heldout_loss_progress": held_out.get(f"{PREFIX}loss_progress"),
+        "train_auc": training.auc,
+        "train_backbone_cka_z": training.backbone_cka_z,
+    }
+    return {f"{PREFIX}{name}": value for name, value in figures.items() if value is not None}
+
+
+def judge(health: Figures, training: InTraining | None = None) -> Diagnosis:
     """The verdict on figures under `health/`."""
+    diagnosis = _judge(health)
+    if training is None or diagnosis.healthy:
+        return diagnosis
+    return replace(diagnosis, causes=(*training.cause(), *diagnosis.causes))
+
+
+def finding_of(name: str, health: Figures) -> Diagnosis:
+    """What the rule of one verdict says, whether or not it holds by itself."""
+    figures = {key.removeprefix(PREFIX): value for key, value in health.items()}
+    return _diagnosis(name, (), RULES[name](figures))
+
+
+def _judge(health: Figures) -> Diagnosis:
     figures = {name.removeprefix(PREFIX): value for name, value in health.items()}
     few = too_few_samples(figures)
     if few.holds:

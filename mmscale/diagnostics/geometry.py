@@ -58,11 +58,6 @@ def health_figures(pairs: Pairs, limit: int = LARGEST_SAMPLE) -> dict[str, float
     return {f"{PREFIX}{name}": value for name, value in figures.items()}
 
 
-def probe_figures(pairs: Pairs) -> dict[str, float]:
-    """`health_figures` of at most `PROBE_ROWS` pairs: some tens of milliseconds, in training."""
-    return health_figures(pairs, PROBE_ROWS)
-
-
 def similarity_figures(similarity: Float64[Tensor, "n n"], width: int) -> dict[str, float]:
     """How far the diagonal (matched pairs) stands out of the rest.
 

@@ -28,6 +28,12 @@ SHUFFLED_CAUSES = (
     "names; compare keys",
 )
 
+IN_TRAINING_CAUSE = (
+    "Only the training pairs are mixed up: held-out features resemble each other pair by pair, "
+    "those of training batches do not; look at the training file, then at how batches are put "
+    "together"
+)
+
 # Captions are the columns, which images choose from.
 _SHARES = {"i2t": "column_share", "t2i": "row_share"}
 
@@ -35,14 +41,21 @@ _SHARES = {"i2t": "column_share", "t2i": "row_share"}
 def shuffled_pairs(figures: Figures) -> Finding:
     """Matched pairs do not stand out, and the towers' own features do not know each other either.
 
-    Needs features from before the heads; without them the verdict is `unaligned`.
+    Or those of training pairs do not, while held-out ones do. Needs features from before the heads;
+    without them the verdict is `unaligned`.
     """
     if "backbone_cka_z" not in figures:
         return Finding(False, 1.0, {})
-    sure = min(unaligned_surely(figures), below(figures["backbone_cka_z"], PAIRED_Z, 1.0))
+    here = below(figures["backbone_cka_z"], PAIRED_Z, 1.0)
+    train_z = figures.get("train_backbone_cka_z")
+    there = 0.0 if train_z is None else min(1 - here, below(train_z, PAIRED_Z, 1.0))
+    sure = min(unaligned_surely(figures), max(here, there))
+    causes = (IN_TRAINING_CAUSE, *SHUFFLED_CAUSES) if there > here else SHUFFLED_CAUSES
     remedies = ("data.feature_cache=null", "data.workers=0")
-    evidence = picked(figures, "backbone_cka", "backbone_cka_z", "auc_centred", "delta_z")
-    return decided(sure, evidence, SHUFFLED_CAUSES, remedies)
+    evidence = picked(
+        figures, "backbone_cka", "backbone_cka_z", "train_backbone_cka_z", "auc_centred", "delta_z"
+    )
+    return decided(sure, evidence, causes, remedies)
 
 
 def unaligned(figures: Figures) -> Finding:

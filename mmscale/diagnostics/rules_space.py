@@ -20,6 +20,8 @@ VANISHED_VARIANCE = 0.01
 # untrained towers are often below 0.01 without being dead, so it only says where to look.
 LIVING_SPREAD = 0.01
 
+BLIND_SPREAD = 1e-6
+
 # A collapsed spectrum breaks off: rank 5 in little noise falls by some hundreds at once, a model of
 # a world of few factors by 5 after 8 directions, CLIP by 1.9 at most.
 LARGEST_KNEE = 10.0
@@ -47,6 +49,7 @@ def complete_collapse(figures: Figures) -> Finding:
     widest = max(figures["variance_image"], figures["variance_text"])
     sure = below(widest, COLLAPSED_VARIANCE, _variance_error(widest, figures["pairs"]))
     causes = (
+        *_blind(figures),
         "The learning rate is too high, or warm-up too short",
         "Training pairs are mixed up, and the loss has settled at ln(batch)",
         "The towers were never trained, and their outputs share one large common part",
@@ -59,6 +62,15 @@ def complete_collapse(figures: Figures) -> Finding:
     )
     evidence = picked(figures, "variance_image", "variance_text", "std_off_sqrt_d")
     return decided(sure, evidence, causes, remedies)
+
+
+def _blind(figures: Figures) -> tuple[str, ...]:
+    """A tower whose own features are one vector draws the other's embeddings together too."""
+    return tuple(
+        f"The {side} tower's own features are the same whatever it is shown: look at its inputs"
+        for side in ("image", "text")
+        if figures.get(f"tower_spread_{side}", 1.0) < BLIND_SPREAD
+    )
 
 
 def dead_tower(figures: Figures) -> Finding:

@@ -81,5 +81,5 @@ def overfit(figures: Figures) -> Finding:
         "data.captions=random",
         "optim.weight_decay=0.2",
     )
-    evidence = picked(figures, "train_loss_progress", "heldout_loss_progress", "auc")
+    evidence = picked(figures, "train_loss_progress", "heldout_loss_progress", "train_auc", "auc")
     return decided(min(learnt, 1 - below(gap, LARGEST_GAP, 0.05)), evidence, causes, remedies)

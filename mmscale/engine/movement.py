@@ -1,6 +1,7 @@
 """How far one update moves the weights, and which of them it leaves where they were."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,22 @@ from mmscale.model.two_tower import component_of
 _ROUNDING = 3e-7
 
 
+@dataclass(frozen=True)
+class Moved:
+    """What an update did to the weights.
+
+    Attributes:
+        shares: By component, the length of the update as a share of the weights' length.
+        lengths: By component, the weights' length.
+        still: Parameters that no gradient moved: they are what they were, or decay alone made them
+            smaller.
+    """
+
+    shares: dict[str, float]
+    lengths: dict[str, float]
+    still: frozenset[str]
+
+
 class Movement:
     """Taken before an update, asked after it; holds a copy of this rank's share of the weights.
 
@@ -25,17 +42,12 @@ class Movement:
         self._engine = engine
         self._before = {name: weights.clone() for name, weights in engine.masters()}
 
-    def since(self, names: list[str], peers: Peers) -> tuple[dict[str, float], set[str]]:
+    def since(self, names: list[str], peers: Peers) -> Moved:
         """What the update did. Collective.
 
         Args:
             names: Every trained parameter, in an order equal on all ranks.
             peers: All ranks.
-
-        Returns:
-            By component, the length of the update as a share of the weights' length; and the
-            parameters that no gradient moved: they are what they were, or decay alone made them
-            smaller.
         """
         places = {name: place for place, name in enumerate(names)}
         squares = torch.zeros(len(names), 3, dtype=torch.float64)
@@ -44,12 +56,14 @@ class Movement:
             squares[places[name]] = _squares(self._before[name], weights, shrinks[name])
         moved, pulled, size = peers.total(squares).T
         still = pulled <= _ROUNDING**2 * size
-        ratios = {}
+        shares, lengths = {}, {}
         for component in COMPONENTS:
             mine = torch.tensor([component_of(name) == component for name in names])
             if float(size[mine].sum()) > 0:
-                ratios[component] = float((moved[mine].sum() / size[mine].sum()).sqrt())
-        return ratios, {name for name, held in zip(names, still.tolist(), strict=True) if held}
+                lengths[component] = float(size[mine].sum().sqrt())
+                shares[component] = float(moved[mine].sum().sqrt()) / lengths[component]
+        held = (name for name, is_still in zip(names, still.tolist(), strict=True) if is_still)
+        return Moved(shares, lengths, frozenset(held))
 
 
 def trained_names(engine: Engine) -> list[str]:

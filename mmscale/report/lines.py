@@ -5,8 +5,6 @@ from typing import Any
 from mmscale.assembly import Training
 from mmscale.checkpoint.files import Progress
 from mmscale.contracts import Batch
-from mmscale.diagnostics.geometry import probe_figures
-from mmscale.diagnostics.pairs import Pairs
 from mmscale.engine.step import Update
 from mmscale.report.rates import rates_table
 
@@ -42,17 +40,6 @@ def training_line(
         "captions_cut": record.cut / rows,
         "skipped": progress.step - progress.updates,
     }
-
-
-def probe_line(
-    training: Training, progress: Progress, done: Update, batch: Batch
-) -> dict[str, Any]:
-    """Figures of the global batch's embeddings. Collective."""
-    ids = training.peers.columns(batch.match_ids)
-    image = training.peers.columns(done.image.unit)
-    text = training.peers.columns(done.text.unit)
-    pairs = Pairs(image, text, ids, ids, logit_scale=done.record.logit_scale)
-    return {"step": progress.step, **probe_figures(pairs)}
 
 
 def opening_lines(training: Training) -> list[str]:
