@@ -38,6 +38,7 @@ from mmscale.engine.companions import Companions
 from mmscale.engine.encode import Call, encode
 from mmscale.engine.feature_cache import FeatureCache
 from mmscale.engine.fit_heads import fit_heads
+from mmscale.engine.flops import Flops, count_flops
 from mmscale.engine.inference import Inference
 from mmscale.engine.momentum import averaged, copy_of
 from mmscale.engine.optimizer_kind import optimizer_kind
@@ -102,6 +103,7 @@ class Training:
     stream: TrainStream | CachedStream
     spec: InputSpec
     held_out: HeldOut | None
+    flops: Flops | None
     start: Progress
     end: int
     total_steps: int
@@ -188,6 +190,8 @@ def assemble(segment: Segment, world: World, tell: Tell) -> Training:
     )
     model.scale.follow(steps_of)
     follower = _follower(config, kind, model, origin)
+    # Cached features do not pass the towers.
+    flops = count_flops(model.train(), spec) if features is None and world.is_main else None
     engine = _engine(kind, model.train(), config, plan, policy, world)
     companions = build_companions(
         config,
@@ -222,6 +226,7 @@ def assemble(segment: Segment, world: World, tell: Tell) -> Training:
         stream=stream,
         spec=spec,
         held_out=held_out,
+        flops=flops,
         start=replace(start, lanes=plan.lanes),
         end=end,
         total_steps=end + (0 if start.over == "run" else sum(lengths[start.stage + 1 :])),

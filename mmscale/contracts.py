@@ -248,6 +248,7 @@ class StepRecord:
         applied: False where the update was skipped because something was not finite.
         damaged: Rows of the global batch that stood in for undecodable samples.
         cut: Captions of the global batch that have more tokens than the tower takes.
+        tokens: Caption tokens of the global batch that went through the text tower.
         stop: True when any rank was told to stop.
         written: True when every rank has done its part of the checkpoint in flight.
     """
@@ -262,6 +263,7 @@ class StepRecord:
     applied: bool
     damaged: int
     cut: int
+    tokens: int
     stop: bool
     written: bool = False
 

@@ -85,13 +85,23 @@ def _segment(
     """Train with one configuration and engine; returns what the run goes on as, None at its end."""
     from mmscale.course.closing import finish
     from mmscale.course.stages import next_stage
+    from mmscale.course.trace import Trace
     from mmscale.report.lines import opening_lines
 
     for line in opening_lines(training):
         report.say(line)
+    traced = training.config.log.profile
     # Closed, so that decoding processes end here and not when their loader is collected.
-    with closing(_batches(training)) as batches:
-        progress, following = _loop(training, report, stop, saver, batches, updated)
+    with (
+        closing(_batches(training)) as batches,
+        Trace(training, None if traced is None else _steps(training, traced)) as trace,
+    ):
+
+        def after_update() -> None:
+            updated()
+            trace.step()
+
+        progress, following = _loop(training, report, stop, saver, batches, after_update)
     following = following or next_stage(training, progress)
     if following is None:
         finish(training, report, saver, progress)
@@ -116,6 +126,7 @@ def _loop(
     from mmscale.course.probes import Probes
     from mmscale.course.skips import Skips
     from mmscale.course.watch import plateau_factor, watched
+    from mmscale.dist.phases import PhaseClock
     from mmscale.engine.schedule import rate_factor
     from mmscale.engine.step import update
     from mmscale.report.lines import first_batch_line, training_line
@@ -127,6 +138,7 @@ def _loop(
     probe, grace = (_steps(training, every) for every in (config.probe.every, config.guard.grace))
     probes = Probes(training, report, probe, grace)
     keep_a_way_back(training, saver)
+    phases = PhaseClock(training.policy.device)
     clock = time.perf_counter()
     for batch, position, waited in batches:
         if progress is training.start:
@@ -135,24 +147,26 @@ def _loop(
         factor = rate_factor(step, length, warmup, config.optim.schedule)
         factor *= plateau_factor(training, progress)
         probes.before(progress)
-        done = update(
-            training.engine,
-            training.objective,
-            training.peers,
-            batch,
-            training.plan.micro_rows,
-            config.optim.lr * factor,
-            factor,
-            step,
-            stop.wanted,
-            training.companions,
-            saver.written,
-        )
+        with phases.timing(_due(training, config.log.every, progress.step + 1)):
+            done = update(
+                training.engine,
+                training.objective,
+                training.peers,
+                batch,
+                training.plan.micro_rows,
+                config.optim.lr * factor,
+                factor,
+                step,
+                stop.wanted,
+                training.companions,
+                saver.written,
+            )
         updated()
         progress = _advance(progress, position, done, training.plan.global_rows)
         seconds = time.perf_counter() - clock
-        if _due(training, config.log.every, progress):
-            report.training(training_line(training, progress, done, seconds, waited))
+        if _due(training, config.log.every, progress.step):
+            spent = {"data": waited, **phases.seconds}
+            report.training(training_line(training, progress, done, seconds, spent, batch))
         skips.count(progress, done, batch)
         progress = guarded(config.stop, warmup, progress, done.record)
         if done.record.damaged:
@@ -168,11 +182,11 @@ def _loop(
                 saver.save(snapshot(training, progress))
                 saver.finish()
                 raise TerminatedError(f"told to stop; step {progress.step} is in a checkpoint")
-            if _due(training, config.eval.every, progress):
+            if _due(training, config.eval.every, progress.step):
                 progress, _ = evaluated(training, report, progress)
                 progress = watched(training, report, progress)
             is_best = progress.best is not None and progress.best.step == progress.step
-            wanted = is_best or _due(training, config.checkpoint.every, progress)
+            wanted = is_best or _due(training, config.checkpoint.every, progress.step)
             if wanted and not probes.holds_checkpoints:
                 saver.save(snapshot(training, progress))
             if progress.over:
@@ -211,8 +225,8 @@ def _steps(training: "Training", duration: Any) -> int:
     return max(1, min(steps, training.total_steps))
 
 
-def _due(training: "Training", every: Any, progress: "Progress") -> bool:
-    return every is not None and progress.step % _steps(training, every) == 0
+def _due(training: "Training", every: Any, step: int) -> bool:
+    return every is not None and step % _steps(training, every) == 0
 
 
 def _write_config(training: "Training") -> None:

@@ -221,6 +221,8 @@ class LogConfig(Section):
 
     every: Duration = Duration(1, "steps")
     """How often a training line is written."""
+    profile: Duration | None = None
+    """Trace so much of a run with torch.profiler, from its fourth update on: `profile.json.gz`."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Send the figures to Weights & Biases."""
     wandb_project: str = "mmscale"

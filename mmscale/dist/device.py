@@ -1,11 +1,14 @@
 """Device facts and the one policy over them: the one file that names CUDA or MPS."""
 
+import resource
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from mmscale.config.schema import EngineConfig
+from mmscale.dist.peaks import peak_flops
 from mmscale.errors import ConfigError
 
 # Preset towers that are known to fail on a device, and what works there in their place. BERT
@@ -47,6 +50,7 @@ class DevicePolicy:
         attention: What torch's attention runs on where a mask allows it, for the log.
         failing_towers: Preset towers that fail here, and their stand-ins.
         has_gaps: Torch lacks some operations here.
+        peak_flops: What the device computes at most in this precision; None where unknown.
     """
 
     device: torch.device
@@ -58,6 +62,7 @@ class DevicePolicy:
     attention: str = "flash"
     failing_towers: Mapping[str, str] = field(default_factory=dict)
     has_gaps: bool = False
+    peak_flops: float | None = None
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -122,7 +127,25 @@ def plan_device(config: EngineConfig, local_rank: int, machine: Machine) -> Devi
         }[kind],
         failing_towers=FAILING_TOWERS.get(kind, {}),
         has_gaps=kind == "mps",
+        peak_flops=_peak(gpu, dtype, config.precision),
     )
+
+
+def _peak(gpu: Gpu | None, dtype: torch.dtype, precision: str) -> float | None:
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    products = "tf32" if precision == "tf32" else names.get(dtype, "fp32")
+    return None if gpu is None else peak_flops(gpu.name, products)
+
+
+def memory_peak(device: torch.device) -> int:
+    """Most bytes that this process has held: on the device, or at all where that is the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    high = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts in kibibytes.
+    return high if sys.platform == "darwin" else 1024 * high
 
 
 def device_kind(config: EngineConfig, machine: Machine) -> str:

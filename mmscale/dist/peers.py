@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmscale.contracts import Peers, World
+from mmscale.dist.phases import phase
 
 # Of gradients that are averaged in one exchange.
 BUCKET_BYTES = 25 << 20
@@ -56,7 +57,8 @@ class Group:
 
     def logsumexp(self, value: Tensor) -> Tensor:
         top = value.detach().clone()
-        dist.all_reduce(top, dist.ReduceOp.MAX)
+        with phase("communication"):
+            dist.all_reduce(top, dist.ReduceOp.MAX)
         # A row that is -inf on every rank (nothing to sum) must stay -inf, not become NaN.
         top = torch.where(top.isfinite(), top, torch.zeros_like(top))
         return top + self.total((value - top).exp()).log()
@@ -118,16 +120,18 @@ def barrier() -> None:
 def _average_bucket(parameters: list[torch.nn.Parameter]) -> None:
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([g.reshape(-1) for g in gradients])
-    dist.all_reduce(flat)
+    with phase("communication"):
+        dist.all_reduce(flat)
     flat /= dist.get_world_size()
     for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(piece.view_as(gradient))
 
 
 def _gather(rows: Tensor, size: int) -> Tensor:
-    columns = rows.new_empty((rows.shape[0] * size, *rows.shape[1:]))
-    dist.all_gather_into_tensor(columns, rows.contiguous())
-    return columns
+    with phase("communication"):
+        columns = rows.new_empty((rows.shape[0] * size, *rows.shape[1:]))
+        dist.all_gather_into_tensor(columns, rows.contiguous())
+        return columns
 
 
 class _Columns(torch.autograd.Function):
@@ -142,7 +146,8 @@ class _Columns(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         gradient = gradients[0].contiguous()
         own = gradient.new_empty((ctx.num_rows, *gradient.shape[1:]))
-        dist.reduce_scatter_tensor(own, gradient)
+        with phase("communication"):
+            dist.reduce_scatter_tensor(own, gradient)
         return own, None, None
 
 
@@ -152,11 +157,13 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
         value = value.clone()
-        dist.all_reduce(value)
+        with phase("communication"):
+            dist.all_reduce(value)
         return value
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         gradient = gradients[0].clone()
-        dist.all_reduce(gradient)
+        with phase("communication"):
+            dist.all_reduce(gradient)
         return gradient

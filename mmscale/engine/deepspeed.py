@@ -19,6 +19,7 @@ from mmscale.config.schema import Config
 from mmscale.contracts import NamedTensor, Shadow, World
 from mmscale.dist.device import DevicePolicy
 from mmscale.dist.world import check_world
+from mmscale.engine.loss_scale import LossScale
 from mmscale.engine.momentum import Replica, averaged
 from mmscale.engine.optimizer import (
     parameter_groups,
@@ -56,6 +57,10 @@ class DeepSpeedEngine:
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
         self._zero = self._engine.optimizer
+        # DeepSpeed's own for torch_autocast clips and measures gradients before they are unscaled,
+        # and never lowers the scale after an overflow (0.19.8).
+        self._zero.torch_autocast_gradscaler = None
+        self._scale = LossScale() if policy.dtype == torch.float16 else None
         self._updates = 0
 
     def call(self, mode: str, *inputs: Any) -> Any:
@@ -71,12 +76,17 @@ class DeepSpeedEngine:
     def backward(self, loss: Tensor, last: bool) -> None:
         # ZeRO-3 with offload hands a gradient to the host only in a boundary backward (0.19.8).
         self._engine.set_gradient_accumulation_boundary(last or self._stage == 3)
-        self._engine.backward(loss, scale_wrt_gas=False)
+        scaled = loss if self._scale is None else loss * self._scale.value
+        self._engine.backward(scaled, scale_wrt_gas=False)
 
     def part_norms(self) -> Float[Tensor, " parts"]:
         squares = torch.zeros(len(self._parts))
         for index, part in enumerate(self._parts.values()):
-            pieces = [piece.float().pow(2).sum() for p in part for piece in self._gradient(p)]
+            gradients = [gradient for p in part for gradient in self._gradient(p)]
+            if self._scale is not None:
+                for gradient in gradients:
+                    gradient.div_(self._scale.value)
+            pieces = [gradient.float().pow(2).sum() for gradient in gradients]
             if pieces:
                 squares[index] = torch.stack(pieces).sum().cpu()
         return squares
@@ -85,6 +95,8 @@ class DeepSpeedEngine:
         set_rates(self._zero.param_groups, factor)
         self._engine.step()
         self._updates += 1
+        if self._scale is not None:
+            self._scale.settle(applied=True)
 
     def discard(self) -> None:
         # DeepSpeed skips a step by itself, on all ranks, where a gradient is not finite.
@@ -93,6 +105,8 @@ class DeepSpeedEngine:
                 piece.fill_(math.nan)
         self._engine.step()
         assert not self._engine.was_step_applied(), "DeepSpeed updated with a non-finite gradient"
+        if self._scale is not None:
+            self._scale.settle(applied=False)
 
     def masters(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._engine.module.named_parameters():
@@ -122,8 +136,7 @@ class DeepSpeedEngine:
         return _ShardedShadow(self._deepspeed, module.to(self.device), self.module)
 
     def scaler(self) -> dict[str, float]:
-        scaler = self._zero.torch_autocast_gradscaler
-        return {} if scaler is None else dict(scaler.state_dict())
+        return {} if self._scale is None else self._scale.state()
 
     def restore(
         self,
@@ -131,8 +144,8 @@ class DeepSpeedEngine:
         updates: int,
         scaler: dict[str, float],
     ) -> None:
-        if scaler and self._zero.torch_autocast_gradscaler is not None:
-            self._zero.torch_autocast_gradscaler.load_state_dict(scaler)
+        if scaler and self._scale is not None:
+            self._scale.restore(scaler)
         self._updates = updates
         if updates == 0:
             return

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
 from mmscale.config.optim import OptimConfig
 from mmscale.config.schema import Config
 from mmscale.contracts import InputSpec
+from mmscale.engine.flops import counting
 from mmscale.engine.optimizer import parameter_groups
 from mmscale.engine.plan import BatchPlan
 from mmscale.model.two_tower import TwoTower
@@ -154,7 +154,7 @@ def _forget_values(model: nn.Module) -> None:
 
 def _work(model: nn.Module, dtype: torch.dtype, mode: str, *inputs: Tensor) -> Work:
     kept = Kept([*model.parameters(), *model.buffers(), *inputs])
-    with FlopCounterMode(display=False) as counter:
+    with counting() as counter:
         with (
             saved_tensors_hooks(kept.pack, kept.unpack),
             torch.autocast("cpu", dtype, enabled=dtype != torch.float32),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mmscale.contracts import Batch, Embeddings, Engine, Features, LossOutput
 from mmscale.dist.device import rng_state, set_rng_state
+from mmscale.dist.phases import phase
 
 TOWERS = {"image": "vision", "text": "text"}
 
@@ -70,7 +71,8 @@ def forward_backward(
     for name, leaf in _named(features).items():
         leaf.requires_grad_(name.split("_")[0] in trained)
     judged = judge(features)
-    engine.backward(judged.loss.total, last=not trained)
+    with phase("backward"):
+        engine.backward(judged.loss.total, last=not trained)
     if trained:
         gradients = {name: leaf.grad for name, leaf in _named(features).items()}
         _replay(engine, batch, chunks, gradients, trained)
@@ -90,9 +92,10 @@ def _tower(
 ) -> dict[str, Tensor]:
     assert batch.mask is not None, "towers see undecoded rows, never cached features"
     inputs = (batch.image[rows],) if modality == "image" else (batch.tokens[rows], batch.mask[rows])
-    if not sequences:
-        return {modality: engine.call(modality, *inputs)}
-    pooled, sequence = engine.call(f"{modality}_sequence", *inputs)
+    with phase("forward"):
+        if not sequences:
+            return {modality: engine.call(modality, *inputs)}
+        pooled, sequence = engine.call(f"{modality}_sequence", *inputs)
     return {modality: pooled, f"{modality}_sequence": sequence}
 
 
@@ -131,7 +134,8 @@ def _replay(
                 # An output that no term of the objective looked at pulls nothing.
                 pull = 0.0 if gradient is None else gradient[chunk.rows]
                 surrogate = surrogate + (output * pull).sum()
-        engine.backward(surrogate, last=chunk is chunks[-1])
+        with phase("backward"):
+            engine.backward(surrogate, last=chunk is chunks[-1])
     set_rng_state(engine.device, after)
 
 

@@ -22,6 +22,7 @@ from mmscale.contracts import (
     Peers,
     StepRecord,
 )
+from mmscale.dist.phases import phase
 from mmscale.engine.bank import RowBank
 from mmscale.engine.companions import Companions
 from mmscale.engine.gradient_cache import Judged, encode_rows, forward_backward
@@ -85,6 +86,10 @@ def update(
     sequences = companions.matcher is not None
 
     def judge(features: Features) -> Judged:
+        with phase("loss"):
+            return contrasted(features)
+
+    def contrasted(features: Features) -> Judged:
         image, text, scale, bias = engine.call("heads", features.image, features.text)
         matched = None
         if companions.matcher:
@@ -118,11 +123,13 @@ def update(
             else encode_rows(engine, batch, slice(None), sequences)
         )
         judged = judge(features)
-        engine.backward(judged.loss.total, last=True)
+        with phase("backward"):
+            engine.backward(judged.loss.total, last=True)
     scale = float(judged.scale.detach())
     record = _agree(engine, peers, batch, judged.loss, lr, scale, (stop, written))
     if record.applied:
-        engine.apply(factor, record.grad_norm["total"])
+        with phase("optimizer"):
+            engine.apply(factor, record.grad_norm["total"])
         if companions.momentum:
             companions.momentum.follow()
         if companions.bank:
@@ -163,10 +170,15 @@ def _agree(
     numbers = torch.cat(
         [
             torch.stack([value.double().cpu() for value in values]) / peers.size,
-            engine.part_norms().double().cpu(),
+            _part_norms(engine),
             torch.tensor(_digest_parts(batch.keys), dtype=torch.float64),
             torch.tensor(
-                [float(len(batch.damaged)), float(batch.cut), *map(float, said)],
+                [
+                    float(len(batch.damaged)),
+                    float(batch.cut),
+                    float(_tokens(batch)),
+                    *map(float, said),
+                ],
                 dtype=torch.float64,
             ),
         ]
@@ -174,7 +186,7 @@ def _agree(
     total, *rest = peers.total(numbers).tolist()
     terms, rest = dict(zip(names, rest, strict=False)), rest[len(names) :]
     squares, rest = dict(zip(PARTS, rest, strict=False)), rest[len(PARTS) :]
-    parts, (damaged, cut, stops, written) = rest[:4], rest[4:]
+    parts, (damaged, cut, tokens, stops, written) = rest[:4], rest[4:]
     whole = {name: _norm(squares[f"{name}_{kind}"] for kind in KINDS) for name in COMPONENTS} | {
         "total": _norm(squares.values())
     }
@@ -189,9 +201,20 @@ def _agree(
         applied=math.isfinite(whole["total"]) and math.isfinite(total),
         damaged=int(damaged),
         cut=int(cut),
+        tokens=int(tokens),
         stop=stops > 0,
         written=written == peers.size,
     )
+
+
+def _part_norms(engine: Engine) -> Tensor:
+    with phase("optimizer"):
+        return engine.part_norms().double().cpu()
+
+
+def _tokens(batch: Batch) -> int:
+    """Real tokens that go through the text tower."""
+    return 0 if batch.mask is None else int(batch.mask.sum())
 
 
 def _norm(squares: Iterable[float]) -> float:

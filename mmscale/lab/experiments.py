@@ -15,7 +15,7 @@ from mmscale.lab.cells import Cell, Result
 from mmscale.lab.grid import run_grid
 from mmscale.lab.trained import trained
 
-EXPERIMENTS = ("losses", "recipe")
+EXPERIMENTS = ("losses", "recipe", "parity")
 PAGE = "page.md"
 
 

@@ -94,6 +94,7 @@ class TrainingConsole:
         parts += [
             f"{_number(line.get('samples_per_second'), ',.0f')} pairs/s",
             f"data wait {_number(line.get('data_wait'), '.0%')}",
+            *([f"MFU {line['mfu']:.0%}"] if "mfu" in line else []),
             f"{self._pace.left()} left",
         ]
         return "  ".join(parts)

@@ -61,6 +61,9 @@ def collect_facts(lines: Lines, chance: float | None) -> list[tuple[str, str]]:
             ("training time", _training_time(training)),
             ("speed, median", _median(training, "samples_per_second", ",.0f", " pairs/s")),
             ("waiting for data, median", _median(training, "data_wait", ".1%")),
+            ("products, median", _median(training, "flops_per_second", ".3g", " FLOP/s")),
+            ("share of the peak (MFU), median", _median(training, "mfu", ".1%")),
+            ("memory, at most", _gigabytes(training)),
             ("last loss", _last(training, "loss", ".4f", " nats")),
             ("loss at chance", None if chance is None else f"{chance:.4f} nats"),
             ("last logit scale", _last(training, "logit_scale", ".2f")),
@@ -84,6 +87,11 @@ def _training_time(training: Lines) -> str | None:
 def _median(training: Lines, key: str, form: str, unit: str = "") -> str | None:
     curve = series(training, key)
     return None if curve is None else f"{np.median(curve.values):{form}}{unit}"
+
+
+def _gigabytes(training: Lines) -> str | None:
+    curve = series(training, "memory_bytes")
+    return None if curve is None else f"{curve.values.max() / 1e9:.2f} GB (main rank)"
 
 
 def _last(training: Lines, key: str, form: str, unit: str = "") -> str | None:

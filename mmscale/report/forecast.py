@@ -1,12 +1,13 @@
 """The tables and the JSON of `mmscale plan`: every figure predicted, each with its formula."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from mmscale.engine.efficiency import FORMULA
 from mmscale.engine.forecast import Forecast, device_bytes
 from mmscale.engine.memory import Holding
 from mmscale.engine.wire import Transfer
+from mmscale.report.columns import aligned
 
 UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
@@ -20,11 +21,11 @@ def _lines(plan: Forecast) -> Iterator[str]:
     yield from _facts(plan)
     yield ""
     yield f"memory a rank, predicted ({plan.batch.world} ranks; configured: {plan.chosen})"
-    yield from aligned(_memory_rows(plan))
+    yield aligned(list(_memory_rows(plan)))
     yield from _formulas(plan.memory)
     yield ""
     yield f"sent by a rank in one update, predicted ({plan.batch.world} ranks, ring algorithms)"
-    yield from aligned(_wire_rows(plan)) if any(plan.wire.values()) else ["nothing: one rank"]
+    yield aligned(list(_wire_rows(plan))) if any(plan.wire.values()) else "nothing: one rank"
     yield from _formulas(plan.wire)
     yield ""
     yield from _efficiency(plan)
@@ -118,20 +119,8 @@ def _efficiency(plan: Forecast) -> Iterator[str]:
         if plan.chosen in plan.steps
         else []
     )
-    yield from aligned(rows)
+    yield aligned(rows)
     yield f"  {FORMULA}"
-
-
-def aligned(rows: Sequence[Sequence[str]] | Iterator[list[str]]) -> Iterator[str]:
-    """Rows of cells as lines: the first column to the left, the others to the right."""
-    rows = [list(row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [
-            cell.rjust(width) if place else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        yield "  ".join(cells).rstrip()
 
 
 def shown(size: float) -> str:

@@ -1,16 +1,23 @@
 """The lines of `metrics.jsonl` that training writes."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from mmscale.assembly import Training
 from mmscale.checkpoint.files import Progress
 from mmscale.contracts import Batch
+from mmscale.dist.device import memory_peak
 from mmscale.engine.step import Update
 from mmscale.report.rates import rates_table
 
 
 def training_line(
-    training: Training, progress: Progress, done: Update, seconds: float, waited: float
+    training: Training,
+    progress: Progress,
+    done: Update,
+    seconds: float,
+    spent: Mapping[str, float],
+    batch: Batch,
 ) -> dict[str, Any]:
     """What one update measured.
 
@@ -19,7 +26,8 @@ def training_line(
         progress: After the update.
         done: The update.
         seconds: The whole step's time.
-        waited: Seconds of it spent waiting for data.
+        spent: Seconds of it by phase; `data`: waiting for the batch.
+        batch: This rank's rows.
     """
     record, rows = done.record, training.plan.global_rows
     norms = dict(record.grad_norm)
@@ -33,13 +41,27 @@ def training_line(
         "grad_norm": norms.pop("total"),
         **{f"grad_norm_{part}": norm for part, norm in norms.items()},
         "samples_per_second": rows / seconds,
-        "data_wait": waited / seconds,
+        "data_wait": spent["data"] / seconds,
+        **{f"time/{phase}": share for phase, share in spent.items()},
+        "time/other": max(0.0, seconds - sum(spent.values())),
+        **_speed(training, record.tokens, batch, seconds),
+        "memory_bytes": memory_peak(training.policy.device),
         "keys_digest": record.keys_digest,
         "epoch": progress.position.epoch,
         "damaged": progress.damaged,
         "captions_cut": record.cut / rows,
         "skipped": progress.step - progress.updates,
     }
+
+
+def _speed(training: Training, tokens: int, batch: Batch, seconds: float) -> dict[str, float]:
+    """Caption tokens and FLOPs a second over all ranks, and their share of the peak, if known."""
+    if training.flops is None:
+        return {}
+    rows, peak = training.plan.global_rows, training.policy.peak_flops
+    flops = training.flops.update(rows, batch.tokens.shape[1]) / seconds
+    speed = {"tokens_per_second": tokens / seconds, "flops_per_second": flops}
+    return speed | ({} if peak is None else {"mfu": flops / (training.world.size * peak)})
 
 
 def opening_lines(training: Training) -> list[str]:

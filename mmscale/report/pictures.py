@@ -14,6 +14,9 @@ from mmscale.report.plots import (
 )
 from mmscale.report.series import Lines
 from mmscale.report.space import Moments
+from mmscale.report.time_plot import draw_time
+
+TIME = "Where the time goes"
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,15 @@ def training_pictures(lines: Lines, chance: float | None) -> list[Picture]:
             "The scale should move slowly and settle below its limit; one that sits at the limit "
             "is saturated.",
         ),
+        (
+            TIME,
+            draw_time(lines),
+            "Forward and backward should fill most of an update; much data is too few "
+            "data.workers, much communication too small a batch a rank. ZeRO's own exchanges stand "
+            "in backward and optimizer.",
+        ),
     ]
-    return _those_drawn(drawn, wide=("Terms of the loss", "Learning rate and logit scale"))
+    return _those_drawn(drawn, wide=("Terms of the loss", "Learning rate and logit scale", TIME))
 
 
 def space_pictures(moments: Moments) -> list[Picture]:

@@ -1,0 +1,82 @@
+"""Where an update's time goes: its phases, told apart on the device's own clock.
+
+A phase within another one interrupts it, so that seconds add up. On an accelerator the stamps are
+events of its stream: nothing waits until they are read, and an update that is not timed has none.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.profiler import record_function
+
+PHASES = ("forward", "loss", "backward", "communication", "optimizer")
+
+_running: "PhaseClock | None" = None
+
+
+class PhaseClock:
+    """Seconds by phase of the updates that are timed.
+
+    Attributes:
+        seconds: Of the last update that was timed; what no phase claims is left out.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stamps: list[tuple[Any, str | None]] = []
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timing(self, wanted: bool) -> Iterator[None]:
+        """Time what happens within, if `wanted`; what is then read waits for the device."""
+        global _running
+        if not wanted:
+            yield
+            return
+        self._stamps, _running = [], self
+        try:
+            yield
+        finally:
+            _running = None
+        self.seconds = self._read()
+
+    def enter(self, name: str | None) -> str | None:
+        """From here on it is phase `name`; returns what it was."""
+        before = self._stamps[-1][1] if self._stamps else None
+        self._stamps.append((self._stamp(), name))
+        return before
+
+    def _stamp(self) -> Any:
+        if self._device.type == "cpu":
+            return time.perf_counter()
+        event = torch.Event(device=self._device, enable_timing=True)
+        event.record()
+        return event
+
+    def _read(self) -> dict[str, float]:
+        seconds = dict.fromkeys(PHASES, 0.0)
+        if self._stamps and self._device.type != "cpu":
+            self._stamps[-1][0].synchronize()
+        for (start, name), (end, _) in zip(self._stamps, self._stamps[1:], strict=False):
+            if name is not None:
+                on_host = isinstance(start, float)
+                seconds[name] += end - start if on_host else start.elapsed_time(end) / 1000
+        return seconds
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """One of `PHASES`; nothing where no update is timed. Traces show it by its name."""
+    clock = _running
+    if clock is None:
+        yield
+        return
+    with record_function(name):
+        before = clock.enter(name)
+        try:
+            yield
+        finally:
+            clock.enter(before)

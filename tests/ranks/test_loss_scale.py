@@ -1,0 +1,77 @@
+"""fp16 under ZeRO: gradients are scaled, measured and clipped unscaled; overflows are survived.
+
+A CPU computes in fp16 slowly but rightly; the configuration refuses it there, so the policy is made
+by hand.
+"""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mmscale.contracts import World
+from mmscale.dist.device import choose
+from mmscale.dist.peers import connect
+from mmscale.engine.deepspeed import DeepSpeedEngine
+from mmscale.engine.plan import plan_batch
+from mmscale.engine.step import update
+from mmscale.loss.objective import Objective
+from mmscale.model.build import build_model
+from tests.ranks.launch import run_on_ranks
+from tests.ranks.tiny import ROWS, joint_batch, share, tiny_config, weights
+
+STEPS = 3
+# The tiny model's gradients overflow at the usual first scale.
+SOUND, TOO_LARGE = 2.0**10, 2.0**24
+
+
+def trained(stage, dtype, first_scale):
+    """Records and weights after some updates; with `first_scale`, the scale after each."""
+    rank = int(os.environ["RANK"])
+    world = World(rank, 2, rank, "test")
+    config = tiny_config(engine__deepspeed=f"ds_configs/zero{stage}.json")
+    policy = replace(choose(config.engine), dtype=dtype)
+    model, _ = build_model(config.model, None, 0)
+    engine = DeepSpeedEngine(model.train(), config, plan_batch(config, 2), policy, world)
+    if first_scale is not None:
+        engine.restore(lambda name: {}, 0, {"scale": first_scale, "_growth_tracker": 0.0})
+    peers = connect(world)
+    objective = Objective(config, peers)
+    records, scales = [], []
+    for step in range(STEPS):
+        batch = share(joint_batch(step), rank, 2)
+        records.append(
+            update(engine, objective, peers, batch, ROWS // 2, 1e-2, 1.0, step, False).record
+        )
+        scales.append(engine.scaler().get("scale"))
+    result = records, scales, weights(engine)
+    engine.close()
+    return result
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_fp16_trains_as_fp32_does(stage):
+    wide, _, wanted = run_on_ranks(2, trained, stage, torch.float32, None)[0]
+    half, scales, got = run_on_ranks(2, trained, stage, torch.float16, SOUND)[0]
+    assert scales == [SOUND] * STEPS
+    for ours, theirs in zip(half, wide, strict=True):
+        assert ours.applied
+        assert ours.loss == pytest.approx(theirs.loss, rel=0.01)
+        # Above the limit of clipping: a norm that is still scaled would be 1,024 times this.
+        assert ours.grad_norm["total"] == pytest.approx(theirs.grad_norm["total"], rel=0.05)
+        assert theirs.grad_norm["total"] > 0.5
+    moved = torch.cat([(got[n] - wanted[n]).flatten() for n in wanted]).norm()
+    whole = torch.cat([w.flatten() for w in wanted.values()]).norm()
+    assert moved < 0.01 * whole
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_an_overflow_lowers_the_scale_and_training_goes_on(stage):
+    for records, scales, _ in run_on_ranks(2, trained, stage, torch.float16, TOO_LARGE):
+        applied = [record.applied for record in records]
+        assert not applied[0], "this scale is beyond fp16"
+        wanted = TOO_LARGE
+        for was_applied, scale in zip(applied, scales, strict=True):
+            wanted = wanted if was_applied else wanted / 2
+            assert scale == wanted
