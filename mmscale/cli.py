@@ -429,6 +429,33 @@ def lab(
     return failed[0] if failed else 0
 
 
+@app.command()
+def sweep(
+    space: Annotated[Path, typer.Argument(help="The search, a YAML file (docs/sweep.md).")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the search; default runs/sweep/SPACE.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Trainings at once.", min=1)] = 1,
+    json_file: Json = None,
+) -> int:
+    """Search settings for the best of a metric; goes on where it stopped.
+
+    The same command elsewhere, with the same folder, adds workers. Needs mmscale[sweep].
+    """
+    from mmscale.lab.sweep import as_json, prepare, run_workers, trials_of
+    from mmscale.lab.sweep_page import table, write_page
+
+    folder = out or Path("runs/sweep") / space.stem
+    search = prepare(space, folder)
+    if code := run_workers(folder, workers):
+        return code
+    trials = trials_of(search, folder)
+    _write(json_file, as_json(search, trials))
+    _say(table(search, trials))
+    _say(f"page: {write_page(folder, search, trials)}")
+    return 0
+
+
 def _pairs(run: Path, data: str | None) -> Any:
     from mmscale.dist.peers import Alone
     from mmscale.evaluation import embed_set

@@ -8,10 +8,8 @@ import numpy as np
 
 from mmscale.report.chance import chance_recall
 from mmscale.report.console import duration
+from mmscale.report.recalls import TOP, WAYS
 from mmscale.report.series import Lines, series
-
-WAYS = {"i2t": "image to text", "t2i": "text to image"}
-TOP = (1, 5, 10)
 
 
 @dataclass(frozen=True)

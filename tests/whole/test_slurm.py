@@ -192,6 +192,22 @@ def test_an_array_with_a_gap_is_refused(slurm, synthetic, tmp_path):
     assert not (tmp_path / "packed").exists()
 
 
+def test_the_tasks_of_an_array_share_a_sweep(slurm, synthetic, tmp_path):
+    pytest.importorskip("optuna")
+    settings, space = tmp_path / "small.yaml", tmp_path / "space.yaml"
+    settings.write_text(SETTINGS.replace("20 steps", "4 steps"), "utf-8")
+    rates = {"kind": "log_uniform", "low": 1e-4, "high": 1e-2}
+    search = {"base": words_for(synthetic, settings), "parameters": {"optim.lr": rates}}
+    space.write_text(json.dumps({**search, "trials": 3}), "utf-8")
+    out, figures = tmp_path / "out", tmp_path / "figures.json"
+    words = (space, "--out", out, "--json", figures)
+    slurm.finish(slurm.submit("sweep.sbatch", *words, options=("--array=1-2", "--time=10")))
+    trials = json.loads(figures.read_text("utf-8"))["trials"]
+    assert [trial["number"] for trial in trials] == [0, 1, 2]
+    assert len(list((out / "trials").glob("*/metrics.jsonl"))) == 3
+    assert (out / "sweep.html").exists()
+
+
 def _pid(job: str, rank: int) -> int:
     """The process of a rank, which is on this machine like its node."""
     for environ in Path("/proc").glob("[0-9]*/environ"):
