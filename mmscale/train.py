@@ -127,6 +127,7 @@ def _loop(
     from mmscale.course.skips import Skips
     from mmscale.course.watch import plateau_factor, watched
     from mmscale.dist.phases import PhaseClock
+    from mmscale.engine.balance import ModalityBalancer
     from mmscale.engine.schedule import rate_factor
     from mmscale.engine.step import update
     from mmscale.report.lines import first_batch_line, training_line
@@ -139,6 +140,9 @@ def _loop(
     probes = Probes(training, report, probe, grace)
     keep_a_way_back(training, saver)
     phases = PhaseClock(training.policy.device)
+    balancer = ModalityBalancer(
+        config.optim.balance, training.engine, training.peers, progress.watched
+    )
     clock = time.perf_counter()
     for batch, position, waited in batches:
         if progress is training.start:
@@ -146,6 +150,7 @@ def _loop(
         step = progress.step - progress.stage_start
         factor = rate_factor(step, length, warmup, config.optim.schedule)
         factor *= plateau_factor(training, progress)
+        balancer.before(step)
         probes.before(progress)
         with phases.timing(_due(training, config.log.every, progress.step + 1)):
             done = update(
@@ -163,6 +168,8 @@ def _loop(
             )
         updated()
         progress = _advance(progress, position, done, training.plan.global_rows)
+        state = balancer.after(done.record.applied)
+        progress = replace(progress, watched={**progress.watched, **state})
         seconds = time.perf_counter() - clock
         if _due(training, config.log.every, progress.step):
             spent = {"data": waited, **phases.seconds}

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from mmscale.config.duration import Duration
-from mmscale.config.section import NonNegativeFloat, Positive, Section
+from mmscale.config.section import NonNegativeFloat, Positive, PositiveFloat, Section
 
 Decay = Annotated[float, Field(gt=0, le=1)]
 
@@ -43,6 +43,15 @@ class PlateauConfig(Section):
     """What the rate is multiplied with then."""
 
 
+class BalanceConfig(Section):
+    """Slows the tower down that moves too fast beside the other."""
+
+    band: tuple[PositiveFloat, PositiveFloat] | None = None
+    """Allowed ratio of the image tower's relative update to the text tower's; null: off."""
+    every: Positive = 10
+    """Updates between two measurements."""
+
+
 class OptimConfig(Section):
     """The optimizer and its rates."""
 
@@ -64,6 +73,8 @@ class OptimConfig(Section):
     """Course of the rate after warm-up; `plateau`: constant until `optim.plateau` lowers it."""
     plateau: PlateauConfig = PlateauConfig()
     """When the rate falls, and how far."""
+    balance: BalanceConfig = BalanceConfig()
+    """Balance of the two towers."""
     lr_scale: ComponentScales = ComponentScales()
     """Factors of the rate by component."""
     layer_decay: LayerDecayConfig = LayerDecayConfig()

@@ -45,10 +45,12 @@ class AccelerateEngine:
         self._world = world
         self._clip = config.optim.clip_norm
         self._parts = trained_parts(model)
-        self.groups = parameter_groups(model, config.optim)
+        groups = parameter_groups(model, config.optim)
         self._kind = optimizer_kind(config.optim, policy.fused_optimizer, sharded=False)
-        optimizer = self._kind.build(self.groups)
+        optimizer = self._kind.build(groups)
         self._optimizer = self._accelerator.prepare_optimizer(optimizer)
+        # accelerate loads the optimizer's state anew: these are the groups that it goes by.
+        self.groups: list[dict[str, Any]] = self._optimizer.param_groups
 
     def call(self, mode: str, *inputs: Any) -> Any:
         with self._accelerator.autocast():

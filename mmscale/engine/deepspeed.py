@@ -50,9 +50,9 @@ class DeepSpeedEngine:
         # DeepSpeed broadcasts parameters but not buffers; every rank built the same ones.
         self.module = model.to(policy.device)
         self._parts = trained_parts(model)
-        self.groups = parameter_groups(model, config.optim)
+        groups = parameter_groups(model, config.optim)
         self._kind = optimizer_kind(config.optim, policy.fused_optimizer, sharded=True)
-        optimizer = self._kind.build(self.groups)
+        optimizer = self._kind.build(groups)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
@@ -61,6 +61,7 @@ class DeepSpeedEngine:
         # and never lowers the scale after an overflow (0.19.8).
         self._zero.torch_autocast_gradscaler = None
         self._scale = LossScale() if policy.dtype == torch.float16 else None
+        self.groups: list[dict[str, Any]] = self._zero.param_groups
         self._updates = 0
 
     def call(self, mode: str, *inputs: Any) -> Any:

@@ -10,6 +10,9 @@ from mmscale.dist.device import memory_peak
 from mmscale.engine.step import Update
 from mmscale.report.rates import rates_table
 
+# What a balancer of the towers reports, where one is at work.
+BALANCE = ("balance", "update_vision", "update_text")
+
 
 def training_line(
     training: Training,
@@ -51,6 +54,7 @@ def training_line(
         "damaged": progress.damaged,
         "captions_cut": record.cut / rows,
         "skipped": progress.step - progress.updates,
+        **{name: progress.watched[name] for name in BALANCE if name in progress.watched},
     }
 
 

@@ -1,5 +1,6 @@
 """A stage change keeps every weight bit for bit, sharded or not; its optimizer is a fresh one."""
 
+import math
 import os
 
 import pytest
@@ -12,6 +13,7 @@ from mmscale.contracts import World
 from mmscale.dist.device import choose
 from mmscale.dist.peers import connect
 from mmscale.dist.world import join
+from mmscale.engine.balance import ModalityBalancer
 from mmscale.engine.plan import plan_batch
 from mmscale.engine.step import update
 from mmscale.loss.objective import Objective
@@ -78,7 +80,7 @@ def _change_stage(stages):
         carried = Carried(engine.tensors(), Progress(2, 2, stage=1, stage_start=2, stage_updates=2))
         engine.close()
         engine, config = _engine(run, 1, world, stage, carried)
-        engine.restore(carried.moments, 0)
+        engine.restore(carried.moments, 0, {})
         after, moments = _held(engine)
         _train(engine, config, world, (2, 3))
         found[stage] = first, before, after, moments, _held(engine)[0]
@@ -118,3 +120,24 @@ def test_two_stages_in_shards_end_where_one_device_ends(changes, stage):
     whole = torch.stack([value.double().norm() for value in wanted.values()]).norm()
     for name, value in wanted.items():
         assert (got[name].double() - value.double()).norm() / whole < 1e-5, name
+
+
+def _rates_with_balance(stage):
+    """Rates that the optimizer really has after an update with one tower slowed down."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    join(World(), "gloo", 60, alone_too=True)
+    world = World(rank, size, rank, "test")
+    engine, config = _engine(_config(stage), 1, world, stage)
+    ModalityBalancer(config.optim.balance, engine, connect(world), {"balance": math.log(0.25)})
+    _train(engine, config, world, (0,))
+    inner = engine._zero if stage else engine._optimizer
+    rates = {group["component"]: group["lr"] for group in inner.param_groups}
+    engine.close()
+    return rates
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_slowed_tower_has_its_rate_in_every_engine(stage):
+    rates = run_on_ranks(2 if stage else 1, _rates_with_balance, stage)[0]
+    assert rates["vision"] == pytest.approx(1e-3 * 0.25)
+    assert rates["text"] == rates["head"] == pytest.approx(1e-3)
