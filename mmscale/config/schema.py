@@ -229,6 +229,8 @@ class LogConfig(Section):
     """Project that the figures are filed under."""
     wandb_images: bool = False
     """Send the photographs of the report's gallery too; figures and drawn pictures always go."""
+    page: bool = True
+    """Draw `report.html` at the end; where many short runs are compared it takes the most time."""
     map: Literal["pca", "tsne", "umap"] = "pca"
     """How the report lays out its maps; t-SNE and UMAP need `pip install 'mmscale[maps]'`."""
 

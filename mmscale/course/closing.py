@@ -69,8 +69,11 @@ def finish(training: Training, report: Report, saver: Saver, progress: Progress)
         replace_file(run_dir / "doctor.json", json.dumps(diagnosis, indent=1).encode())
         report.say(f"verdict: {diagnosis['verdict']} (confidence {diagnosis['confidence']:.2f})")
         last["verdict"] = diagnosis["verdict"]
-        choose_examples(pairs, held_out.shards, report.warn).write(run_dir)
+        if training.config.log.page:
+            choose_examples(pairs, held_out.shards, report.warn).write(run_dir)
     report.finish(last)
+    if not training.config.log.page:
+        return
     page = write_page(run_dir)
     report.page(page)
     report.say(f"report: {page.path}")

@@ -11,7 +11,9 @@ import time
 import traceback
 from collections.abc import Generator, Sequence
 from pathlib import Path
+from typing import Any
 
+from mmscale.dist.signals import StopSignal
 from mmscale.errors import MmscaleError, TerminatedError
 from mmscale.lab.cells import Cell, Figures, Measure, Result
 
@@ -25,7 +27,10 @@ _POLL_SECONDS = 0.05
 def here(cells: Sequence[Cell], out: Path, measure: Measure) -> Generator[Result, None, None]:
     """Results one after another; what a run says goes to `stderr.txt` in its folder."""
     for cell in cells:
-        yield _measured(cell, out / cell.folder, measure)
+        result, unheard = _measured(cell, out / cell.folder, measure)
+        yield result
+        if unheard:
+            signal.raise_signal(signal.SIGTERM)
 
 
 def in_processes(
@@ -50,8 +55,11 @@ def in_processes(
             process.wait()
 
 
-def _measured(cell: Cell, folder: Path, measure: Measure) -> Result:
+def _measured(cell: Cell, folder: Path, measure: Measure) -> tuple[Result, bool]:
     """Run a cell in this process; what it says goes to `stderr.txt` in its folder.
+
+    Returns:
+        The result, and whether SIGTERM came too late for the run to heed it.
 
     Raises:
         TerminatedError: SIGTERM came while it ran.
@@ -72,9 +80,17 @@ def _measured(cell: Cell, folder: Path, measure: Measure) -> Result:
             error, code = f"{type(failure).__name__}: {failure}", 1
         finally:
             # A run listens for signals and never stops to.
+            unheard = _noted(signal.getsignal(signal.SIGTERM))
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-    return Result(cell.labels, cell.words, time.monotonic() - start, figures, error, code)
+    seconds = time.monotonic() - start
+    return Result(cell.labels, cell.words, seconds, figures, error, code), unheard
+
+
+def _noted(handler: Any) -> bool:
+    """Whether a run's handler has taken a signal: after its last update nothing looks at it."""
+    listener = getattr(handler, "__self__", None)
+    return isinstance(listener, StopSignal) and listener.wanted
 
 
 def _start(cell: Cell, folder: Path, measure: Measure, jobs: int) -> subprocess.Popen[str]:

@@ -14,7 +14,7 @@ from mmscale.train import run
 def trained(cell: Cell, folder: Path) -> Figures:
     """Train; the last value of every figure in the run's log, and the mean of the six recalls.
 
-    The run's checkpoints are removed: a grid would fill the disk.
+    The run's checkpoints are removed, because a grid would fill the disk; its page is not drawn.
     """
     run(load_config([*cell.words, *folder_words(folder)]))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -22,8 +22,8 @@ def trained(cell: Cell, folder: Path) -> Figures:
 
 
 def folder_words(folder: Path) -> tuple[str, ...]:
-    """The words of a run that starts afresh in a folder."""
-    return f"run.dir={folder}", "run.resume=never", "run.overwrite=true"
+    """The words of a run that starts afresh in a folder, for its figures alone."""
+    return f"run.dir={folder}", "run.resume=never", "run.overwrite=true", "log.page=false"
 
 
 def last_figures(folder: Path) -> Figures:

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from mmscale.dist.signals import StopSignal
 from mmscale.errors import ConfigError, DataError, TerminatedError
 from mmscale.lab.cells import RESULTS, Cell, Results
 from mmscale.lab.experiments import chosen, with_defaults
@@ -46,6 +47,13 @@ def asleep(cell, folder):
 def terminated(cell, folder):
     if cell.labels["seed"] == 1:
         raise TerminatedError("told to stop")
+    return {}
+
+
+def unheeding(cell, folder):
+    """A run that is told to stop while it writes its last files."""
+    StopSignal()
+    signal.raise_signal(signal.SIGTERM)
     return {}
 
 
@@ -118,6 +126,12 @@ def test_a_killed_process_is_a_failed_cell(tmp_path):
 def test_a_run_told_to_stop_ends_the_grid(tmp_path):
     with pytest.raises(TerminatedError):
         run_grid(CELLS[:2], tmp_path, terminated)
+    assert [line["labels"]["seed"] for line in lines(tmp_path)] == [0]
+
+
+def test_a_signal_that_a_run_did_not_heed_ends_the_grid_after_it(tmp_path):
+    with pytest.raises(TerminatedError):
+        run_grid(CELLS[:2], tmp_path, unheeding)
     assert [line["labels"]["seed"] for line in lines(tmp_path)] == [0]
 
 
