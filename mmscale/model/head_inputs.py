@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-# Below this share of its mean, fp32 sums cannot tell a feature's deviation from rounding; below this
-# share of the usual deviation it is a dead one, whose gradient a division would blow up.
+# Below this share of its mean, fp32 sums cannot tell a feature's deviation from rounding; below
+# this share of the usual deviation it is a dead one, whose gradient a division would blow up.
 CONSTANT = 1e-6
 # Directions with less than this share of the largest variance are rounding, and are not blown up.
 RANK_TOLERANCE = 1e-6
