@@ -367,13 +367,22 @@ def report(
     layout: Annotated[
         str | None, typer.Option("--map", help="pca, tsne or umap; default the run's log.map.")
     ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Search these shards for suspicious pairs.")
+    ] = None,
 ) -> int:
-    """Write a run's report.html again, from its folder alone."""
+    """Write a run's report.html again, from its folder alone.
+
+    With --data the run's model looks through that set, such as the one it was trained on, for
+    captions that hardly fit and for images and captions that repeat.
+    """
     from mmscale.diagnostics.layout import require_layout
     from mmscale.report.page import write_page
 
     if layout is not None:
         require_layout(layout)
+    if data is not None:
+        _search_for_suspects(run, data)
     _say(f"report: {write_page(run, layout).path}")
     return 0
 
@@ -454,6 +463,17 @@ def sweep(
     _say(table(search, trials))
     _say(f"page: {write_page(folder, search, trials)}")
     return 0
+
+
+def _search_for_suspects(run: Path, data: str) -> None:
+    from mmscale.dist.peers import Alone
+    from mmscale.evaluation import embed_set
+    from mmscale.report.choosing import choose_suspects
+    from mmscale.report.examples import Examples
+
+    trained, shards = _trained(run, data)
+    found = choose_suspects(embed_set(trained, shards, Alone()), shards, data, _tell)
+    Examples.read(run).with_suspects_of(found).write(run)
 
 
 def _pairs(run: Path, data: str | None) -> Any:

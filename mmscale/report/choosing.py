@@ -3,7 +3,8 @@
 import base64
 import bisect
 from collections.abc import Callable, Iterable
-from itertools import accumulate
+from contextlib import closing
+from itertools import accumulate, islice
 
 from torch import Tensor
 
@@ -32,50 +33,49 @@ _SAME_PICTURE = 4.0
 
 
 def choose_examples(pairs: Pairs, shards: ShardSet, warn: Callable[[str], None]) -> Examples:
-    """What to show of a set; at most `LARGEST_SAMPLE` of its images are searched.
+    """What to show of the held-out pairs; at most `LARGEST_SAMPLE` of the images are searched.
 
     Args:
         pairs: The set's embeddings with their sources, on the CPU.
         shards: The set.
         warn: Takes a line where photographs cannot be shown.
     """
-    sources = pairs.sources
-    assert sources is not None, "examples are of a set that can be read"
-    searched = _Search(pairs, sources)
-    images, texts = (rows.tolist() for rows in first_pairs(pairs, MAP_PAIRS))
-    captions = sources.captions
-    points = tuple(
-        examples.Point(photo=i, caption=captions[t]) for i, t in zip(images, texts, strict=True)
-    )
-    best, worst = searched.answers()
-    doubts, shared = searched.doubts(), searched.shared()
-    chosen = Examples(
-        points=points,
-        best=best,
-        worst=worst,
+    search = _Search(pairs)
+    best, worst = search.answers()
+    with closing(_Copies(pairs, shards, warn)) as copies:
+        suspects = _suspects(search, copies)
+        chosen = suspects.model_copy(
+            update={"points": search.points(), "best": best, "worst": worst}
+        )
+        return copies.filled(chosen)
+
+
+def choose_suspects(
+    pairs: Pairs, shards: ShardSet, name: str, warn: Callable[[str], None]
+) -> Examples:
+    """Only the doubtful and the repeated pairs of any set; `name` is what the page calls it."""
+    with closing(_Copies(pairs, shards, warn)) as copies:
+        suspects = _suspects(_Search(pairs), copies)
+        return copies.filled(suspects.model_copy(update={"searched": name}))
+
+
+def _suspects(search: "_Search", copies: "_Copies") -> Examples:
+    doubts, shared = search.doubts(), search.shared()
+    twins = (examples.Twins(photos=near) for near in search.near() if copies.look_the_same(*near))
+    return Examples(
         doubts=tuple(doubts[:DOUBTS]),
         num_doubts=len(doubts),
+        twins=tuple(islice(twins, TWINS)),
         shared=tuple(shared[:SHARED]),
         num_shared=len(shared),
     )
-    camera = _Copies(shards, sources, warn)
-    twins = [
-        examples.Twins(photos=photos) for photos in searched.near() if camera.look_the_same(*photos)
-    ]
-    chosen = chosen.model_copy(update={"twins": tuple(twins[:TWINS])})
-    ids = pairs.image_ids.tolist()
-    photos = {
-        row: Photo(id=ids[row], key=sources.keys[row], picture=camera.picture(row))
-        for row in sorted(chosen.named_photos())
-    }
-    camera.close()
-    return chosen.model_copy(update={"photos": photos})
 
 
 class _Search:
     """Looks through a set, thinned to distinct images with all of their captions."""
 
-    def __init__(self, pairs: Pairs, sources: Sources) -> None:
+    def __init__(self, pairs: Pairs) -> None:
+        self._pairs, sources = pairs, _sources_of(pairs)
         images, texts = thinned_rows(pairs, LARGEST_SAMPLE)
         self._image_rows, self._text_rows = images.tolist(), texts.tolist()
         self._image, self._text = pairs.image[images], pairs.text[texts]
@@ -85,6 +85,15 @@ class _Search:
         self._captions = [sources.captions[row] for row in self._text_rows]
         row_of = {int(number): row for row, number in enumerate(self._image_ids.tolist())}
         self._owners = [self._image_rows[row_of[number]] for number in self._text_ids.tolist()]
+
+    def points(self) -> tuple[examples.Point, ...]:
+        """The pairs on the maps."""
+        images, texts = (rows.tolist() for rows in first_pairs(self._pairs, MAP_PAIRS))
+        captions = _sources_of(self._pairs).captions
+        return tuple(
+            examples.Point(photo=image, caption=captions[text])
+            for image, text in zip(images, texts, strict=True)
+        )
 
     def answers(self) -> tuple[tuple[examples.Answer, ...], tuple[examples.Answer, ...]]:
         """The best and the worst of both directions."""
@@ -150,11 +159,20 @@ class _Search:
 class _Copies:
     """Small copies of a set's photographs, each read once; none where they cannot be read."""
 
-    def __init__(self, shards: ShardSet, sources: Sources, warn: Callable[[str], None]) -> None:
-        self._sources, self._warn = sources, warn
+    def __init__(self, pairs: Pairs, shards: ShardSet, warn: Callable[[str], None]) -> None:
+        self._sources, self._warn = _sources_of(pairs), warn
+        self._ids = pairs.image_ids.tolist()
         self._starts = [0, *accumulate(shard.samples for shard in shards.shards)]
         self._reader: SampleReader | None = SampleReader(shards)
         self._made: dict[int, bytes | None] = {}
+
+    def filled(self, chosen: Examples) -> Examples:
+        """The same with the photographs that it names."""
+        photos = {
+            row: Photo(id=self._ids[row], key=self._sources.keys[row], picture=self.picture(row))
+            for row in sorted(chosen.named_photos())
+        }
+        return chosen.model_copy(update={"photos": photos})
 
     def picture(self, row: int) -> str | None:
         """As an address that holds the picture itself."""
@@ -191,3 +209,8 @@ class _Copies:
             self._reader.close()
             self._reader = None
             return None
+
+
+def _sources_of(pairs: Pairs) -> Sources:
+    assert pairs.sources is not None, "examples are of a set that can be read"
+    return pairs.sources

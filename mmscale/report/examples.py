@@ -3,6 +3,7 @@
 Made when a run ends, while the shards are at hand; a page is written from the run folder alone.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -92,6 +93,7 @@ class Examples(_Record):
         twins: Images that look the same under different ids.
         shared: Captions that images of different ids share.
         num_shared: How many there are in all.
+        searched: Which pairs the last three kinds are of.
     """
 
     photos: dict[int, Photo] = {}
@@ -103,6 +105,7 @@ class Examples(_Record):
     twins: tuple[Twins, ...] = ()
     shared: tuple[SharedCaption, ...] = ()
     num_shared: int = 0
+    searched: str = "held-out pairs"
 
     def write(self, run_dir: Path) -> None:
         """Write what `read` reads."""
@@ -126,6 +129,34 @@ class Examples(_Record):
         if missing := examples.named_photos() - set(examples.photos):
             raise DataError(f"{path}: names photo {min(missing)}, which it lacks; remove the file")
         return examples
+
+    def with_suspects_of(self, other: "Examples") -> "Examples":
+        """These with another set's doubtful and repeated pairs in the place of their own."""
+        shift = 1 + max(self.photos, default=-1)
+
+        def moved(photos: Iterable[int]) -> tuple[int, ...]:
+            return tuple(photo + shift for photo in photos)
+
+        updates = {
+            "doubts": tuple(
+                entry.model_copy(update={"photo": entry.photo + shift}) for entry in other.doubts
+            ),
+            "num_doubts": other.num_doubts,
+            "twins": tuple(
+                entry.model_copy(update={"photos": moved(entry.photos)}) for entry in other.twins
+            ),
+            "shared": tuple(
+                entry.model_copy(update={"photos": moved(entry.photos)}) for entry in other.shared
+            ),
+            "num_shared": other.num_shared,
+            "searched": other.searched,
+        }
+        both = self.model_copy(update=updates)
+        photos = self.photos | {row + shift: photo for row, photo in other.photos.items()}
+        named = both.named_photos()
+        return both.model_copy(
+            update={"photos": {row: photo for row, photo in photos.items() if row in named}}
+        )
 
     def named_photos(self) -> set[int]:
         """Numbers of all photos that something names."""

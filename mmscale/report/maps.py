@@ -23,7 +23,7 @@ class Dot:
     """A point on a map.
 
     Attributes:
-        pair: Which of the examples' points it belongs to.
+        pair: Which of the examples' points it belongs to, -1 if to none.
         x: To the right.
         y: Downwards.
     """
@@ -93,7 +93,11 @@ def _map(
     half = len(cloud.ids)
     sides = [
         [
-            Dot(numbers.get(number, place), round(float(x), 1), round(float(y), 1))
+            Dot(
+                numbers.get(number, -1 if numbers else place),
+                round(float(x), 1),
+                round(float(y), 1),
+            )
             for place, (number, (x, y)) in enumerate(zip(cloud.ids, side, strict=True))
         ]
         for side in (points[:half], points[half:])

@@ -25,7 +25,9 @@ def folder(synthetic, tmp_path_factory):
     words = ["eval.every=5 steps", "probe.every=5 steps", f"run.dir={run_dir}"]
     succeed([*ALONE, *words_for(synthetic, settings), *words])
     (run_dir / "report.html").unlink()
-    succeed([sys.executable, "-m", "mmscale.cli", "report", run_dir])
+    report = [sys.executable, "-m", "mmscale.cli", "report", run_dir]
+    succeed([*report, "--data", synthetic.train])
+    assert str(synthetic.train) in (run_dir / "report.html").read_text("utf-8")
     return run_dir
 
 

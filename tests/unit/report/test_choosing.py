@@ -10,7 +10,7 @@ from mmscale.data.reader import SampleReader
 from mmscale.data.shards import open_shards
 from mmscale.diagnostics.pairs import Pairs, Sources
 from mmscale.diagnostics.space import snapshot
-from mmscale.report.choosing import choose_examples
+from mmscale.report.choosing import choose_examples, choose_suspects
 from mmscale.report.examples import Examples
 from mmscale.report.maps import draw_maps
 from tests.unit.diagnostics.faulty_embeddings import healthy
@@ -107,3 +107,18 @@ def test_dots_name_the_pair_that_they_show(pairs, shards):
         for dots in (drawn.images, drawn.captions):
             assert [dot.pair for dot in dots] == list(range(96))
             assert all(0 <= dot.x <= 200 and 0 <= dot.y <= 200 for dot in dots)
+
+
+def test_the_suspects_of_another_set_take_the_place_of_ones_own(pairs, shards, make_examples):
+    text = pairs.text.clone()
+    text[[10, 11, 80, 81]] = text[[80, 81, 10, 11]]
+    found = choose_suspects(replace(pairs, text=text), shards, "train", pytest.fail)
+    assert {doubt.photo for doubt in found.doubts} == {5, 40}
+    own = make_examples()
+    both = own.with_suspects_of(found)
+    assert (both.points, both.best) == (own.points, own.best)
+    assert [both.photos[doubt.photo] for doubt in both.doubts] == [
+        found.photos[doubt.photo] for doubt in found.doubts
+    ]
+    assert not both.named_photos() - set(both.photos)
+    assert both.searched == "train"
