@@ -1,5 +1,6 @@
 """A model on held-out pairs: while it trains, and afterwards from its checkpoint."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -74,8 +75,15 @@ def evaluate_set(trained: Trained, shards: ShardSet, peers: Peers) -> dict[str, 
     return _figures(trained.config, call, device, held_out, peers, table, pairs)
 
 
-def evaluate(training: Training) -> tuple[dict[str, float], Pairs] | None:
-    """Recall on the held-out pairs, and their embeddings; None without any. Collective."""
+def evaluate(
+    training: Training, progress: Callable[[int, int], None] = lambda done, total: None
+) -> tuple[dict[str, float], Pairs] | None:
+    """Recall on the held-out pairs, and their embeddings; None without any. Collective.
+
+    Args:
+        training: The run.
+        progress: Called as images are encoded, with how many and of how many.
+    """
     held_out, engine = training.held_out, training.engine
     if held_out is None:
         return None
@@ -84,7 +92,13 @@ def evaluate(training: Training) -> tuple[dict[str, float], Pairs] | None:
     if training.config.eval.weights == "ema" and momentum is not None:
         call = momentum.call
     table = held_out.table or encode_set(
-        training.config, call, engine.device, held_out.shards, held_out.spec, training.peers
+        training.config,
+        call,
+        engine.device,
+        held_out.shards,
+        held_out.spec,
+        training.peers,
+        progress,
     )
     pairs = embed(call, engine.device, table)
     figures = _figures(training.config, call, engine.device, held_out, training.peers, table, pairs)

@@ -20,11 +20,10 @@ from mmscale.errors import TerminatedError, explained
 if TYPE_CHECKING:
     from mmscale.assembly import Segment, Training
     from mmscale.checkpoint.files import Progress
-    from mmscale.checkpoint.saver import Saver
     from mmscale.contracts import Batch, Position
-    from mmscale.dist.signals import StopSignal
+    from mmscale.course.run import Run
+    from mmscale.course.trace import Trace
     from mmscale.engine.step import Update
-    from mmscale.report.report import Report
 
 Batches: TypeAlias = "Generator[tuple[Batch, Position, float], None, None]"
 
@@ -59,7 +58,9 @@ def _attempt(config: Config, updated: Callable[[], None]) -> int:
     with failing_together(world):
         from mmscale.assembly import Segment, assemble
         from mmscale.checkpoint.saver import Saver
+        from mmscale.course.run import Run
         from mmscale.dist.signals import StopSignal
+        from mmscale.dist.watchdog import Watchdog
         from mmscale.report.console import early_line
         from mmscale.report.report import Report
 
@@ -69,19 +70,15 @@ def _attempt(config: Config, updated: Callable[[], None]) -> int:
         with Report(training.config, world, training.total_steps, training.start.step) as report:
             saver = Saver(Path(config.run.dir), world, config.checkpoint, report.warn)
             wait_for(saver.wait)
-            while (following := _segment(training, report, stop, saver, updated)) is not None:
+            watchdog = Watchdog(world, config.engine.timeout)
+            run = Run(report, stop, saver, watchdog, updated)
+            while (following := _segment(training, run)) is not None:
                 training = assemble(following, world, report.say)
     leave()
     return 0
 
 
-def _segment(
-    training: "Training",
-    report: "Report",
-    stop: "StopSignal",
-    saver: "Saver",
-    updated: Callable[[], None],
-) -> "Segment | None":
+def _segment(training: "Training", run: "Run") -> "Segment | None":
     """Train with one configuration and engine; returns what the run goes on as, None at its end."""
     from mmscale.course.closing import finish
     from mmscale.course.stages import next_stage
@@ -89,33 +86,24 @@ def _segment(
     from mmscale.report.lines import opening_lines
 
     for line in opening_lines(training):
-        report.say(line)
+        run.report.say(line)
     traced = training.config.log.profile
     # Closed, so that decoding processes end here and not when their loader is collected.
     with (
-        closing(_batches(training)) as batches,
+        closing(_batches(training, run)) as batches,
         Trace(training, None if traced is None else _steps(training, traced)) as trace,
+        run.watchdog,
     ):
-
-        def after_update() -> None:
-            updated()
-            trace.step()
-
-        progress, following = _loop(training, report, stop, saver, batches, after_update)
+        progress, following = _loop(training, run, trace, batches)
     following = following or next_stage(training, progress)
     if following is None:
-        finish(training, report, saver, progress)
+        finish(training, run, progress)
     training.close()
     return following
 
 
 def _loop(
-    training: "Training",
-    report: "Report",
-    stop: "StopSignal",
-    saver: "Saver",
-    batches: "Batches",
-    updated: Callable[[], None],
+    training: "Training", run: "Run", trace: "Trace", batches: "Batches"
 ) -> tuple["Progress", "Segment | None"]:
     """Update until the segment ends; returns how far it came, and what follows before the end."""
     from mmscale.assembly import snapshot
@@ -133,9 +121,10 @@ def _loop(
     from mmscale.report.lines import first_batch_line, training_line
 
     config, progress = training.config, training.start
+    report, saver = run.report, run.saver
     length = training.end - progress.stage_start
     warmup = _steps(training, config.optim.warmup)
-    skips = Skips()
+    skips = Skips(training, run)
     probe, grace = (_steps(training, every) for every in (config.probe.every, config.guard.grace))
     probes = Probes(training, report, probe, grace)
     keep_a_way_back(training, saver)
@@ -162,11 +151,12 @@ def _loop(
                 config.optim.lr * factor,
                 factor,
                 step,
-                stop.wanted,
+                run.stop.wanted,
                 training.companions,
                 saver.written,
             )
-        updated()
+        run.updated()
+        trace.step()
         progress = _advance(progress, position, done, training.plan.global_rows)
         state = balancer.after(done.record.applied)
         progress = replace(progress, watched={**progress.watched, **state})
@@ -174,7 +164,8 @@ def _loop(
         if _due(training, config.log.every, progress.step):
             spent = {"data": waited, **phases.seconds}
             report.training(training_line(training, progress, done, seconds, spent, batch))
-        skips.count(progress, done, batch)
+        if (following := skips.count(progress, done, batch)) is not None:
+            return progress, following
         progress = guarded(config.stop, warmup, progress, done.record)
         if done.record.damaged:
             check_damage(training, report, batch, progress)
@@ -190,7 +181,7 @@ def _loop(
                 saver.finish()
                 raise TerminatedError(f"told to stop; step {progress.step} is in a checkpoint")
             if _due(training, config.eval.every, progress.step):
-                progress, _ = evaluated(training, report, progress)
+                progress, _ = evaluated(training, run, progress)
                 progress = watched(training, report, progress)
             is_best = progress.best is not None and progress.best.step == progress.step
             wanted = is_best or _due(training, config.checkpoint.every, progress.step)
@@ -202,15 +193,17 @@ def _loop(
     return progress, None
 
 
-def _batches(training: "Training") -> "Batches":
-    """The run's batches on the device, the position after each, and the seconds waited."""
+def _batches(training: "Training", run: "Run") -> "Batches":
+    """The segment's batches on the device, the position after each, and the seconds waited."""
     from mmscale.engine.feed import on_device
 
     stream = training.stream.batches(training.start.position)
-    for _ in range(training.end - training.start.step):
+    for step in range(training.start.step + 1, training.end + 1):
+        run.watchdog.alive(f"the wait for the batch of step {step}")
         start = time.perf_counter()
         batch, position = next(stream)
         batch = on_device(batch, training.policy.device, training.spec)
+        run.watchdog.alive(f"the update of step {step}")
         yield batch, position, time.perf_counter() - start
 
 

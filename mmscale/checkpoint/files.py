@@ -49,6 +49,7 @@ class Progress:
         metrics: The newest evaluation.
         stage: Number of the stage that trains, from 0.
         stage_start: `step` at which that stage began.
+        went_back: How often the weights went back to an earlier checkpoint's.
         best: The best evaluation by `checkpoint.best`.
         scaler: State of the engine's loss scaling; empty without one.
         stage_updates: `updates` at which it began.
@@ -66,6 +67,7 @@ class Progress:
     metrics: dict[str, float] = field(default_factory=dict)
     stage: int = 0
     stage_start: int = 0
+    went_back: int = 0
     best: Best | None = None
     scaler: dict[str, float] = field(default_factory=dict)
     stage_updates: int = 0

@@ -162,6 +162,15 @@ class ModelConfig(Section):
     """Inverse temperature."""
 
 
+class NonFiniteConfig(Section):
+    """What is done about a loss or gradient that is not finite."""
+
+    skips: Annotated[int, Field(ge=0)] = 4
+    """Updates in a row that are skipped before the weights go back to the last checkpoint's."""
+    rollbacks: Annotated[int, Field(ge=0)] = 2
+    """How often they go back, past the batches at fault, before the run ends with exit 3."""
+
+
 class TrainConfig(Section):
     """How long, and in what batches."""
 
@@ -171,6 +180,8 @@ class TrainConfig(Section):
     """Pairs contrasted together, over all ranks and chunks."""
     micro_batch_size: Literal["auto"] | Positive = "auto"
     """Rows a rank forwards at once; `auto`: all of its share."""
+    non_finite: NonFiniteConfig = NonFiniteConfig()
+    """Losses and gradients that are not finite."""
 
 
 class EngineConfig(Section):
@@ -185,7 +196,7 @@ class EngineConfig(Section):
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """`auto`: CUDA, then MPS, then CPU."""
     timeout: Positive = 600
-    """Seconds that a rank waits for the others in one exchange."""
+    """Seconds that a rank may stand still: in a batch, an update, an exchange with the others."""
 
 
 class EvalConfig(Section):

@@ -7,8 +7,8 @@ from typing import Any
 
 from mmscale.assembly import Training, snapshot
 from mmscale.checkpoint.files import Best, Progress
-from mmscale.checkpoint.saver import Saver
 from mmscale.config.schema import CheckpointConfig
+from mmscale.course.run import Run
 from mmscale.diagnostics.doctor import diagnose
 from mmscale.diagnostics.in_training import InTraining
 from mmscale.diagnostics.pairs import Pairs
@@ -18,18 +18,17 @@ from mmscale.evaluation import evaluate
 from mmscale.report.choosing import choose_examples
 from mmscale.report.metrics import read_metrics
 from mmscale.report.page import write_page
-from mmscale.report.report import Report
 
 
-def evaluated(
-    training: Training, report: Report, progress: Progress
-) -> tuple[Progress, Pairs | None]:
+def evaluated(training: Training, run: Run, progress: Progress) -> tuple[Progress, Pairs | None]:
     """Recall on the held-out pairs, reported and kept in the progress. Collective."""
-    found = evaluate(training)
+    found = evaluate(
+        training, lambda done, total: run.watchdog.alive(f"the evaluation after {done} of {total}")
+    )
     if found is None:
         return progress, None
     figures, pairs = found
-    report.evaluation({"step": progress.step, **figures}, pairs)
+    run.report.evaluation({"step": progress.step, **figures}, pairs)
     best = _best(training.config.checkpoint, progress, figures)
     return replace(progress, metrics=figures, best=best), pairs
 
@@ -50,15 +49,15 @@ def _best(settings: CheckpointConfig, progress: Progress, figures: dict[str, flo
     return now if better else before
 
 
-def finish(training: Training, report: Report, saver: Saver, progress: Progress) -> None:
+def finish(training: Training, run: Run, progress: Progress) -> None:
     """The last evaluation, checkpoint, diagnosis and page. Collective."""
-    progress, pairs = evaluated(training, report, progress)
+    progress, pairs = evaluated(training, run, progress)
     if progress.step > training.start.step:
-        saver.save(snapshot(training, progress))
-    saver.finish()
+        run.saver.save(snapshot(training, progress))
+    run.saver.finish()
     if not training.world.is_main:
         return
-    run_dir = Path(training.config.run.dir)
+    report, run_dir = run.report, Path(training.config.run.dir)
     last: dict[str, Any] = {"step": progress.step, **progress.metrics}
     held_out = training.held_out
     if pairs is not None and held_out is not None:

@@ -3,7 +3,9 @@
 A failing rank posts its sentence in the rendezvous store and enters no further collective.
 """
 
+import faulthandler
 import json
+import multiprocessing
 import os
 import sys
 import threading
@@ -44,11 +46,11 @@ class PeerFailedError(LaunchError):
         self.exit_code = exit_code
 
 
-def watch(store: "dist.Store") -> None:
+def watch(store: "dist.Store", rank: int) -> None:
     """Begin to listen for the other ranks' failures; `store` is the one that they met in."""
     global _store
     _store = store
-    threading.Thread(target=_watch, args=(store.clone(),), daemon=True).start()
+    threading.Thread(target=_watch, args=(store.clone(), rank), daemon=True).start()
 
 
 def stop_watching() -> None:
@@ -100,7 +102,7 @@ def _lost_connection(error: BaseException) -> bool:
     )
 
 
-def _watch(store: dist.Store) -> None:
+def _watch(store: dist.Store, rank: int) -> None:
     """End this rank where another failed and its open connections keep a collective waiting.
 
     DeepSpeed's engine holds the process groups, so that a failed rank's connections stay open until
@@ -113,6 +115,8 @@ def _watch(store: dist.Store) -> None:
             notice = json.loads(store.get(_NOTICE))
         except RuntimeError:
             return  # rank 0 is gone: the collective says so itself
+        if notice["stacks"]:
+            tell_stacks(rank)
         if _handled.wait(_GRACE_SECONDS):
             return
         sys.stderr.write(f"mmscale: rank {notice['rank']} failed: {notice['message']}\n")
@@ -121,7 +125,7 @@ def _watch(store: dist.Store) -> None:
             store.add(_READ, 1)
         if _unfinished is not None:
             _unfinished(_LAST_WAIT_SECONDS)
-        os._exit(notice["exit_code"])
+        end_now(notice["exit_code"])
 
 
 def _publish(world: World, error: BaseException) -> dict[str, Any] | None:
@@ -134,7 +138,7 @@ def _publish(world: World, error: BaseException) -> dict[str, Any] | None:
     text = str(error) if isinstance(error, MmscaleError) else f"{type(error).__name__}: {error}"
     if _lost_connection(error):
         code, text = LaunchError.exit_code, _LOST.format(world.rank, str(error).splitlines()[0])
-    mine = json.dumps({"rank": world.rank, "exit_code": code, "message": text[:2000]})
+    mine = _notice(world, code, text)
     try:
         if not isinstance(error, (MmscaleError, KeyboardInterrupt)):
             # Perhaps only the echo of another rank's end: give its notice a moment to arrive.
@@ -144,6 +148,51 @@ def _publish(world: World, error: BaseException) -> dict[str, Any] | None:
         return dict(json.loads(first))
     except RuntimeError:
         return None
+
+
+def _notice(world: World, code: int, text: str, stacks: bool = False) -> str:
+    found = {"rank": world.rank, "exit_code": code, "message": text[:2000], "stacks": stacks}
+    return json.dumps(found)
+
+
+def first_failure(world: World, code: int, message: str, stacks: bool = False) -> str:
+    """For a thread of a rank that is about to end: tell the others why, and wait until they know.
+
+    Args:
+        world: The ranks.
+        code: Exit code that all end with.
+        message: What happened here.
+        stacks: The others are to tell where they stand.
+
+    Returns:
+        What failed first: `message`, or another rank's.
+    """
+    _handled.set()
+    if _store is None or world.size == 1:
+        return message
+    with suppress(RuntimeError):
+        # The main thread may wait in a connection of its own.
+        store = _store.clone()
+        first = json.loads(store.compare_set(_NOTICE, "", _notice(world, code, message, stacks)))
+        if first["rank"] != world.rank:
+            store.add(_READ, 1)
+            return f"rank {first['rank']} failed: {first['message']}"
+        _wait_for_readers(world, mine=True)
+    return message
+
+
+def end_now(code: int) -> None:
+    """End this process from a thread, with its decoding processes: they may hang themselves."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)
+
+
+def tell_stacks(rank: int) -> None:
+    """Write the stacks of this rank's threads to stderr."""
+    sys.stderr.write(f"mmscale: rank {rank} stands here:\n")
+    sys.stderr.flush()
+    faulthandler.dump_traceback(sys.stderr, all_threads=True)
 
 
 def _acknowledge() -> None:

@@ -1,21 +1,34 @@
 """Signals that ask a run to end: noted here, acted on between two updates."""
 
+import os
 import signal
 from types import FrameType
+
+from mmscale.dist.launchers import Launchers
 
 _GRACE_SECONDS = 20
 
 
 class StopSignal:
-    """Remembers SIGTERM and SIGUSR1 (a scheduler's early warning) from the moment it is made."""
+    """Remembers SIGTERM and SIGUSR1 (a scheduler's early warning) from the moment it is made.
+
+    The end of a launcher above this process counts as one: some end at SIGTERM without a word to
+    their ranks.
+    """
 
     def __init__(self) -> None:
-        self.wanted = False
+        self._noted = False
+        self._launchers = Launchers(os.getpid())
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
 
+    @property
+    def wanted(self) -> bool:
+        """The run is to end."""
+        return self._noted or self._launchers.gone
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.wanted = True
+        self._noted = True
 
 
 def outlive_termination(worker: int) -> None:

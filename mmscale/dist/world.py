@@ -13,6 +13,8 @@ from mmscale.contracts import World
 from mmscale.dist.failure import stop_watching, watch
 from mmscale.errors import LaunchError
 
+_AFTER_WATCHDOG = 30
+
 
 def promised_world(environ: Mapping[str, str] = os.environ) -> World:
     """The world that the launcher promised through the environment.
@@ -74,11 +76,13 @@ def join(world: World, backend: str, timeout_seconds: int, alone_too: bool = Fal
         store, rank, size = next(
             iter(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
         )
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        # Later than the watchdog, who can tell why an exchange does not come to its end.
+        patience = timeout + timedelta(seconds=_AFTER_WATCHDOG)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
         # accelerate looks for the world under torchrun's names, which srun does not set.
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
         os.environ["LOCAL_RANK"] = str(world.local_rank)
-        watch(store)
+        watch(store, rank)
     except (RuntimeError, ValueError, OSError) as error:
         raise LaunchError(
             f"rank {world.rank} could not join {world.size} ranks ({str(error).splitlines()[0]}); "

@@ -6,7 +6,7 @@ are written as null, which every reader takes for "no figure".
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,22 @@ from mmscale.errors import DataError
 
 
 class MetricsLog:
-    """An open metrics file; every line is handed to the operating system as it is written."""
+    """An open metrics file; every line is handed to the operating system as it is written.
 
-    def __init__(self, path: Path) -> None:
+    What a full disk does not take waits in memory for the next line: training goes on.
+    """
+
+    def __init__(self, path: Path, warn: Callable[[str], None] = lambda text: None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8", newline="\n")
+        self._file = path.open("ab", buffering=0)
+        self._warn = warn
+        self._waiting = b""
+        self._has_told = False
 
     @classmethod
-    def resume(cls, path: Path, step: int) -> "MetricsLog":
+    def resume(
+        cls, path: Path, step: int, warn: Callable[[str], None] = lambda text: None
+    ) -> "MetricsLog":
         """Open the log of a run that goes on from `step`, as if nothing later had happened.
 
         Lines past `step`, a `finished` line and a torn last line are cut away; the file is replaced
@@ -31,13 +39,19 @@ class MetricsLog:
         if path.exists():
             kept = [raw for raw, line in _lines(path) if _survives(line, step)]
             replace_file(path, b"".join(kept))
-        return cls(path)
+        return cls(path, warn)
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one object."""
         text = json.dumps(_plain(line), allow_nan=False)
-        self._file.write(text + "\n")
-        self._file.flush()
+        self._waiting += text.encode() + b"\n"
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not self._has_told:
+                self._warn(f"metrics lines wait in memory ({error}); free disk space")
+                self._has_told = True
 
     def close(self) -> None:
         """Close the file; nothing can be written afterwards."""

@@ -3,7 +3,7 @@
 Every rank holds a `Report` and calls it alike; only the main rank's writes and speaks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -45,7 +45,7 @@ class Report:
         if world.is_main:
             chance = chance_loss(config.model_dump(), world.size)
             self._console = TrainingConsole(total_steps, chance)
-            self._sinks.append(_open_log(self._log, start_step))
+            self._sinks.append(_open_log(self._log, start_step, self.warn))
             self._space = SpaceLog(self._log.with_name(SPACE_NAME), start_step)
             if config.log.wandb != "off":
                 self._sinks.append(WandbSink(config, self.warn))
@@ -84,6 +84,11 @@ class Report:
         if self._console:
             self._console.training(line)
 
+    def incident(self, line: Mapping[str, Any], text: str) -> None:
+        """Record something that went wrong and was borne or not, and tell it."""
+        self._write(line)
+        self.warn(text)
+
     def probe(self, line: Mapping[str, Any]) -> None:
         """Record the embedding space's figures (`health/*`)."""
         self._write(line)
@@ -92,7 +97,10 @@ class Report:
         """Record the recalls on held-out pairs (`eval/*`), and what the space looks like."""
         self._write(line)
         if self._space:
-            self._space.write(line["step"], snapshot(pairs))
+            try:
+                self._space.write(line["step"], snapshot(pairs))
+            except OSError as error:
+                self.warn(f"{SPACE_NAME} could not be written ({error}); training goes on")
         if self._console:
             self._console.evaluation(line)
 
@@ -101,7 +109,7 @@ class Report:
         for place, sink in enumerate(self._sinks):
             if isinstance(sink, MetricsLog):
                 sink.close()
-                self._sinks[place] = _open_log(self._log, step)
+                self._sinks[place] = _open_log(self._log, step, self.warn)
         if self._space:
             self._space = SpaceLog(self._log.with_name(SPACE_NAME), step)
 
@@ -127,8 +135,8 @@ class Report:
             sink.write(line)
 
 
-def _open_log(path: Path, start_step: int) -> MetricsLog:
+def _open_log(path: Path, start_step: int, warn: Callable[[str], None]) -> MetricsLog:
     if start_step == 0:
         # A run that died before its first checkpoint starts over, and so does its log.
         path.unlink(missing_ok=True)
-    return MetricsLog.resume(path, start_step)
+    return MetricsLog.resume(path, start_step, warn)

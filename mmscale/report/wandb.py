@@ -1,12 +1,15 @@
 """Figures to Weights & Biases, when `log.wandb` asks for it; photographs only where asked again.
 
-A run that trains must not end because a web service does: failures are told once, then ignored.
+A run that trains must neither end nor wait because a web service does: a thread sends, failures are
+told once, then ignored.
 """
 
 import base64
 import importlib
 import importlib.util
 import io
+import queue
+import threading
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,6 +36,12 @@ def require_wandb(config: Config) -> None:
         )
 
 
+# How long a run's beginning may take where it is sent to, and how long its end waits for the rest.
+_STARTING_SECONDS = 15.0
+_CLOSING_SECONDS = 20.0
+_STARTING_SECONDS = 15.0
+
+
 class WandbSink:
     """Sends metric lines to wandb; a resumed run goes on under the same id.
 
@@ -46,18 +55,17 @@ class WandbSink:
         self._run: Any = None
         self._wandb = _import_wandb(config)
         self._with_photographs = config.log.wandb_images
-        self._attempt(lambda: self._start(self._wandb, config))
+        self._content: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._send, args=(config,), daemon=True)
+        self._thread.start()
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Send one metric line."""
+        """Take one metric line to be sent."""
         # log()'s own step must rise, which it does not after a resume: step is a metric instead.
-        if self._run is not None:
-            self._attempt(lambda: self._run.log(dict(line)))
+        self._content.put(dict(line))
 
     def show(self, page: Page) -> None:
-        """Send a page's drawn pictures, and its photographs where `log.wandb_images` is set."""
-        if self._run is None:
-            return
+        """Take a page's drawn pictures, and its photographs where `log.wandb_images` is set."""
         content: dict[str, Any] = {
             f"report/{picture.title}": self._wandb.Image(_opened(picture.source))
             for picture in page.pictures
@@ -70,12 +78,23 @@ class WandbSink:
                 ]
                 for name, entries in _photographs(page.examples).items()
             }
-        self._attempt(lambda: self._run.log(content))
+        self._content.put(content)
 
     def close(self) -> None:
-        """Send what is left and end the wandb run."""
-        if self._run is not None:
-            self._attempt(lambda: self._run.finish())
+        """Send what is left and end the wandb run, as far as there is time for it."""
+        self._content.put(None)
+        self._thread.join(_CLOSING_SECONDS)
+        if self._thread.is_alive():
+            self._warn(f"wandb took longer than {_CLOSING_SECONDS:g} s to end and was left alone")
+
+    def _send(self, config: Config) -> None:
+        try:
+            self._start(self._wandb, config)
+            while (content := self._content.get()) is not None:
+                self._run.log(content)
+            self._run.finish()
+        except Exception as error:  # noqa: BLE001 - a web service may fail in any way
+            self._warn(f"wandb failed ({error}); training goes on without it")
 
     def _start(self, wandb: Any, config: Config) -> None:
         folder = Path(config.run.dir)
@@ -87,18 +106,11 @@ class WandbSink:
             mode=config.log.wandb,
             dir=str(folder),
             config=config.model_dump(mode="json"),
-            settings=wandb.Settings(console="off", save_code=False, silent=True),
+            settings=wandb.Settings(
+                console="off", save_code=False, silent=True, init_timeout=_STARTING_SECONDS
+            ),
         )
         self._run.define_metric("*", step_metric="step")
-
-    def _attempt(self, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except ConfigError:
-            raise
-        except Exception as error:  # noqa: BLE001 - a web service may fail in any way
-            self._run = None
-            self._warn(f"wandb failed ({error}); training goes on without it")
 
 
 def _import_wandb(config: Config) -> Any:

@@ -55,8 +55,8 @@ def test_lines_go_to_one_run_whose_id_outlives_a_restart(config, monkeypatch):
     for _ in range(2):
         sink = WandbSink(config, pytest.fail)
         sink.write({"step": 1, "loss": 0.5})
-        run = sink._run
         sink.close()
+        run = sink._run
         assert run.lines == [{"step": 1, "loss": 0.5}]
         assert run.finished
     assert starts[0]["id"] == starts[1]["id"]
@@ -105,6 +105,7 @@ def test_photographs_go_only_where_asked(config, monkeypatch, make_examples, his
     sink = WandbSink(config.model_copy(update={"log": log}), pytest.fail)
     pictures = space_pictures([{"step": 1, "similarity": histograms}])
     sink.show(Page(Path("report.html"), pictures, make_examples()))
+    sink.close()
     (line,) = run.lines
     assert line.pop("report/Similarity of pairs")[0][0] > 500
     shown = {"report/best retrievals", "report/worst retrievals", "report/doubtful captions"}

@@ -1,0 +1,65 @@
+"""A rank that makes no progress ends all of them, each telling where it stands."""
+
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import Self
+
+from mmscale.contracts import World
+from mmscale.dist.failure import end_now, first_failure, tell_stacks
+from mmscale.errors import LaunchError
+
+_LOOKS_A_SPAN = 20
+
+
+class Watchdog:
+    """Looks after a rank between `with` and its end.
+
+    A thread of its own tells what the main thread cannot: that it waits for a batch that does not
+    come, or in an exchange for a rank that has gone astray. Named is who stood still first.
+
+    Args:
+        world: The ranks.
+        seconds: How long a rank may stand still.
+    """
+
+    def __init__(self, world: World, seconds: float):
+        self._world, self._seconds = world, seconds
+        self._over = threading.Event()
+
+    def alive(self, doing: str) -> None:
+        """This rank has come to something new, told by `doing` where it stays there."""
+        self._now = (time.monotonic(), doing)
+
+    def __enter__(self) -> Self:
+        self.alive("its beginning")
+        self._over = threading.Event()
+        threading.Thread(target=self._look, args=(self._over,), daemon=True).start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._over.set()
+
+    def _look(self, over: threading.Event) -> None:
+        while not over.wait(min(1.0, self._seconds / _LOOKS_A_SPAN)):
+            since, doing = self._now
+            if time.monotonic() - since > self._seconds:
+                self._end(doing)
+
+    def _end(self, doing: str) -> None:
+        rank = self._world.rank
+        message = (
+            f"rank {rank} stood still for {self._seconds:g} s (engine.timeout) in {doing}; stderr "
+            "of each rank holds its stacks"
+        )
+        tell_stacks(rank)
+        first = first_failure(self._world, LaunchError.exit_code, message, stacks=True)
+        sys.stderr.write(f"mmscale: {first}\n")
+        sys.stderr.flush()
+        end_now(LaunchError.exit_code)
