@@ -52,6 +52,7 @@ from mmscale.model.presets import fill_preset, stand_in_line
 from mmscale.model.scale import with_scale_fitted
 from mmscale.model.selection import check_patterns, select
 from mmscale.model.two_tower import TwoTower
+from mmscale.preflight import require_room, require_same_everywhere
 
 Tell = Callable[[str], None]
 
@@ -142,6 +143,8 @@ def assemble(segment: Segment, world: World, tell: Tell) -> Training:
     join(world, policy.backend, run.engine.timeout, alone_too=kind == "deepspeed")
     peers = connect(world)
     shards = open_train(run.data)
+    if segment.origin is None:
+        require_same_everywhere(run, shards.digest, world)
     schedule = plan_schedule(stages[0], shards, plans[0].lanes)
     lengths = stage_lengths(run, stages, schedule.items)
     origin = segment.origin or starting_point(run, world, tell)
@@ -171,6 +174,7 @@ def assemble(segment: Segment, world: World, tell: Tell) -> Training:
     check_patterns(model, run)
     for line in select(model, run, start.stage):
         tell(line)
+    require_room(config, model, needs_momentum(config), world)
     tell(f"batch: {plan}")
     tell(f"device: {policy}")
     if gaps := gaps_line(model, spec, policy):
