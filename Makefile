@@ -18,7 +18,7 @@ PEERS := $(VENV)/peers
 DEMO_RUN := runs/demo
 DEMO_DATA := runs/demo-data
 
-.PHONY: help setup demo test test-slow check peers bench
+.PHONY: help setup demo test test-slow check peers bench chaos
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -63,3 +63,6 @@ bench: peers  ## data and loss against open_clip: runs/bench-data.json, runs/ben
 	mkdir -p runs
 	$(BIN)/mmscale bench data --json runs/bench-data.json
 	$(BIN)/mmscale bench loss --json runs/bench-loss.json
+
+chaos: setup  ## kill -9 a run twenty times, compare with an uninterrupted one: runs/chaos.md
+	$(BIN)/python tools/chaos.py --kills 20 --table runs/chaos.md
