@@ -113,10 +113,19 @@ def _training_features(words: Sequence[str]) -> Path:
 
 def page(results: Sequence[Result]) -> str:
     """Both tables."""
+    updates = sorted({result.figures["step"] for result in results if "step" in result.figures})
+    seeds = len({result.labels["seed"] for result in results})
     return (
-        "Held-out recall in percent, mean ± standard deviation over seeds.\n\n"
+        "# Losses and negatives at equal steps\n\n"
+        "Written by `mmscale lab losses CONFIG key=value ... --page FILE`: held-out recall in "
+        f"percent after {' or '.join(map(str, updates))} updates, mean ± standard deviation over "
+        f"{seeds} seeds. Terms that do not contrast, or only shape the space, stand beside "
+        "InfoNCE.\n\n"
         f"{losses_table(results).markdown()}\n\n"
-        "Mean of the six recalls by negatives; `batch`: those of the global batch alone.\n\n"
+        "## Negatives\n\n"
+        "Mean of the six recalls. `batch`: the other pairs of the global batch; the queue holds "
+        "1,024 rows, `hard` and `semi_hard` mine a tenth of the negatives, hard batches bring in "
+        "images that look alike.\n\n"
         f"{negatives_table(results).markdown()}\n"
     )
 

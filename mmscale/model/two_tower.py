@@ -117,8 +117,9 @@ class TwoTower(nn.Module):
             return self.text(tokens, mask)
 
     def _heads(
-        self, image: Float[Tensor, "b f"], text: Float[Tensor, "b g"]
+        self, image: Float[Tensor, "b f"], text: Float[Tensor, "captions g"]
     ) -> tuple[Embeddings, Embeddings, Float[Tensor, "1"], Float[Tensor, "1"] | None]:
+        # An evaluation has several captions an image: their number is another.
         embedded = self._embed("image", image), self._embed("text", text)
         # Asked for by calls: only those make sharded parameters whole.
         return *embedded, self.scale(), self.scale("bias")
