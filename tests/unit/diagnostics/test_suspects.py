@@ -24,11 +24,20 @@ def test_a_model_that_knows_nothing_doubts_little(make):
     assert len(doubtful_captions(*sides)) <= 2
 
 
-def test_an_images_other_captions_suggest_nothing():
-    """Five equal captions an image: they are no neighbours that could outdo one another."""
+def test_what_is_suggested_leaves_out_the_image_and_its_own_captions():
+    """One of three captions is another image's; the two right ones must not speak for it."""
     pairs = healthy(0.5)(200, 64, 0)
-    text, ids = pairs.text.repeat(5, 1), pairs.text_ids.repeat(5)
-    assert not doubtful_captions(pairs.image, text, pairs.image_ids, ids)
+    owner = torch.arange(200).repeat_interleave(3)
+    text = pairs.text[owner]
+    text[[30, 333]] = text[[333, 30]]
+    doubts = doubtful_captions(pairs.image, text, pairs.image_ids, pairs.image_ids[owner])
+    assert {doubt.text for doubt in doubts} == {30, 333}
+    similarity = (text @ pairs.image.T).double()
+    similarity[torch.arange(600), owner] = -torch.inf
+    for doubt in doubts:
+        near_images = similarity[doubt.text].topk(10).values.mean()
+        near_captions = similarity[:, doubt.image].topk(10).values.mean()
+        assert doubt.suggested == pytest.approx(float(near_images + near_captions) / 2, abs=1e-6)
 
 
 def test_images_that_repeat_are_near_and_no_others():
