@@ -20,6 +20,7 @@ from mmscale.data.decode import open_picture
 from mmscale.data.decoded_cache import DecodedCache, Shrinking
 from mmscale.data.handover import PREFETCH, Handover
 from mmscale.data.lanes import Item, sections, seeded
+from mmscale.data.pairing_check import check_pixels, check_tokens, stamp
 from mmscale.data.reader import DamagedSampleError, SampleReader
 from mmscale.data.schedule import AnyLane, Schedule
 from mmscale.data.shards import ShardSet
@@ -90,6 +91,8 @@ class TrainStream:
         while rank_shares := list(islice(shares, min(max(1, workers), turns.lane_count))):
             position = self.schedule.after(position)
             pixels = torch.cat([turns.pixels_of(share) for share in rank_shares])
+            for share in rank_shares:
+                turns.check(share, share.turn)
             yield assemble(rank_shares, pixels, self._spec), position
 
 
@@ -163,6 +166,12 @@ class _Turns(IterableDataset):
             return share.pixels
         return self._handover.get(share.worker, share.turn)
 
+    def check(self, share: Share, row: int) -> None:
+        """Each row is one sample's: all pixels, and the tokens of one row, another each time."""
+        if share.pixels is None:
+            check_pixels(share.keys, self._handover.stamps(share.worker, share.turn))
+        check_tokens(row, share.keys, share.captions, share.tokens, self._spec)
+
     def __iter__(self) -> Iterator[Share | DataError | None]:
         try:
             yield from self._shares()
@@ -204,7 +213,8 @@ class _Turns(IterableDataset):
             share.pixels = stack_rows(images)
             return share
         share.worker, share.turn = info.id, self._turn
-        self._handover.put(share.worker, share.turn, images)
+        stamps = [stamp(key) for key in share.keys]
+        self._handover.put(share.worker, share.turn, images, stamps)
         self._turn += 1
         return share
 

@@ -1,12 +1,14 @@
 """Rows that cross from worker to training process arrive whole, however slow the reader is."""
 
 import time
+from dataclasses import replace
 from itertools import islice
 
 import pytest
 import torch
 
 from mmscale.contracts import InputSpec, Position, World
+from mmscale.data import handover
 from mmscale.data.schedule import plan_schedule
 from mmscale.data.shards import open_train
 from mmscale.data.stream import TrainStream
@@ -44,3 +46,19 @@ def test_batches_that_were_kept_are_never_written_again(synthetic, workers, lane
         assert batch.keys == reference.keys
         assert batch.image.dtype == torch.uint8
         assert torch.equal(batch.image, reference.image)
+
+
+def test_pixels_of_another_sample_are_noticed(synthetic, monkeypatch):
+    """With one slot a worker writes its next share over rows that are still to be read."""
+    monkeypatch.setattr(handover, "_SLOTS", 1)
+    with pytest.raises(AssertionError, match="another sample's pixels"):
+        batches_of(synthetic, 2, 4, pause=0.05)
+
+
+def test_tokens_of_another_caption_are_noticed(synthetic, monkeypatch):
+    def in_another_order(texts):
+        return [[len(text)] for text in sorted(texts)]
+
+    monkeypatch.setattr(f"{__name__}.SPEC", replace(SPEC, tokenize=in_another_order))
+    with pytest.raises(AssertionError, match="tokens that its caption alone does not give"):
+        batches_of(synthetic, 0, 4)
