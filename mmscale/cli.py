@@ -404,7 +404,7 @@ def bench(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def lab(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="losses, recipe or parity.")],
+    name: Annotated[str, typer.Argument(help="collapse, losses, recipe or parity.")],
     out: Annotated[
         Path | None, typer.Option(help="Folder of its runs; default runs/lab/NAME.")
     ] = None,

@@ -15,7 +15,7 @@ from mmscale.lab.cells import Cell, Result
 from mmscale.lab.grid import run_grid
 from mmscale.lab.trained import trained
 
-EXPERIMENTS = ("losses", "recipe", "parity")
+EXPERIMENTS = ("collapse", "losses", "parity", "recipe")
 PAGE = "page.md"
 
 
