@@ -24,6 +24,7 @@ def _record(loss: float, chance: float | None = 4.0, applied: bool = True) -> St
         applied=applied,
         damaged=0,
         cut=0,
+        tokens=0,
         stop=False,
     )
 
