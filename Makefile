@@ -59,10 +59,11 @@ $(PEERS)/.installed: tools/peers.txt | $(STAMP)
 
 peers: $(PEERS)/.installed  ## open_clip's trainer beside: what mmscale bench compares with
 
-bench: peers  ## data and loss against open_clip: runs/bench-data.json, runs/bench-loss.json
+bench: peers  ## data, loss and step against open_clip: runs/bench-data.json and so on
 	mkdir -p runs
 	$(BIN)/mmscale bench data --json runs/bench-data.json
 	$(BIN)/mmscale bench loss --json runs/bench-loss.json
+	$(BIN)/mmscale bench step --json runs/bench-step.json
 
 chaos: setup  ## kill -9 a run twenty times, compare with an uninterrupted one: runs/chaos.md
 	$(BIN)/python tools/chaos.py --kills 20 --table runs/chaos.md

@@ -389,7 +389,7 @@ def report(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="data or loss.")],
+    name: Annotated[str, typer.Argument(help="data, loss or step.")],
     json_file: Json = None,
 ) -> int:
     """Measure against open_clip, side by side in one run; needs `make peers`."""

@@ -13,7 +13,7 @@ from typing import Any
 from mmscale.errors import ConfigError
 from mmscale.report.columns import aligned
 
-BENCHES = ("data", "loss")
+BENCHES = ("data", "loss", "step")
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,7 @@ Rows of width 512 in fp32. The sides take turns, each in a fresh process (or two
 what disturbs the machine disturbs all of them; medians count.
 """
 
-import json
-import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,8 +12,9 @@ import torch
 
 from mmscale.config.schema import EngineConfig
 from mmscale.dist.device import choose
-from mmscale.errors import ConfigError, LaunchError
+from mmscale.errors import ConfigError
 from mmscale.lab.bench import Result
+from mmscale.lab.side_process import figures_of
 
 WIDTH = 512
 SIZES = {
@@ -96,19 +94,5 @@ def measure(side: str, n: int, ranks: int, device: str, seconds: float = 1.0) ->
     Raises:
         LaunchError: They failed.
     """
-    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
     words = [side, str(n // ranks), str(WIDTH), device, str(seconds)]
-    module = [*(launcher if ranks > 1 else []), "mmscale.lab.bench_loss_sides"]
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-    ended = subprocess.run(
-        [sys.executable, "-m", *module, *words],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        check=False,
-    )
-    if ended.returncode:
-        lines = ended.stderr.strip().splitlines() or ["no message"]
-        raise LaunchError(f"bench loss: its process for {side} failed: {lines[-1]}")
-    figures: dict[str, float] = json.loads(ended.stdout.splitlines()[-1])
-    return figures
+    return figures_of("mmscale.lab.bench_loss_sides", words, ranks)

@@ -9,7 +9,7 @@ from PIL import Image
 from mmscale import cli
 from mmscale.data.manifest import read_manifest
 from mmscale.errors import ConfigError, explained
-from mmscale.lab import bench, bench_data
+from mmscale.lab import bench, bench_data, bench_step
 from mmscale.lab.bench import Result
 
 
@@ -85,3 +85,19 @@ def test_data_is_compared_with_open_clips_own_pipeline(tmp_path):
     assert result.limit > 0
     assert result.ratio == result.ours / result.peer
     assert (result.n, result.ranks, result.device) == (24, 1, "cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("with_peers")
+@pytest.mark.parametrize(("ranks", "chunks"), [(1, 2), (2, 1)])
+def test_an_update_is_compared_with_open_clips_own(capsys, ranks, chunks):
+    results = bench_step.compare("step", 4, 12, chunks, ranks, steps=1, rounds=1)
+    assert [result.metric for result in results] == ["time_s", "memory_bytes"]
+    for result in results:
+        assert (result.n, result.ranks, result.device) == (4, ranks, "cpu")
+        assert result.ours > 0
+        assert result.peer > 0
+        assert result.ratio == result.ours / result.peer
+    told = capsys.readouterr().err.splitlines()
+    counts = {line.split()[-2] for line in told}
+    assert len(counts) == 1, "both sides train the same number of parameters"
