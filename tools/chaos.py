@@ -87,10 +87,12 @@ class Trial:
         self.run_dir = run_dir
         self._words = [sys.executable, str(ROOT / "mmscale" / "train.py"), *words]
         self._ranks: list[subprocess.Popen[bytes]] = []
+        self._log_before = 0
         self._said = run_dir.with_suffix(".log")
 
     def start(self) -> None:
         """Start the ranks, as srun does: no launcher above them."""
+        self._log_before = self._log_changed()
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
@@ -114,6 +116,16 @@ class Trial:
         return (
             [line["step"] for line in read_metrics(log) if "loss" in line] if log.exists() else []
         )
+
+    def begun(self) -> bool:
+        """This life has taken over the log: what is seen from now on is of its making."""
+        return self._log_changed() != self._log_before
+
+    def _log_changed(self) -> int:
+        try:
+            return (self.run_dir / "metrics.jsonl").stat().st_ctime_ns
+        except FileNotFoundError:
+            return 0
 
     def partial(self) -> str:
         """The checkpoint that is being written."""
@@ -157,8 +169,11 @@ def live_and_die(trial: Trial, number: int, chance: random.Random, total: int) -
     trial.start()
     deadline = time.monotonic() + _LONGEST_LIFE
     while trial.running() and time.monotonic() < deadline:
+        if not trial.begun():
+            time.sleep(0.005)
+            continue
         if moment == "in a save":
-            if (partial := trial.partial()) and partial > f"step-{before:08d}":
+            if trial.partial():
                 break
             time.sleep(0.0005)  # a save of this model takes some milliseconds
             continue

@@ -17,6 +17,7 @@ from tests.whole.small_run import (
     interrupt_after,
     metrics,
     succeed,
+    torchrun,
     words_for,
     write_settings,
 )
@@ -198,13 +199,19 @@ def test_two_ranks_of_other_stages_go_on_bit_for_bit(settings, tmp_path, stage):
 
 
 @pytest.mark.slow
-def test_a_sharded_run_goes_on_on_one_device(settings, straight, tmp_path):
-    """ZeRO-3 on two ranks to step 10, then accelerate on one, which a longer duration continues."""
+def test_a_run_moves_between_worlds_stages_and_engines(settings, straight, tmp_path):
+    """ZeRO-3 on two ranks, accelerate on one, ZeRO-1 on two, torchrun's two, five steps each."""
     folder = tmp_path / "run"
     words = [*settings, f"run.dir={folder}"]
-    succeed([*deepspeed(), *words, ZERO.format(3), "train.duration=10 steps"])
-    assert sorted(course(folder)) == list(range(1, 11))
-    succeed([*ALONE, *words])
+    places = (
+        [*deepspeed(), *words, ZERO.format(3)],
+        [*ALONE, *words],
+        [*deepspeed(), *words, ZERO.format(1)],
+        [*torchrun(), *words],
+    )
+    for part, place in enumerate(places, start=1):
+        succeed([*place, f"train.duration={STEPS * part // len(places)} steps"])
+        assert max(course(folder)) == STEPS * part // len(places)
     _assert_whole(folder)
     wanted, got = course(straight), course(folder)
     for step in wanted:
