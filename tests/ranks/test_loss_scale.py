@@ -30,7 +30,8 @@ def trained(stage, dtype, first_scale):
     """Records and weights after some updates; with `first_scale`, the scale after each."""
     rank = int(os.environ["RANK"])
     world = World(rank, 2, rank, "test")
-    config = tiny_config(engine__deepspeed=f"ds_configs/zero{stage}.json")
+    # AdamW's first steps follow signs: at a high rate they blow rounding up, whatever scales it.
+    config = tiny_config(engine__deepspeed=f"ds_configs/zero{stage}.json", optim__lr=1e-3)
     policy = replace(choose(config.engine), dtype=dtype)
     model, _ = build_model(config.model, None, 0)
     engine = DeepSpeedEngine(model.train(), config, plan_batch(config, 2), policy, world)
@@ -59,7 +60,7 @@ def test_fp16_trains_as_fp32_does(stage):
         assert ours.applied
         assert ours.loss == pytest.approx(theirs.loss, rel=0.01)
         # Above the limit of clipping: a norm that is still scaled would be 1,024 times this.
-        assert ours.grad_norm["total"] == pytest.approx(theirs.grad_norm["total"], rel=0.05)
+        assert ours.grad_norm["total"] == pytest.approx(theirs.grad_norm["total"], rel=0.02)
         assert theirs.grad_norm["total"] > 0.5
     moved = torch.cat([(got[n] - wanted[n]).flatten() for n in wanted]).norm()
     whole = torch.cat([w.flatten() for w in wanted.values()]).norm()
