@@ -256,6 +256,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_5(settings, tmp_path):
     Checkpoint(step_folders(folder)[0])
 
 
+@pytest.mark.slow
 def test_neither_wandb_nor_the_clock_is_missed(settings, tmp_path):
     """A web service that never answers, and a wall clock that jumps by two years at each look."""
     sound, folder = tmp_path / "sound", tmp_path / "run"
