@@ -4,7 +4,6 @@ import sys
 import threading
 import time
 from types import TracebackType
-from typing import Self
 
 from mmscale.contracts import World
 from mmscale.dist.failure import end_now, first_failure, tell_stacks
@@ -32,7 +31,7 @@ class Watchdog:
         """This rank has come to something new, told by `doing` where it stays there."""
         self._now = (time.monotonic(), doing)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Watchdog":
         self.alive("its beginning")
         self._over = threading.Event()
         threading.Thread(target=self._look, args=(self._over,), daemon=True).start()
