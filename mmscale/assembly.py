@@ -114,6 +114,15 @@ class Training:
         """The order of the data."""
         return self.stream.schedule
 
+    def steps(self, duration: Duration) -> int:
+        """A duration in updates, at least one, cut to the run's length."""
+        steps = duration.steps(self.schedule.steps, self.plan.global_rows)
+        return max(1, min(steps, self.total_steps))
+
+    def due(self, every: Duration | None, step: int) -> bool:
+        """Whether something that happens every so often happens after `step`."""
+        return every is not None and step % self.steps(every) == 0
+
     def close(self) -> None:
         """Free the engine and what follows it."""
         self.companions.close()

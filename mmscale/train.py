@@ -11,11 +11,11 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from mmscale.config.load import load_config
 from mmscale.config.schema import Config
-from mmscale.errors import TerminatedError, explained
+from mmscale.errors import explained
 
 if TYPE_CHECKING:
     from mmscale.assembly import Segment, Training
@@ -91,7 +91,7 @@ def _segment(training: "Training", run: "Run") -> "Segment | None":
     # Closed, so that decoding processes end here and not when their loader is collected.
     with (
         closing(_batches(training, run)) as batches,
-        Trace(training, None if traced is None else _steps(training, traced)) as trace,
+        Trace(training, None if traced is None else training.steps(traced)) as trace,
         run.watchdog,
     ):
         progress, following = _loop(training, run, trace, batches)
@@ -106,42 +106,34 @@ def _loop(
     training: "Training", run: "Run", trace: "Trace", batches: "Batches"
 ) -> tuple["Progress", "Segment | None"]:
     """Update until the segment ends; returns how far it came, and what follows before the end."""
-    from mmscale.assembly import snapshot
-    from mmscale.course.closing import evaluated
-    from mmscale.course.damage import check_damage
-    from mmscale.course.divergence import guarded
-    from mmscale.course.guard import keep_a_way_back, respond
-    from mmscale.course.probes import Probes
-    from mmscale.course.skips import Skips
-    from mmscale.course.watch import plateau_factor, watched
+    from mmscale.course.settle import Settling
+    from mmscale.course.watch import plateau_factor
     from mmscale.dist.phases import PhaseClock
     from mmscale.engine.balance import ModalityBalancer
     from mmscale.engine.schedule import rate_factor
     from mmscale.engine.step import update
     from mmscale.report.lines import first_batch_line, training_line
 
-    config, progress = training.config, training.start
-    report, saver = run.report, run.saver
-    length = training.end - progress.stage_start
-    warmup = _steps(training, config.optim.warmup)
-    skips = Skips(training, run)
-    probe, grace = (_steps(training, every) for every in (config.probe.every, config.guard.grace))
-    probes = Probes(training, report, probe, grace)
-    keep_a_way_back(training, saver)
+    config, report = training.config, run.report
+    length = training.end - training.start.stage_start
+    warmup = training.steps(config.optim.warmup)
+    settling = Settling(training, run, warmup)
+    progress = settling.begin()
     phases = PhaseClock(training.policy.device)
     balancer = ModalityBalancer(
         config.optim.balance, training.engine, training.peers, progress.watched
     )
     clock = time.perf_counter()
-    for batch, position, waited in batches:
-        if progress is training.start:
+    for batch, position, waited in () if progress.over else batches:
+        if progress.step == training.start.step:
             report.say(first_batch_line(batch))
         step = progress.step - progress.stage_start
         factor = rate_factor(step, length, warmup, config.optim.schedule)
         factor *= plateau_factor(training, progress)
         balancer.before(step)
-        probes.before(progress)
-        with phases.timing(_due(training, config.log.every, progress.step + 1)):
+        settling.before(progress)
+        is_logged = training.due(config.log.every, progress.step + 1)
+        with phases.timing(is_logged):
             done = update(
                 training.engine,
                 training.objective,
@@ -153,7 +145,7 @@ def _loop(
                 step,
                 run.stop.wanted,
                 training.companions,
-                saver.written,
+                run.saver.written,
             )
         run.updated()
         trace.step()
@@ -161,34 +153,12 @@ def _loop(
         state = balancer.after(done.record.applied)
         progress = replace(progress, watched={**progress.watched, **state})
         seconds = time.perf_counter() - clock
-        if _due(training, config.log.every, progress.step):
+        if is_logged:
             spent = {"data": waited, **phases.seconds}
             report.training(training_line(training, progress, done, seconds, spent, batch))
-        if (following := skips.count(progress, done, batch)) is not None:
+        progress, following = settling.after(progress, done, batch)
+        if following is not None or progress.over:
             return progress, following
-        progress = guarded(config.stop, warmup, progress, done.record)
-        if done.record.damaged:
-            check_damage(training, report, batch, progress)
-        if done.record.written:
-            saver.settle()
-        if (alarm := probes.after(progress, done, batch)) is not None:
-            following = respond(alarm, training, report, saver, progress)
-            if following is not None:
-                return progress, following
-        if progress.step < training.total_steps:
-            if done.record.stop:
-                saver.save(snapshot(training, progress))
-                saver.finish()
-                raise TerminatedError(f"told to stop; step {progress.step} is in a checkpoint")
-            if _due(training, config.eval.every, progress.step):
-                progress, _ = evaluated(training, run, progress)
-                progress = watched(training, report, progress)
-            is_best = progress.best is not None and progress.best.step == progress.step
-            wanted = is_best or _due(training, config.checkpoint.every, progress.step)
-            if wanted and not probes.holds_checkpoints:
-                saver.save(snapshot(training, progress))
-            if progress.over:
-                break
         clock = time.perf_counter()
     return progress, None
 
@@ -203,7 +173,7 @@ def _batches(training: "Training", run: "Run") -> "Batches":
         start = time.perf_counter()
         batch, position = next(stream)
         batch = on_device(batch, training.policy.device, training.spec)
-        run.watchdog.alive(f"the update of step {step}")
+        run.watchdog.alive(f"the update of step {step}", in_exchange=True)
         yield batch, position, time.perf_counter() - start
 
 
@@ -217,16 +187,6 @@ def _advance(progress: "Progress", position: "Position", done: "Update", rows: i
         damaged=before + done.record.damaged,
         samples=progress.samples + rows,
     )
-
-
-def _steps(training: "Training", duration: Any) -> int:
-    """A duration in updates, cut to the run's length."""
-    steps = duration.steps(training.schedule.steps, training.plan.global_rows)
-    return max(1, min(steps, training.total_steps))
-
-
-def _due(training: "Training", every: Any, step: int) -> bool:
-    return every is not None and step % _steps(training, every) == 0
 
 
 def _write_config(training: "Training") -> None:

@@ -57,6 +57,7 @@ class Progress:
         over: `stage` or `run` where an evaluation ended one of them before its time.
         watched: What decides about that, by name.
         remedies: Words that the guard has set; they hold for the rest of the run.
+        owes_evaluation: The run was told to stop before an evaluation that was due.
     """
 
     step: int = 0
@@ -75,6 +76,7 @@ class Progress:
     over: str = ""
     watched: dict[str, float] = field(default_factory=dict)
     remedies: tuple[str, ...] = ()
+    owes_evaluation: bool = False
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "Progress":

@@ -64,13 +64,14 @@ class Probes:
     Args:
         training: The segment that is watched.
         report: Takes the figures.
-        every: Updates between probes.
-        grace: Updates from the run's beginning in which only a contraction counts.
     """
 
-    def __init__(self, training: Training, report: Report, every: int, grace: int):
-        self._training, self._report, self._every = training, report, every
+    def __init__(self, training: Training, report: Report):
+        self._training, self._report = training, report
         guard = training.config.guard
+        self._every = training.steps(training.config.probe.every)
+        # Until then only a contraction counts.
+        grace = training.steps(guard.grace)
         self._persistence = Persistence(guard.patience, grace, guard.verdicts)
         pairs = min(training.config.probe.held_out, training.plan.global_rows)
         held_out = training.held_out

@@ -10,13 +10,16 @@ from mmscale.dist.failure import end_now, first_failure, tell_stacks
 from mmscale.errors import LaunchError
 
 _LOOKS_A_SPAN = 20
+# A rank in an exchange most likely waits for one that stands still elsewhere: that one speaks first.
+_LET_OTHERS_SPEAK, _LET_OTHERS_SPEAK_SECONDS = 0.25, 5.0
 
 
 class Watchdog:
     """Looks after a rank between `with` and its end.
 
     A thread of its own tells what the main thread cannot: that it waits for a batch that does not
-    come, or in an exchange for a rank that has gone astray. Named is who stood still first.
+    come, or in an exchange for a rank that has gone astray. Named is who stood still first, and
+    between a rank in an exchange and one that never came to it, the latter.
 
     Args:
         world: The ranks.
@@ -27,9 +30,17 @@ class Watchdog:
         self._world, self._seconds = world, seconds
         self._over = threading.Event()
 
-    def alive(self, doing: str) -> None:
-        """This rank has come to something new, told by `doing` where it stays there."""
-        self._now = (time.monotonic(), doing)
+    def alive(self, doing: str, in_exchange: bool = False) -> None:
+        """This rank has come to something new.
+
+        Args:
+            doing: What it is, told where the rank stays there.
+            in_exchange: It includes waiting for other ranks.
+        """
+        patience = self._seconds
+        if in_exchange and self._world.size > 1:
+            patience += min(_LET_OTHERS_SPEAK * self._seconds, _LET_OTHERS_SPEAK_SECONDS)
+        self._now = (time.monotonic() + patience, doing)
 
     def __enter__(self) -> "Watchdog":
         self.alive("its beginning")
@@ -47,8 +58,8 @@ class Watchdog:
 
     def _look(self, over: threading.Event) -> None:
         while not over.wait(min(1.0, self._seconds / _LOOKS_A_SPAN)):
-            since, doing = self._now
-            if time.monotonic() - since > self._seconds:
+            deadline, doing = self._now
+            if time.monotonic() > deadline:
                 self._end(doing)
 
     def _end(self, doing: str) -> None:

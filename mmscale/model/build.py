@@ -10,7 +10,6 @@ from mmscale.contracts import InputSpec
 from mmscale.model.fusion import Fusion
 from mmscale.model.heads import Head
 from mmscale.model.inputs import join_inputs
-from mmscale.model.openclip_preset import build_whole_openclip
 from mmscale.model.presets import fill_preset, is_whole_openclip
 from mmscale.model.scale import LogitScale
 from mmscale.model.text import build_text
@@ -36,6 +35,8 @@ def build_model(
     """
     config = fill_preset(config)
     if is_whole_openclip(config):
+        from mmscale.model.openclip_preset import build_whole_openclip
+
         with drawing_from(seed, 0):
             whole, pixels, tokens = build_whole_openclip(config, image_size)
         whole.fusion = _build_fusion(config, whole.vision, whole.text, seed)

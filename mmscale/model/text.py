@@ -6,13 +6,20 @@ from mmscale.config.schema import TextConfig
 from mmscale.model.freezing import settle
 from mmscale.model.hf_text import build_hf_text
 from mmscale.model.inputs import TextInput
-from mmscale.model.openclip_towers import build_openclip_text
 from mmscale.model.sources import parse_source
 from mmscale.model.width import Tower
 
 Builder = Callable[[str, TextConfig], tuple[Tower, TextInput]]
 
-BUILDERS: dict[str, Builder] = {"hf": build_hf_text, "openclip": build_openclip_text}
+
+def _build_openclip_text(name: str, config: TextConfig) -> tuple[Tower, TextInput]:
+    # Importing open_clip takes seconds: only for runs that use it.
+    from mmscale.model.openclip_towers import build_openclip_text
+
+    return build_openclip_text(name, config)
+
+
+BUILDERS: dict[str, Builder] = {"hf": build_hf_text, "openclip": _build_openclip_text}
 
 
 def build_text(config: TextConfig) -> tuple[Tower, TextInput]:

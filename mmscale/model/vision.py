@@ -6,17 +6,26 @@ from mmscale.config.schema import VisionConfig
 from mmscale.model.freezing import settle
 from mmscale.model.hf_vision import build_hf_vision
 from mmscale.model.inputs import ImageInput
-from mmscale.model.openclip_towers import build_openclip_vision
 from mmscale.model.sources import parse_source
 from mmscale.model.timm_vision import build_timm_vision
 from mmscale.model.width import Tower
 
 Builder = Callable[[str, VisionConfig, int | None], tuple[Tower, ImageInput]]
 
+
+def _build_openclip_vision(
+    name: str, config: VisionConfig, image_size: int | None
+) -> tuple[Tower, ImageInput]:
+    # Importing open_clip takes seconds: only for runs that use it.
+    from mmscale.model.openclip_towers import build_openclip_vision
+
+    return build_openclip_vision(name, config, image_size)
+
+
 BUILDERS: dict[str, Builder] = {
     "timm": build_timm_vision,
     "hf": build_hf_vision,
-    "openclip": build_openclip_vision,
+    "openclip": _build_openclip_vision,
 }
 
 

@@ -1,0 +1,97 @@
+"""What is settled after each update: what is logged, whether the run goes on, and what is kept."""
+
+from dataclasses import replace
+
+from mmscale.assembly import Segment, Training, snapshot
+from mmscale.checkpoint.files import Progress
+from mmscale.contracts import Batch
+from mmscale.course.closing import evaluated
+from mmscale.course.damage import check_damage
+from mmscale.course.divergence import guarded
+from mmscale.course.guard import keep_a_way_back, respond
+from mmscale.course.probes import Probes
+from mmscale.course.run import Run
+from mmscale.course.skips import Skips
+from mmscale.course.watch import watched
+from mmscale.engine.step import Update
+from mmscale.errors import TerminatedError
+
+
+class Settling:
+    """Settles a segment's updates, one after another. Ranks call it alike, and decide alike.
+
+    Args:
+        training: The segment.
+        run: What lasts over all of them.
+        warmup: Updates of the segment that its loss is not judged by.
+    """
+
+    def __init__(self, training: Training, run: Run, warmup: int):
+        self._training, self._run, self._warmup = training, run, warmup
+        self._skips = Skips(training, run)
+        self._probes = Probes(training, run.report)
+        keep_a_way_back(training, run.saver)
+
+    def begin(self) -> Progress:
+        """Where the segment starts, with the evaluation that a stop before it left out."""
+        start = self._training.start
+        return self._kept(replace(start, owes_evaluation=False)) if start.owes_evaluation else start
+
+    def before(self, progress: Progress) -> None:
+        """Look at what the coming update is going to change."""
+        self._probes.before(progress)
+
+    def after(
+        self, progress: Progress, done: Update, batch: Batch
+    ) -> tuple[Progress, Segment | None]:
+        """Take an update; `progress.over` says whether an evaluation has ended the segment.
+
+        Args:
+            progress: With the update.
+            done: What it gave.
+            batch: Its rows.
+
+        Returns:
+            The progress, and what the run goes on as, where that is another segment.
+
+        Raises:
+            TerminatedError: The run was told to stop; the checkpoint is written.
+            HaltError: The figures say that it is to end.
+            DataError: Too many rows could not be decoded.
+        """
+        training, run, record = self._training, self._run, done.record
+        if (following := self._skips.count(progress, done, batch)) is not None:
+            return progress, following
+        progress = guarded(training.config.stop, self._warmup, progress, record)
+        if record.damaged:
+            check_damage(training, run.report, batch, progress)
+        if record.written:
+            run.saver.settle()
+        if (alarm := self._probes.after(progress, done, batch)) is not None:
+            following = respond(alarm, training, run.report, run.saver, progress)
+            if following is not None:
+                return progress, following
+        if progress.step == training.total_steps:
+            return progress, None
+        if record.stop:
+            self._stop(progress)
+        return self._kept(progress), None
+
+    def _stop(self, progress: Progress) -> None:
+        """Leave while there is time: a due evaluation is made when the run goes on."""
+        owes = self._training.due(self._training.config.eval.every, progress.step)
+        self._run.saver.save(snapshot(self._training, replace(progress, owes_evaluation=owes)))
+        self._run.saver.finish()
+        raise TerminatedError(f"told to stop; step {progress.step} is in a checkpoint")
+
+    def _kept(self, progress: Progress) -> Progress:
+        """Evaluate and write a checkpoint where they are due; returns what the evaluation says."""
+        training, run, step = self._training, self._run, progress.step
+        if training.due(training.config.eval.every, step):
+            progress, _ = evaluated(training, run, progress)
+            progress = watched(training, run.report, progress)
+        is_best = progress.best is not None and progress.best.step == step
+        wanted = is_best or training.due(training.config.checkpoint.every, step)
+        if wanted and not self._probes.holds_checkpoints:
+            run.saver.save(snapshot(training, progress))
+        return progress
