@@ -1,5 +1,6 @@
 """Settings of the projections to the shared width, and of the fusion model on top."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -7,7 +8,7 @@ from pydantic import Field
 from mmscale.config.section import Positive, PositiveFloat, Section
 
 Kind = Literal["identity", "linear", "mlp", "projector"]
-Init = Literal["normal", "orthogonal", "pca", "autoencoder"]
+Init = Literal["normal", "orthogonal", "pca", "autoencoder", "cca"]
 Activation = Literal["gelu", "relu"]
 Depth = Annotated[int, Field(ge=3)]
 
@@ -47,9 +48,9 @@ class HeadConfig(Section):
     activation: Activation = "gelu"
     """Between linear layers: `gelu` or `relu`."""
     init: Init = "normal"
-    """First weights: `normal`, `orthogonal`, or fitted on features: `pca`, `autoencoder`."""
+    """`normal`, `orthogonal`; fitted on features: `pca`, `autoencoder`; on pairs: `cca`, both."""
     gain: PositiveFloat = 1.0
-    """Factor of the first weights; an `autoencoder`'s are trained from them."""
+    """Factor of the first weights; an `autoencoder` trains them on, `cca` has none."""
     unit_rms: bool = False
     """Divide each feature row by the root of its mean square first: ranges then agree unfitted."""
     standardize: Annotated[int, Field(ge=0)] = 0
@@ -57,7 +58,7 @@ class HeadConfig(Section):
     whiten: Literal["none", "zca", "pca"] = "none"
     """Decorrelate features by a matrix fitted before the first step, after `standardize`."""
     shrinkage: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Share of the identity in the covariance that `whiten` inverts."""
+    """Share of the identity in the covariances that `whiten` and `cca` invert."""
     fit_rows: Positive = 4096
     """Rows on which `whiten` and `init` are fitted before the first step."""
     image: HeadSideConfig = HeadSideConfig()
@@ -69,6 +70,20 @@ class HeadConfig(Section):
         """The head of `image` or `text`: its own settings over the common ones."""
         own = self.image if modality == "image" else self.text
         return self.model_copy(update=own.model_dump(exclude_none=True))
+
+
+def head_faults(head: HeadConfig) -> Iterator[str]:
+    """Heads that cannot be fitted together."""
+    sides = {name: head.of(name) for name in ("image", "text")}
+    canonical = [name for name, side in sides.items() if side.init == "cca"]
+    if len(canonical) == 1:
+        yield (
+            f"model.head.{canonical[0]}.init=cca: it is fitted on pairs, so that both heads must "
+            "have it; set model.head.init=cca"
+        )
+    for name in canonical:
+        if sides[name].kind != "linear":
+            yield f"model.head.init=cca gives linear heads; set model.head.{name}.kind=linear"
 
 
 class FusionConfig(Section):

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from mmscale.config.data_rules import data_faults
 from mmscale.config.explain import explain
+from mmscale.config.heads import head_faults
 from mmscale.config.loss_rules import fill_logit_scale, objective_faults
 from mmscale.config.needs import fusion_faults, negatives_faults
 from mmscale.config.schema import Config
@@ -65,6 +66,7 @@ def validate(settings: dict[str, Any]) -> Config:
         *_contradictions(config),
         *data_faults(config.data),
         *objective_faults(config),
+        *head_faults(config.model.head),
         *fusion_faults(config),
         *negatives_faults(config),
     ]

@@ -44,12 +44,20 @@ def fit_heads(
         for name, rows in zip(parts, features, strict=True):
             parts[name].append(peers.columns(rows))
     del batches
-    for name, head in heads.items():
-        if head.fit_rows:
-            rows = torch.cat(parts[name])
-            head.fit(rows.to(inference.device, torch.promote_types(rows.dtype, torch.float32)))
-            for tensor in head.state_dict().values():
-                tensor.copy_(peers.columns(tensor.detach().clone())[: len(tensor)])
+    fitted = {name: head for name, head in heads.items() if head.fit_rows}
+    wide = {name: _wide(torch.cat(parts[name]), inference.device) for name in fitted}
+    if all(head.init == "cca" for head in fitted.values()):
+        heads["image"].fit_with(heads["text"], wide["image"], wide["text"])
+    else:
+        for name, head in fitted.items():
+            head.fit(wide[name])
+    for head in fitted.values():
+        for tensor in head.state_dict().values():
+            tensor.copy_(peers.columns(tensor.detach().clone())[: len(tensor)])
+
+
+def _wide(rows: Tensor, device: torch.device) -> Tensor:
+    return rows.to(device, torch.promote_types(rows.dtype, torch.float32))
 
 
 def _features(

@@ -5,11 +5,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mmscale.model.head_inputs import principal_axes
+from mmscale.model.head_inputs import RANK_TOLERANCE, principal_axes
 
 AUTOENCODER_STEPS = 200
 AUTOENCODER_RATE = 3e-3
-FITTED = ("pca", "autoencoder")
+FITTED = ("pca", "autoencoder", "cca")
 
 
 def draw(layers: nn.Module, kind: str, gain: float) -> None:
@@ -43,6 +43,46 @@ def take_principal_axes(layers: nn.Sequential, rows: Float[Tensor, "n f"], gain:
             if layer.bias is not None:
                 layer.bias.copy_(-(layer.weight.cpu().double() @ mean))
         rows = layer(rows)
+
+
+@torch.no_grad()
+def take_canonical_axes(
+    heads: tuple[nn.Sequential, nn.Sequential],
+    rows: tuple[Float[Tensor, "n f"], Float[Tensor, "n g"]],
+    shrinkage: tuple[float, float],
+) -> None:
+    """Two linear heads project onto the canonical directions of paired rows, the closest first.
+
+    Each direction is weighted with its correlation, so that inner products count directions by
+    what they tell of the other side. With C = (1 - s) C + s tr(C)/f I on either side and
+    C_x^-1/2 C_xy C_y^-1/2 = U S V', the weights are S U' C_x^-1/2 and S V' C_y^-1/2. A bias is set
+    so that the outputs have mean 0.
+
+    Source: Hotelling 1936; weighted by correlations as in Gong et al. 2014 (arXiv 1212.4522).
+
+    Args:
+        heads: Begin with a linear layer no wider than either input.
+        rows: What enters them; row i of one and of the other are a pair.
+        shrinkage: s of each side.
+    """
+    centred, inverse = [], []
+    for side, share in zip(rows, shrinkage, strict=True):
+        mean, values, vectors = principal_axes(side)
+        values = (1 - share) * values + share * values.mean()
+        scale = values.rsqrt().where(values > RANK_TOLERANCE * values[0], values.new_zeros(()))
+        inverse.append(vectors * scale @ vectors.T)
+        centred.append(side.detach().cpu().double() - mean)
+    cross = centred[0].T @ centred[1] / len(centred[0])
+    u, correlations, vt = torch.linalg.svd(inverse[0] @ cross @ inverse[1], full_matrices=False)
+    # A pair of directions may be turned round: the largest entry is made positive on any machine.
+    signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign().T
+    for head, axes, matrix, side in zip(heads, (u.T, vt), inverse, rows, strict=True):
+        layer = head[0]
+        assert isinstance(layer, nn.Linear), "the configuration's rule"
+        weight = (signs * correlations[:, None] * axes @ matrix)[: layer.out_features]
+        layer.weight.copy_(weight)
+        if layer.bias is not None:
+            layer.bias.copy_(-(weight @ side.detach().cpu().double().mean(0)))
 
 
 def train_autoencoder(layers: nn.Sequential, rows: Float[Tensor, "n f"]) -> None:

@@ -6,7 +6,13 @@ from torch import Tensor, nn
 from mmscale.config.heads import HeadConfig
 from mmscale.errors import ConfigError
 from mmscale.model.batch_norm import GlobalBatchNorm
-from mmscale.model.head_init import FITTED, draw, take_principal_axes, train_autoencoder
+from mmscale.model.head_init import (
+    FITTED,
+    draw,
+    take_canonical_axes,
+    take_principal_axes,
+    train_autoencoder,
+)
 from mmscale.model.head_inputs import Standardize, Whiten, to_unit_rms
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
@@ -39,7 +45,13 @@ class Head(nn.Module):
                 f"{key}.kind=identity, but the tower gives {width} features and model.embed_dim="
                 f"{embed_dim}; set model.embed_dim={width} or {key}.kind=linear"
             )
+        if config.init == "cca" and width < embed_dim:
+            raise ConfigError(
+                f"{key}.init=cca finds no more directions than a tower has features, {width}, and "
+                f"model.embed_dim={embed_dim}; set model.embed_dim={width} or less"
+            )
         self.width = width
+        self.shrinkage = config.shrinkage
         self.init, self.gain = config.init, config.gain
         self.unit_rms = config.unit_rms
         self.standardize = Standardize(width) if config.standardize else None
@@ -58,17 +70,37 @@ class Head(nn.Module):
         Args:
             rows: Features of at least `fit_rows` pairs, over all ranks.
         """
+        rows = self._fit_inputs(rows)
+        if self._starts_from_rows and self.init == "pca":
+            take_principal_axes(self.layers, rows, self.gain)
+        elif self._starts_from_rows:
+            train_autoencoder(self.layers, rows)
+
+    def fit_with(
+        self, other: "Head", rows: Float[Tensor, "n f"], others: Float[Tensor, "n g"]
+    ) -> None:
+        """Fit this head and another on pairs, both of them `init=cca`.
+
+        Args:
+            other: The other side's.
+            rows: This side's features of at least `fit_rows` pairs, over all ranks.
+            others: The other side's of the same pairs.
+        """
+        take_canonical_axes(
+            (self.layers, other.layers),
+            (self._fit_inputs(rows), other._fit_inputs(others)),
+            (self.shrinkage, other.shrinkage),
+        )
+
+    def _fit_inputs(self, rows: Float[Tensor, "n f"]) -> Float[Tensor, "n f"]:
+        """Fit what comes before the layers; returns what reaches them."""
         if self.unit_rms:
             rows = to_unit_rms(rows)
         for part in (self.standardize, self.whiten):
             if part is not None:
                 part.fit(rows)
                 rows = part(rows)
-        if self._starts_from_rows:
-            if self.init == "pca":
-                take_principal_axes(self.layers, rows, self.gain)
-            else:
-                train_autoencoder(self.layers, rows)
+        return rows
 
     def forward(self, rows: Float[Tensor, "b f"]) -> Float[Tensor, "b d"]:
         if rows.shape[-1] != self.width:

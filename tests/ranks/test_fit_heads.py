@@ -18,8 +18,11 @@ from tests.ranks.tiny import ROWS, joint_batch, share, tiny_config
 
 BATCHES = 5
 HEADS = {
-    "model__head": {"standardize": 50, "whiten": "zca", "init": "pca", "fit_rows": 50},
-    "model__head__text": {"kind": "mlp", "init": "autoencoder"},
+    "apart": {
+        "model__head": {"standardize": 50, "whiten": "zca", "init": "pca", "fit_rows": 50},
+        "model__head__text": {"kind": "mlp", "init": "autoencoder"},
+    },
+    "on pairs": {"model__head": {"standardize": 50, "init": "cca", "fit_rows": 50}},
 }
 
 
@@ -37,10 +40,10 @@ class _Stream:
             yield share(joint_batch(seed), self._world.rank, self._world.size), position
 
 
-def _fit(micro_rows: int) -> dict[str, torch.Tensor]:
+def _fit(heads: str, micro_rows: int) -> dict[str, torch.Tensor]:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     join(World(), "gloo", 60, alone_too=True)
-    world, config = World(rank, size, rank, "test"), tiny_config(**HEADS)
+    world, config = World(rank, size, rank, "test"), tiny_config(**HEADS[heads])
     model, spec = build_model(config.model, None, 0)
     assert isinstance(spec, InputSpec)
     inference = Inference(model, choose(config.engine))
@@ -48,14 +51,11 @@ def _fit(micro_rows: int) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-@pytest.fixture(scope="module")
-def alone():
-    return run_on_ranks(1, _fit, ROWS)[0]
-
-
-def test_ranks_agree_bit_for_bit_and_with_one_process(alone):
-    first, second = run_on_ranks(2, _fit, 2)
-    start = build_model(tiny_config(**HEADS).model, None, 0)[0].state_dict()
+@pytest.mark.parametrize("heads", HEADS)
+def test_ranks_agree_bit_for_bit_and_with_one_process(heads):
+    (alone,) = run_on_ranks(1, _fit, heads, ROWS)
+    first, second = run_on_ranks(2, _fit, heads, 2)
+    start = build_model(tiny_config(**HEADS[heads]).model, None, 0)[0].state_dict()
     for name, value in alone.items():
         assert torch.equal(first[name], second[name]), name
         if name.startswith("head."):

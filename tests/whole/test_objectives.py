@@ -124,8 +124,8 @@ def test_every_named_objective_trains(settings, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_named_objective_trains_with_deepspeed(settings, tmp_path, name):
+@pytest.mark.parametrize("name", ["vicreg_clip", "albef", "mixed"])
+def test_objectives_with_parts_of_their_own_train_with_deepspeed(settings, tmp_path, name):
     # A process each: DeepSpeed keeps the groups of a run that has ended.
     words = ([name], settings, tmp_path, "deepspeed")
     (codes,) = run_on_ranks(1, _train, *words, join=False)

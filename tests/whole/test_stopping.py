@@ -1,7 +1,13 @@
 """What ends a run before its time: a metric that no longer rises, and a loss above chance."""
 
+import os
+import signal
+
 import pytest
 
+from mmscale.config.load import load_config
+from mmscale.errors import TerminatedError
+from tests.ranks.launch import run_on_ranks
 from tests.whole.command import explain, run
 from tests.whole.small_run import (
     ALONE,
@@ -60,3 +66,36 @@ def test_a_loss_above_chance_ends_with_3(settings, tmp_path):
     assert done.returncode == 3, explain(done)
     assert "step 6: over 5 updates the loss was on average" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def _stopped(words: list[str], step: int) -> None:
+    """Train until SIGTERM, which comes so that the run stops after `step`."""
+    from mmscale.train import _attempt
+
+    updates = iter(range(1, step + 1))
+
+    def updated() -> None:
+        # The coming update still tells the other ranks.
+        if next(updates) == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(TerminatedError, match=f"step {step} is in a checkpoint"):
+        _attempt(load_config(words), updated)
+
+
+def test_an_evaluation_that_a_stop_left_out_is_made_when_the_run_goes_on(settings, tmp_path):
+    more = ["train.duration=6 steps", "eval.every=2 steps", "checkpoint.best=eval/mean"]
+    more.append("data.workers=0")
+    straight, folder = tmp_path / "straight", tmp_path / "run"
+    succeed([*ALONE, *settings, *more, f"run.dir={straight}"])
+    words = [*settings, *more, f"run.dir={folder}"]
+    run_on_ranks(1, _stopped, words, 4, join=False)
+    assert evaluations(folder).keys() == {2}
+    succeed([*ALONE, *words])
+    assert evaluations(folder) == evaluations(straight)
+    assert evaluations(folder).keys() == {2, 4, 6}
+
+
+def evaluations(folder):
+    """Mean recall by step."""
+    return {line["step"]: line["eval/mean"] for line in metrics(folder) if "eval/mean" in line}

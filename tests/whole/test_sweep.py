@@ -11,7 +11,7 @@ from tests.whole.command import end, explain, run, start
 from tests.whole.small_run import metrics, succeed, words_for, write_settings
 
 pytest.importorskip("optuna")
-TRIALS = 4
+TRIALS = 3
 
 
 @pytest.fixture(scope="module")

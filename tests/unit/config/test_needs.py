@@ -33,6 +33,8 @@ def test_a_running_mean_is_kept_where_something_uses_it(words, kept):
     ("words", "message"),
     [
         ([MATCHING, *FROZEN, "data.feature_cache=folder"], r"data\.feature_cache .*tokens"),
+        (["model.head.text.init=cca"], r"model\.head\.text\.init=cca.*model\.head\.init=cca"),
+        (["model.head={init: cca, image: {kind: mlp}}"], r"model\.head\.image\.kind=linear"),
         (["eval.rerank=16"], r"eval\.rerank=16.*matching"),
         ([MATCHING, "eval.rerank=4"], r"eval\.rerank=4 is shorter than the 10"),
         ([MATCHING, "model.fusion.enabled=false"], r"model\.fusion\.enabled=false"),

@@ -212,6 +212,52 @@ def test_an_autoencoder_keeps_more_of_the_features_than_a_random_start(kind):
         assert lost(fitted) < 1.5 * best
 
 
+def pairs(rows=600):
+    """Image and text features that share three directions, and much that is their own."""
+    shared = torch.randn(rows, 3, dtype=torch.float64)
+    mixes = [torch.randn(3, width, dtype=torch.float64) for width in (12, 8)]
+    return [shared @ mix + 2 * features(rows, mix.shape[1]) for mix in mixes]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_canonical_heads_give_each_direction_the_weight_of_its_correlation(bias):
+    image, text = pairs()
+    settings = {"init": "cca", "shrinkage": 0.0, "bias": bias}
+    ours, theirs = head(12, 8, **settings), head(8, 8, **settings)
+    ours.fit_with(theirs, image, text)
+    # The squared correlations are the eigenvalues of Cx^-1 Cxy Cy^-1 Cyx.
+    joint = covariance(torch.cat([image, text], 1))
+    cx, cxy, cy = joint[:12, :12], joint[:12, 12:], joint[12:, 12:]
+    product = torch.linalg.solve(cx, cxy) @ torch.linalg.solve(cy, cxy.T)
+    squared = torch.linalg.eigvals(product).real.sort(descending=True).values[:8]
+    u, v = ours(image), theirs(text)
+    torch.testing.assert_close(covariance(u), torch.diag(squared))
+    torch.testing.assert_close(covariance(v), torch.diag(squared))
+    cross = covariance(torch.cat([u, v], 1))[:8, 8:]
+    torch.testing.assert_close(cross, torch.diag(squared**1.5), atol=1e-9, rtol=1e-6)
+    assert (u.mean(0).abs().max() < 1e-9) == bias
+
+
+def test_canonical_heads_find_the_pairs_of_rows_they_have_not_seen():
+    image, text = pairs(1200)
+    settings = {"init": "cca", "standardize": 8, "shrinkage": 0.1}
+    ours, theirs = head(12, 8, **settings), head(8, 8, **settings)
+    assert ours.fit_rows == 4096
+    ours.fit_with(theirs, image[:1000], text[:1000])
+    units = [
+        nn.functional.normalize(part(rows[1000:]), dim=1)
+        for part, rows in ((ours, image), (theirs, text))
+    ]
+    ranks = (units[0] @ units[1].T).argsort(1, descending=True)
+    found = (ranks[:, :10] == torch.arange(200)[:, None]).any(1).double().mean()
+    assert found > 0.5, "by chance it is 0.05"
+
+
+def test_canonical_heads_have_no_more_directions_than_features():
+    with pytest.raises(ConfigError, match=r"init=cca .* set model.embed_dim=6 or less"):
+        Head(6, 8, HeadConfig(init="cca"))
+
+
 def test_head_names_the_true_width():
     with pytest.raises(ConfigError, match=r"width 5 .* made for 6"):
         Head(6, 4, HeadConfig())(torch.zeros(2, 5))
