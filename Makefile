@@ -18,7 +18,7 @@ PEERS := $(VENV)/peers
 DEMO_RUN := runs/demo
 DEMO_DATA := runs/demo-data
 
-.PHONY: help setup demo test test-slow check peers bench chaos
+.PHONY: help setup demo test test-slow test-soak check peers bench chaos
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,10 +42,13 @@ demo: setup  ## render pairs, pack, train, evaluate, diagnose: runs/demo/report.
 	$(BIN)/mmscale doctor $(DEMO_RUN)
 
 test: setup  ## the default suite: unit, real ranks, real launches
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not soak and not gpu"
 
 test-slow: setup  ## what takes minutes
 	$(BIN)/python -m pytest -m slow
+
+test-soak: setup  ## what takes tens of minutes: the failure table in samples of 2,048 pairs
+	$(BIN)/python -m pytest -m soak -s
 
 check: setup  ## format, lint, layers, types
 	$(BIN)/ruff format --check .

@@ -2,8 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
-
+from mmscale.config.ramp import Ramp, within
 from mmscale.config.section import Positive, Section
 
 
@@ -14,7 +13,8 @@ class HardBatchesConfig(Section):
     """npz of `mmscale embed`, or npz/safetensors of `image_ids` and `neighbours`; null: off."""
     by: Literal["image", "text"] = "image"
     """Which embeddings of `table` are compared, where it holds no `neighbours`."""
-    share: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of a batch's images that are brought in as neighbours of others."""
+    share: Annotated[Ramp, within(0, 1)] = Ramp.constant(0.5)
+    """Share of a batch's images brought in as neighbours of others; a ramp counts the data's own
+    batches, from the run's first."""
     window: Positive = 32
     """Batches among which images change places, for `data.positive_share` too."""

@@ -4,13 +4,15 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice, tee
 from typing import TypeAlias
 
 import numpy as np
 
+from mmscale.config.duration import Duration
 from mmscale.config.needs import term_kinds
+from mmscale.config.ramp import Ramp
 from mmscale.config.schema import Config
 from mmscale.contracts import NamedTensor, Position
 from mmscale.data.arrange import Arrangement
@@ -40,6 +42,7 @@ class Schedule:
         marks: Match ids and labels of the samples.
         arrangement: Builds batches on purpose; None leaves them as the lanes give them.
         neighbours: The table of hard batches.
+        hard_share: Course of the arrangement's `hard_share` over all batches; None: it stays.
     """
 
     captions: Sequence[Sequence[int]]
@@ -53,6 +56,7 @@ class Schedule:
     marks: Marks = field(default_factory=Marks)
     arrangement: Arrangement | None = None
     neighbours: Neighbours | None = None
+    hard_share: Ramp | None = None
 
     @property
     def rows_per_item(self) -> int:
@@ -101,15 +105,18 @@ class Schedule:
         if self.arrangement is None:
             return [(lanes[lane], lanes[lane].items(step * self.lane_items)) for lane in mine]
         # Every lane takes part in a batch that is built, so each worker follows all of them.
-        batches = tee(self._arranged(self.arrangement, lanes, step), len(mine))
+        batches = tee(self._arranged(self.arrangement, lanes, epoch, step), len(mine))
         return [
             (lanes[lane], self._part(lane, whole))
             for lane, whole in zip(mine, batches, strict=True)
         ]
 
     def _arranged(
-        self, arrangement: Arrangement, lanes: Sequence[AnyLane], step: int
+        self, arrangement: Arrangement, lanes: Sequence[AnyLane], epoch: int, step: int
     ) -> Iterator[list[Item]]:
+        steps_of = partial(
+            Duration.steps, steps_per_epoch=self.steps, global_batch_size=self.batch_rows
+        )
         windows = [part for part in arrangement.windows(self.steps) if part.stop > step]
         start = windows[0].start
         streams = [lane.items(start * self.lane_items) for lane in lanes]
@@ -118,6 +125,9 @@ class Schedule:
                 [item for stream in streams for item in islice(stream, self.lane_items)]
                 for _ in window
             ]
+            if self.hard_share is not None:
+                share = self.hard_share.at(epoch * self.steps + window.start, steps_of)
+                arrangement = replace(arrangement, hard_share=share)
             yield from arrangement.arrange(batches)[max(0, step - window.start) :]
 
     def _part(self, lane: int, batches: Iterator[list[Item]]) -> Iterator[Item]:
@@ -200,7 +210,8 @@ def plan_schedule(
         _require_labels(schedule.marks, config.model.fusion.classes)
     if config.data.positive_share is None and neighbours is None:
         return schedule
-    schedule = replace(schedule, neighbours=neighbours)
+    share = config.data.hard_batches.share
+    schedule = replace(schedule, neighbours=neighbours, hard_share=share)
     return replace(schedule, arrangement=_plan_arrangement(config, shards, schedule))
 
 
@@ -245,7 +256,6 @@ def _plan_arrangement(config: Config, shards: ShardSet, schedule: Schedule) -> A
         groups=[group for part in groups for group in part],
         positive_share=data.positive_share,
         neighbours=None if neighbours is None else _places(neighbours, known),
-        hard_share=data.hard_batches.share,
     )
 
 

@@ -1,6 +1,7 @@
 """Batches built on purpose: whoever moves, every row still comes once, inside its window."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmscale.config.ramp import Ramp
 from mmscale.data.arrange import Arrangement
 from mmscale.data.lanes import Item
 from mmscale.data.neighbours import (
@@ -177,6 +179,23 @@ def test_neighbours_come_in_the_share_asked_for_and_no_positives_for_them(share,
     assert beside_a_neighbour(batches) > by_chance + share / 2
     if positive == 0.0:
         assert crowded(batches, groups) == 0
+
+
+def test_a_ramp_of_hard_batches_goes_on_over_the_epochs():
+    wishes = {"width": 4, "groups": list(range(240)), "neighbours": table(240)}
+    ramp = Ramp.parse({"from": 0, "to": 0.5, "over": "1 epochs", "start": "1 epochs"})
+    course = replace(plan((240,), 4, 5, **wishes), hard_share=ramp)
+    assert course.steps == 12
+    plain, half = (plan((240,), 4, 5, **wishes, hard_share=share) for share in (0.0, 0.5))
+    assert global_batches(course, 0) == global_batches(plain, 0)
+    assert global_batches(course, 2) == global_batches(half, 2)
+    rising = global_batches(course, 1)
+    # The windows of the second epoch have shares 0, 1/6 and 1/3.
+    for window, share in zip(course.arrangement.windows(12), (0, 1 / 6, 1 / 3), strict=True):
+        part = slice(window.start, window.stop)
+        steady = plan((240,), 4, 5, **wishes, hard_share=share)
+        assert rising[part] == global_batches(steady, 1)[part]
+    assert global_batches(course, 1, 2, 2, 6) == rising[6:]
 
 
 def test_neighbours_of_one_group_are_not_brought_together():

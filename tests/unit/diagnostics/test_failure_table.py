@@ -34,8 +34,14 @@ def test_a_failure_in_a_small_sample(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODES)
-def test_a_mode_in_large_samples(name):
-    assert share_right(name, [(512, 64), (512, 256), (512, 768), (2048, 256)]) >= 0.95
+def test_a_mode_in_samples_of_512(name):
+    assert share_right(name, [(512, 64), (512, 256), (512, 768)]) >= 0.95
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", MODES)
+def test_a_mode_in_samples_of_2048(name):
+    assert share_right(name, [(2048, 64), (2048, 256), (2048, 768)]) >= 0.95
 
 
 def draws(make, sizes, seeds):
