@@ -13,7 +13,7 @@ from torch import nn
 from mmscale.checkpoint.files import Checkpoint, Origin, Progress
 from mmscale.checkpoint.resume import require_same_run, starting_point
 from mmscale.checkpoint.write import Snapshot, take_snapshot
-from mmscale.config.batches import HardBatchesConfig
+from mmscale.config.batches import OWN_MODEL, HardBatchesConfig
 from mmscale.config.deepspeed import zero_stage
 from mmscale.config.duration import Duration
 from mmscale.config.load import stage_config, with_words
@@ -42,6 +42,7 @@ from mmscale.engine.flops import Flops, count_flops
 from mmscale.engine.inference import Inference
 from mmscale.engine.momentum import averaged, copy_of
 from mmscale.engine.optimizer_kind import optimizer_kind
+from mmscale.engine.own_neighbours import own_neighbours
 from mmscale.engine.plan import BatchPlan, plan_batch
 from mmscale.engine.rehearsal import gaps_line
 from mmscale.engine.stages import stage_lengths
@@ -166,9 +167,9 @@ def assemble(segment: Segment, world: World, tell: Tell) -> Training:
     config, plan = stages[start.stage], plans[start.stage]
     if start.stage:
         schedule = plan_schedule(config, shards, plan.lanes)
-    if config.data.hard_batches.table is not None:
-        tell(f"hard batches: neighbours from {config.data.hard_batches.table}")
-        table = _neighbours(config.data.hard_batches, world, origin)
+    hard = config.data.hard_batches
+    if (table := _neighbours(hard, world, origin)) is not None:
+        tell(f"hard batches: neighbours from {hard.table}")
         schedule = plan_schedule(config, shards, plan.lanes, table)
         tell(f"hard batches: {schedule.with_neighbours:.0%} of the images have neighbours")
     # An origin holds every weight: none is fetched for a model that it fills.
@@ -197,6 +198,13 @@ def assemble(segment: Segment, world: World, tell: Tell) -> Training:
     )
     if origin is None:
         fit_heads(model, inference, stream, peers, plan.micro_rows, spec)
+    if hard.table == OWN_MODEL and table is None:
+        tell("hard batches: neighbours by the model as it is now")
+        known = features or encode_set(
+            config, inference.call, inference.device, shards, spec, peers, _tenths(tell)
+        )
+        table = own_neighbours(inference, known, hard.by, world)
+        stream.schedule = plan_schedule(config, shards, plan.lanes, table)
     connect_batch_norms(model, peers)
     steps_of = partial(
         Duration.steps, steps_per_epoch=schedule.steps, global_batch_size=plan.global_rows
@@ -276,11 +284,18 @@ def _engine(
     return AccelerateEngine(model, config, policy, world)
 
 
-def _neighbours(hard: HardBatchesConfig, world: World, origin: Origin | None) -> Neighbours:
-    """The table that the run began with, else the one that it is given; equal on every rank."""
+def _neighbours(hard: HardBatchesConfig, world: World, origin: Origin | None) -> Neighbours | None:
+    """The table that the stage began with, else the one that it is given; equal on every rank.
+
+    None without any yet.
+    """
+    if hard.table is None:
+        return None
     if origin is not None and (kept := origin.companions("hard_batches.")):
         return Neighbours.of(kept)
-    read = read_neighbours(Path(str(hard.table)), hard.by).tensors() if world.is_main else None
+    if hard.table == OWN_MODEL:
+        return None
+    read = read_neighbours(Path(hard.table), hard.by).tensors() if world.is_main else None
     return Neighbours.of(from_main(world, read))
 
 

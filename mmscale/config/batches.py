@@ -5,12 +5,16 @@ from typing import Annotated, Literal
 from mmscale.config.ramp import Ramp, within
 from mmscale.config.section import Positive, Section
 
+# As `table`: the run's own model.
+OWN_MODEL = "self"
+
 
 class HardBatchesConfig(Section):
     """Images that are hard to tell apart, brought into one batch."""
 
     table: str | None = None
-    """npz of `mmscale embed`, or npz/safetensors of `image_ids` and `neighbours`; null: off."""
+    """npz of `mmscale embed`, or npz/safetensors of `image_ids` and `neighbours`; `self`: what the
+    model finds alike as the run or stage begins; null: off."""
     by: Literal["image", "text"] = "image"
     """Which embeddings of `table` are compared, where it holds no `neighbours`."""
     share: Annotated[Ramp, within(0, 1)] = Ramp.constant(0.5)

@@ -5,6 +5,12 @@ import shutil
 
 import pytest
 
+from mmscale.checkpoint.files import Checkpoint, step_folder
+from mmscale.contracts import World
+from mmscale.data.neighbours import Neighbours, mean_by_image, nearest
+from mmscale.data.shards import open_shards
+from mmscale.dist.peers import connect
+from mmscale.evaluation import embed_set, load_trained
 from tests.whole.command import run
 from tests.whole.small_run import (
     ALONE,
@@ -53,6 +59,40 @@ def test_hard_batches_go_on_as_they_began(synthetic, tmp_path):
     for step, (loss, digest) in straight.items():
         assert again[step][1] == digest
         assert again[step][0] == pytest.approx(loss, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_stage_takes_the_hard_batches_that_its_own_model_finds(synthetic, tmp_path):
+    hard = {"table": "self", "by": "text", "window": 3, "share": 0.5}
+    stages = [
+        {"name": "easy", "duration": "3 steps"},
+        {"name": "hard", "duration": "6 steps", "data": {"hard_batches": hard}},
+    ]
+    folder = tmp_path / "run"
+    words = [
+        *words_for(synthetic, write_settings(tmp_path)),
+        f"run.dir={folder}",
+        f"stages={json.dumps(stages)}",
+        "train.duration=9 steps",
+        "checkpoint.every=3 steps",
+    ]
+    done = succeed([*ALONE, *words])
+    assert "neighbours by the model as it is now" in done.stderr
+    straight = course(folder)
+    kept = Neighbours.of(Checkpoint(step_folder(folder, 6)).companions("hard_batches."))
+    pairs = embed_set(
+        load_trained(step_folder(folder, 3)),
+        open_shards("data.train", str(synthetic.train)),
+        connect(World()),
+    )
+    found = nearest(mean_by_image(pairs.text, pairs.text_ids, pairs.image_ids), pairs.image_ids)
+    assert (kept.image_ids == found.image_ids).all()
+    assert (kept.rows[:, 0] == found.rows[:, 0]).mean() > 0.95, "fp32 noise alone"
+    # From the middle of the stage on: the table of its beginning, not of the model there.
+    shutil.rmtree(step_folder(folder, 9))
+    again = succeed([*ALONE, *words])
+    assert "neighbours by the model as it is now" not in again.stderr
+    assert course(folder) == straight
 
 
 @pytest.mark.slow
