@@ -1,7 +1,6 @@
 """From a configuration to the parts of a run: what training and the verbs share."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -25,24 +24,22 @@ from mmscale.config.schema import Config, ModelConfig
 from mmscale.config.staging import expanded
 from mmscale.contracts import Engine, InputSpec, Peers, World
 from mmscale.data.caption_text import with_cleaning
-from mmscale.data.features import CachedStream, FeatureTable
+from mmscale.data.features import CachedStream
 from mmscale.data.neighbours import Neighbours, read_neighbours
 from mmscale.data.schedule import Schedule, plan_schedule
-from mmscale.data.shards import ShardSet, open_shards, open_train
+from mmscale.data.shards import ShardSet, open_train
 from mmscale.data.stream import TrainStream
 from mmscale.dist.device import DevicePolicy, choose, rng_state, set_rng_state
 from mmscale.dist.peers import connect, from_main
 from mmscale.dist.world import join
+from mmscale.encoding import HeldOut, Tell, encoded_sets, found_alike
 from mmscale.engine.build_companions import build_companions
 from mmscale.engine.companions import Companions
-from mmscale.engine.encode import Call, encode
-from mmscale.engine.feature_cache import FeatureCache
 from mmscale.engine.fit_heads import fit_heads
 from mmscale.engine.flops import Flops, count_flops
 from mmscale.engine.inference import Inference
 from mmscale.engine.momentum import averaged, copy_of
 from mmscale.engine.optimizer_kind import optimizer_kind
-from mmscale.engine.own_neighbours import own_neighbours
 from mmscale.engine.plan import BatchPlan, plan_batch
 from mmscale.engine.rehearsal import gaps_line
 from mmscale.engine.stages import stage_lengths
@@ -54,17 +51,6 @@ from mmscale.model.scale import with_scale_fitted
 from mmscale.model.selection import check_patterns, select
 from mmscale.model.two_tower import TwoTower
 from mmscale.preflight import require_room, require_same_everywhere
-
-Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """The pairs that a run is evaluated on; `table`: their features, where towers are frozen."""
-
-    shards: ShardSet
-    spec: InputSpec
-    table: FeatureTable | None
 
 
 @dataclass(frozen=True)
@@ -138,12 +124,8 @@ def assemble(segment: Segment, world: World, tell: Tell) -> Training:
         world: The launcher's promise.
         tell: Takes a line about what is built, as it is built.
     """
-    run = segment.config
-    policy = choose(run.engine, world.local_rank)
-    filled = fill_preset(run.model, policy.failing_towers)
-    if stand_in := stand_in_line(run.model, filled):
-        tell(f"{policy.device}: {stand_in}")
-    run = with_fusion_decided(run.model_copy(update={"model": filled}))
+    policy = choose(segment.config.engine, world.local_rank)
+    run = _decided(segment.config, policy, tell)
     stages = [stage_config(run, number) for number in range(max(1, len(expanded(run))))]
     plans = [plan_batch(stage, world.size) for stage in stages]
     kind = engine_kind(run, world)
@@ -167,18 +149,12 @@ def assemble(segment: Segment, world: World, tell: Tell) -> Training:
     config, plan = stages[start.stage], plans[start.stage]
     if start.stage:
         schedule = plan_schedule(config, shards, plan.lanes)
-    hard = config.data.hard_batches
-    if (table := _neighbours(hard, world, origin)) is not None:
-        tell(f"hard batches: neighbours from {hard.table}")
+    table = _neighbours(config.data.hard_batches, world, origin)
+    if table is not None:
+        tell(f"hard batches: neighbours from {config.data.hard_batches.table}")
         schedule = plan_schedule(config, shards, plan.lanes, table)
         tell(f"hard batches: {schedule.with_neighbours:.0%} of the images have neighbours")
-    # An origin holds every weight: none is fetched for a model that it fills.
-    wanted = config.model if origin is None else without_weights(config.model)
-    wanted = with_scale_fitted(wanted, shards.samples)
-    model, spec = build_model(wanted, config.data.image_size, config.run.seed)
-    spec = with_cleaning(spec, config.data.caption_cleaning)
-    if origin is not None:
-        origin.load_weights(model)
+    model, spec = _model(config, shards, origin)
     if isinstance(origin, Checkpoint) and segment.origin is None:
         require_same_run(origin, run, plan.lanes)
     check_patterns(model, run)
@@ -190,20 +166,17 @@ def assemble(segment: Segment, world: World, tell: Tell) -> Training:
     if gaps := gaps_line(model, spec, policy):
         tell(gaps)
     inference = Inference(model, policy)
-    features, held_out = _features(config, model, spec, inference, peers, shards, tell)
-    stream = (
+    features, held_out = encoded_sets(config, model, spec, inference, peers, shards, tell)
+    stream: TrainStream | CachedStream = (
         TrainStream(config, shards, schedule, spec, world)
         if features is None
         else CachedStream(schedule, shards, features, world)
     )
     if origin is None:
         fit_heads(model, inference, stream, peers, plan.micro_rows, spec)
-    if hard.table == OWN_MODEL and table is None:
+    if config.data.hard_batches.table == OWN_MODEL and table is None:
         tell("hard batches: neighbours by the model as it is now")
-        known = features or encode_set(
-            config, inference.call, inference.device, shards, spec, peers, _tenths(tell)
-        )
-        table = own_neighbours(inference, known, hard.by, world)
+        table = found_alike(config, inference, features, shards, spec, world, peers, tell)
         stream.schedule = plan_schedule(config, shards, plan.lanes, table)
     connect_batch_norms(model, peers)
     steps_of = partial(
@@ -226,13 +199,7 @@ def assemble(segment: Segment, world: World, tell: Tell) -> Training:
         steps_of,
         None if origin is None else origin.companions,
     )
-    # Ranks draw different dropout masks; a resumed run gets each rank's own state back.
-    torch.manual_seed(config.run.seed * 1_000_003 + start.stage * 500_009 + world.rank)
-    if origin is not None:
-        trained = origin.progress.updates - origin.progress.stage_updates
-        engine.restore(origin.moments, trained, origin.progress.scaler)
-        if random := origin.random(world.rank):
-            set_rng_state(policy.device, random)
+    _restore(engine, origin, config.run.seed, start.stage, world, policy)
     end = start.step if start.over else start.stage_start + lengths[start.stage]
     return Training(
         run=run,
@@ -252,6 +219,43 @@ def assemble(segment: Segment, world: World, tell: Tell) -> Training:
         end=end,
         total_steps=end + (0 if start.over == "run" else sum(lengths[start.stage + 1 :])),
     )
+
+
+def _decided(run: Config, policy: DevicePolicy, tell: Tell) -> Config:
+    """The configuration with all that it leaves to presets and to what is there."""
+    filled = fill_preset(run.model, policy.failing_towers)
+    if stand_in := stand_in_line(run.model, filled):
+        tell(f"{policy.device}: {stand_in}")
+    return with_fusion_decided(run.model_copy(update={"model": filled}))
+
+
+def _model(config: Config, shards: ShardSet, origin: Origin | None) -> tuple[TwoTower, InputSpec]:
+    """The model with its first weights or the origin's, and what it is fed."""
+    # An origin holds every weight: none is fetched for a model that it fills.
+    wanted = config.model if origin is None else without_weights(config.model)
+    wanted = with_scale_fitted(wanted, shards.samples)
+    model, spec = build_model(wanted, config.data.image_size, config.run.seed)
+    if origin is not None:
+        origin.load_weights(model)
+    return model, with_cleaning(spec, config.data.caption_cleaning)
+
+
+def _restore(
+    engine: Engine,
+    origin: Origin | None,
+    seed: int,
+    stage: int,
+    world: World,
+    policy: DevicePolicy,
+) -> None:
+    """Moments, loss scale and random numbers as the origin left them, where it has them."""
+    # Ranks draw different dropout masks; a resumed run gets each rank's own state back.
+    torch.manual_seed(seed * 1_000_003 + stage * 500_009 + world.rank)
+    if origin is not None:
+        trained = origin.progress.updates - origin.progress.stage_updates
+        engine.restore(origin.moments, trained, origin.progress.scaler)
+        if random := origin.random(world.rank):
+            set_rng_state(policy.device, random)
 
 
 def without_weights(model: ModelConfig) -> ModelConfig:
@@ -317,70 +321,6 @@ def _share_cores(policy: DevicePolicy, world: World) -> None:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world.size)))
     if policy.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and local > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
-
-
-def _features(
-    config: Config,
-    model: TwoTower,
-    spec: InputSpec,
-    inference: Inference,
-    peers: Peers,
-    shards: ShardSet,
-    tell: Tell,
-) -> tuple[FeatureTable | None, HeldOut | None]:
-    """Cached features of the training set, and the held-out pairs."""
-    held_out = open_shards("data.eval", config.data.eval) if config.data.eval else None
-    if config.data.feature_cache is None:
-        return None, HeldOut(held_out, spec, None) if held_out else None
-    limit = config.data.cache_gb * 1e9
-    cache = FeatureCache(Path(config.data.feature_cache), model, spec, limit)
-
-    def table(which: ShardSet) -> FeatureTable:
-        def make() -> FeatureTable:
-            tell(f"features: {which.samples:,} images through the frozen towers, once")
-            return encode_set(
-                config, inference.call, inference.device, which, spec, peers, _tenths(tell)
-            )
-
-        return cache.table(which, peers, make)
-
-    return table(shards), HeldOut(held_out, spec, table(held_out)) if held_out else None
-
-
-def encode_set(
-    config: Config,
-    call: Call,
-    device: torch.device,
-    shards: ShardSet,
-    spec: InputSpec,
-    peers: Peers,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> FeatureTable:
-    """A set through the towers with the run's settings. Collective."""
-    return encode(
-        call,
-        device,
-        shards,
-        spec,
-        peers,
-        config.eval.batch_size,
-        config.data.workers,
-        config.data.max_damaged,
-        progress,
-    )
-
-
-def _tenths(tell: Tell) -> Callable[[int, int], None]:
-    """Progress that speaks at each tenth."""
-    told = 0
-
-    def progress(done: int, total: int) -> None:
-        nonlocal told
-        if 10 * done // total > told:
-            told = 10 * done // total
-            tell(f"features: {done:,} of this rank's {total:,} images done")
-
-    return progress
 
 
 def snapshot(training: Training, progress: Progress) -> Snapshot:

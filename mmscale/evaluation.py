@@ -7,7 +7,7 @@ from statistics import fmean
 
 import torch
 
-from mmscale.assembly import HeldOut, Training, encode_set, without_weights
+from mmscale.assembly import Training, without_weights
 from mmscale.checkpoint.files import Checkpoint
 from mmscale.checkpoint.resume import open_trained
 from mmscale.config.load import stage_config, validate
@@ -20,6 +20,7 @@ from mmscale.diagnostics.pairs import Pairs, Sources
 from mmscale.diagnostics.reranking import reranked_recalls, shortlists
 from mmscale.diagnostics.retrieval import RECALLS, recalls
 from mmscale.dist.device import choose
+from mmscale.encoding import HeldOut, encode_set
 from mmscale.engine.encode import Call
 from mmscale.engine.inference import Inference
 from mmscale.engine.momentum import averaged

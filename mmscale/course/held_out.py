@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
-from mmscale.assembly import HeldOut, Training
+from mmscale.assembly import Training
 from mmscale.contracts import InputSpec
 from mmscale.data.samples import SampleBatches
 from mmscale.data.stream import pad
 from mmscale.diagnostics.pairs import Pairs
+from mmscale.encoding import HeldOut
 from mmscale.engine.feed import images_on
 from mmscale.errors import DataError
 

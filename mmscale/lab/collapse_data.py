@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmscale.assembly import encode_set
 from mmscale.config.load import load_config
 from mmscale.data.shards import ShardSet, open_shards, open_train
 from mmscale.dist.device import choose
 from mmscale.dist.peers import Alone
+from mmscale.encoding import encode_set
 from mmscale.engine.feature_cache import FeatureCache
 from mmscale.engine.inference import Inference
 from mmscale.errors import ConfigError

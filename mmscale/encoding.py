@@ -1,0 +1,110 @@
+"""Whole sets through the towers with a run's settings: cached, held out, or compared."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mmscale.config.schema import Config
+from mmscale.contracts import InputSpec, Peers, World
+from mmscale.data.features import FeatureTable
+from mmscale.data.neighbours import Neighbours
+from mmscale.data.shards import ShardSet, open_shards
+from mmscale.engine.encode import Call, encode
+from mmscale.engine.feature_cache import FeatureCache
+from mmscale.engine.inference import Inference
+from mmscale.engine.own_neighbours import own_neighbours
+from mmscale.model.two_tower import TwoTower
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The pairs that a run is evaluated on; `table`: their features, where towers are frozen."""
+
+    shards: ShardSet
+    spec: InputSpec
+    table: FeatureTable | None
+
+
+def encoded_sets(
+    config: Config,
+    model: TwoTower,
+    spec: InputSpec,
+    inference: Inference,
+    peers: Peers,
+    shards: ShardSet,
+    tell: Tell,
+) -> tuple[FeatureTable | None, HeldOut | None]:
+    """Cached features of the training set, and the held-out pairs."""
+    held_out = open_shards("data.eval", config.data.eval) if config.data.eval else None
+    if config.data.feature_cache is None:
+        return None, HeldOut(held_out, spec, None) if held_out else None
+    limit = config.data.cache_gb * 1e9
+    cache = FeatureCache(Path(config.data.feature_cache), model, spec, limit)
+
+    def table(which: ShardSet) -> FeatureTable:
+        def make() -> FeatureTable:
+            tell(f"features: {which.samples:,} images through the frozen towers, once")
+            return encode_set(
+                config, inference.call, inference.device, which, spec, peers, _tenths(tell)
+            )
+
+        return cache.table(which, peers, make)
+
+    return table(shards), HeldOut(held_out, spec, table(held_out)) if held_out else None
+
+
+def found_alike(
+    config: Config,
+    inference: Inference,
+    features: FeatureTable | None,
+    shards: ShardSet,
+    spec: InputSpec,
+    world: World,
+    peers: Peers,
+    tell: Tell,
+) -> Neighbours:
+    """The training set's neighbours by the model as it is now. Collective."""
+    if features is None:
+        call, device = inference.call, inference.device
+        features = encode_set(config, call, device, shards, spec, peers, _tenths(tell))
+    return own_neighbours(inference, features, config.data.hard_batches.by, world)
+
+
+def encode_set(
+    config: Config,
+    call: Call,
+    device: torch.device,
+    shards: ShardSet,
+    spec: InputSpec,
+    peers: Peers,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> FeatureTable:
+    """A set through the towers with the run's settings. Collective."""
+    return encode(
+        call,
+        device,
+        shards,
+        spec,
+        peers,
+        config.eval.batch_size,
+        config.data.workers,
+        config.data.max_damaged,
+        progress,
+    )
+
+
+def _tenths(tell: Tell) -> Callable[[int, int], None]:
+    """Progress that speaks at each tenth."""
+    told = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal told
+        if 10 * done // total > told:
+            told = 10 * done // total
+            tell(f"features: {done:,} of this rank's {total:,} images done")
+
+    return progress
