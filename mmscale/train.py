@@ -67,7 +67,6 @@ def _attempt(config: Config, updated: Callable[[], None]) -> int:
         from mmscale.report.console import early_line
         from mmscale.report.report import Report
 
-        gc.freeze()
         gc.enable()
         stop = StopSignal()
         training = assemble(Segment(config), world, early_line(world))

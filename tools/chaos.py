@@ -46,6 +46,7 @@ optim: {lr: 1e-3, warmup: 2 steps}
 eval: {every: null}
 engine: {deepspeed: ds_configs/zero2.json}
 checkpoint: {every: 3 steps, keep: 2}
+log: {page: false}
 """
 RANKS = 2
 MOMENTS = ("anywhere", "anywhere", "in a save")

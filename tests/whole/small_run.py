@@ -29,6 +29,8 @@ train: {duration: 20 steps, global_batch_size: 16}
 optim: {lr: 1e-3, warmup: 2 steps, schedule: constant}
 eval: {every: null}
 checkpoint: {every: 10 steps, keep: 10}
+# Its pictures take as long as all the rest.
+log: {page: false}
 """
 ALONE = (sys.executable, TRAIN)
 

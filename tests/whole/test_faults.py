@@ -246,6 +246,7 @@ def test_a_real_run_names_damage_escapes_captions_and_ends_by_its_share(place, s
         f"data.eval={synthetic.val}",
         f"run.dir={run_dir}",
         "train.duration=2 steps",
+        "log.page=true",
     ]
     done = run([*words, "data.max_damaged=0.5"])
     assert done.returncode == 0, explain(done)

@@ -28,6 +28,7 @@ TIMES = ("data", *PHASES, "other")
 def test_phases_add_up_to_the_step(synthetic, tmp_path, launcher):
     run_dir = tmp_path / "run"
     more = ["train.duration=6 steps", "train.micro_batch_size=4", "log.profile=2 steps"]
+    more += ["log.page=true"]
     words = [*launcher(), *words_for(synthetic, write_settings(tmp_path)), f"run.dir={run_dir}"]
     succeed([*words, *more])
     lines = training_lines(run_dir)

@@ -22,7 +22,7 @@ def folder(synthetic, tmp_path_factory):
     """A run of 20 steps that was evaluated four times, its page written again afterwards."""
     settings = write_settings(tmp_path_factory.mktemp("settings"))
     run_dir = tmp_path_factory.mktemp("run") / "run"
-    words = ["eval.every=5 steps", "probe.every=5 steps", f"run.dir={run_dir}"]
+    words = ["eval.every=5 steps", "probe.every=5 steps", "log.page=true", f"run.dir={run_dir}"]
     succeed([*ALONE, *words_for(synthetic, settings), *words])
     (run_dir / "report.html").unlink()
     report = [sys.executable, "-m", "mmscale.cli", "report", run_dir]
