@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import random
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from mmscale.config.load import load_config
 from mmscale.config.schema import Config
 
 torch.set_num_threads(1)
+# A shell that starts this in the background has it ignored, and so would every process of a test.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # A busy machine is no fault of the code.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
