@@ -47,7 +47,7 @@ test: setup  ## the default suite: unit, real ranks, real launches
 test-slow: setup  ## what takes minutes
 	$(BIN)/python -m pytest -m slow
 
-test-soak: setup  ## what takes tens of minutes: the failure table in samples of 2,048 pairs
+test-soak: setup  ## tens of minutes: the failure table at 2,048 pairs, every registered model
 	$(BIN)/python -m pytest -m soak -s
 
 check: setup  ## format, lint, layers, types

@@ -58,7 +58,7 @@ def test_every_curated_architecture_has_its_registered_figures(name):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=() if name == "openclip:ViT-B-32" else pytest.mark.slow)
+        pytest.param(name, marks=() if name == "openclip:ViT-B-32" else pytest.mark.soak)
         for name in OPENCLIP
     ],
 )
@@ -173,7 +173,7 @@ SAMPLE = [
 ]
 
 
-@pytest.mark.parametrize("pairs", [SAMPLE, pytest.param(all_pairs(), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pairs", [SAMPLE, pytest.param(all_pairs(), marks=pytest.mark.soak)])
 def test_any_image_tower_trains_with_any_text_tower(pairs):
     """Two updates each; both towers move. The page's rows are what this prints."""
     tool = page()
