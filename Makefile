@@ -45,9 +45,9 @@ test: setup  ## the default suite: unit, real ranks, real launches
 	$(BIN)/python -m pytest -m "not slow and not soak and not gpu"
 
 test-slow: setup  ## what takes minutes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not soak"
 
-test-soak: setup  ## tens of minutes: the failure table at 2,048 pairs, every registered model
+test-soak: setup  ## tens of minutes: large samples, every registered model, second launchers
 	$(BIN)/python -m pytest -m soak -s
 
 check: setup  ## format, lint, layers, types

@@ -21,7 +21,7 @@ TIMES = ("data", *PHASES, "other")
 
 @pytest.mark.parametrize(
     "launcher",
-    [lambda: ALONE, pytest.param(torchrun, marks=pytest.mark.slow),
+    [lambda: ALONE, pytest.param(torchrun, marks=pytest.mark.soak),
      pytest.param(deepspeed, marks=pytest.mark.slow)],
     ids=["alone", "torchrun", "deepspeed"],
 )  # fmt: skip

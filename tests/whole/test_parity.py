@@ -30,7 +30,7 @@ LAUNCHED = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_every_engine_gives_the_losses_of_one_process(synthetic, tmp_path):
     settings = tmp_path / "small.yaml"
     settings.write_text(SETTINGS, "utf-8")

@@ -192,8 +192,9 @@ def test_two_ranks_of_zero_2_go_on_bit_for_bit(settings, tmp_path):
     _resumes_sharded(settings, tmp_path, 2)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize(
+    "stage", [pytest.param(1, marks=pytest.mark.soak), pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_two_ranks_of_other_stages_go_on_bit_for_bit(settings, tmp_path, stage):
     _resumes_sharded(settings, tmp_path, stage)
 

@@ -87,9 +87,9 @@ def test_ranks_whose_launcher_was_told_to_end_write_a_checkpoint(settings, tmp_p
     ("launcher", "rank"),
     [
         (deepspeed, 1),
-        pytest.param(deepspeed, 0, marks=pytest.mark.slow),
         pytest.param(torchrun, 0, marks=pytest.mark.slow),
-        pytest.param(torchrun, 1, marks=pytest.mark.slow),
+        pytest.param(deepspeed, 0, marks=pytest.mark.soak),
+        pytest.param(torchrun, 1, marks=pytest.mark.soak),
     ],
 )
 def test_a_killed_rank_ends_all_of_them_with_the_cause_told_last(

@@ -79,7 +79,7 @@ def test_a_sweep_that_was_stopped_and_killed_finds_what_the_uninterrupted_one_fi
     assert (out / "sweep.html").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_workers_share_the_trials_of_a_sweep(space, tmp_path):
     out = tmp_path / "out"
     succeed([*_sweep(space, out), "--workers", "2"], timeout=400)
