@@ -45,7 +45,7 @@ def run(config: Config) -> int:
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     # The number of decoding processes is the user's setting, not a mistake to warn of on each rank.
     warnings.filterwarnings("ignore", message="This DataLoader will create")
-    # What imports leave stays to the end: to search it for garbage took a seventh of the start.
+    # What imports leave stays to the end: to search it for garbage took a seventh of their time.
     gc.disable()
     from mmscale.dist.fallback import starting_again_on_cpu
 

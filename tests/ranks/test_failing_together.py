@@ -30,6 +30,10 @@ CASES = [
         pytest.param(*case, marks=pytest.mark.slow)
         for case in (("accelerate", None, 0), ("deepspeed", 2, 1))
     ],
+    *[
+        pytest.param(*case, marks=pytest.mark.soak)
+        for case in (("deepspeed", 3, 1), ("deepspeed", 2, 0))
+    ],
 ]
 
 

@@ -36,6 +36,9 @@ REMEMBERING = [
     "checkpoint.every=5 steps",
 ]
 
+# Objectives that train more than towers and heads.
+PARTS_OF_THEIR_OWN = ("vicreg_clip", "albef", "mixed")
+
 
 @pytest.fixture(scope="module")
 def settings(synthetic, tmp_path_factory):
@@ -123,9 +126,16 @@ def test_every_named_objective_trains(settings, tmp_path):
         assert_trained(tmp_path, name)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["vicreg_clip", "albef", "mixed"])
-def test_objectives_with_parts_of_their_own_train_with_deepspeed(settings, tmp_path, name):
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=pytest.mark.slow if name in PARTS_OF_THEIR_OWN else pytest.mark.soak
+        )
+        for name in OBJECTIVES
+    ],
+)
+def test_every_named_objective_trains_with_deepspeed(settings, tmp_path, name):
     # A process each: DeepSpeed keeps the groups of a run that has ended.
     words = ([name], settings, tmp_path, "deepspeed")
     (codes,) = run_on_ranks(1, _train, *words, join=False)
