@@ -12,6 +12,10 @@ STAMP := $(VENV)/.mmscale-installed
 # The launchers and ninja are looked up on the path.
 export PATH := $(BIN):$(PATH)
 
+# Test processes at once, a file each: more than half of what a launched run takes is waiting.
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+
 # What open_clip's trainer needs and we must not have: seen only by the processes that run it.
 PEERS := $(VENV)/peers
 
@@ -42,10 +46,10 @@ demo: setup  ## render pairs, pack, train, evaluate, diagnose: runs/demo/report.
 	$(BIN)/mmscale doctor $(DEMO_RUN)
 
 test: setup  ## the default suite: unit, real ranks, real launches
-	$(BIN)/python -m pytest -m "not slow and not soak and not gpu"
+	$(PYTEST) -m "not slow and not soak and not gpu"
 
 test-slow: setup  ## what takes minutes
-	$(BIN)/python -m pytest -m "slow and not soak"
+	$(PYTEST) -m "slow and not soak"
 
 test-soak: setup  ## tens of minutes: large samples, every registered model, second launchers
 	$(BIN)/python -m pytest -m soak -s

@@ -125,7 +125,9 @@ def damaged(folder):
 
 
 @pytest.mark.parametrize(
-    "content", [lambda _: b"", lambda _: b"image,text", truncated, damaged], ids=str
+    "content",
+    [lambda _: b"", lambda _: b"image,text", truncated, damaged],
+    ids=["empty", "text", "truncated", "damaged"],
 )
 def test_what_is_no_npz_is_refused(tmp_path, content):
     path = tmp_path / "broken.npz"
