@@ -11,6 +11,8 @@ Kind = Literal["identity", "linear", "mlp", "projector"]
 Init = Literal["normal", "orthogonal", "pca", "autoencoder", "cca"]
 Activation = Literal["gelu", "relu"]
 Depth = Annotated[int, Field(ge=3)]
+Shrinkage = Annotated[float, Field(ge=0, le=1)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
 class HeadSideConfig(Section):
@@ -30,6 +32,10 @@ class HeadSideConfig(Section):
     """`model.head.activation` of this side."""
     init: Init | None = None
     """`model.head.init` of this side."""
+    shrinkage: Shrinkage | None = None
+    """`model.head.shrinkage` of this side."""
+    dropout: Dropout | None = None
+    """`model.head.dropout` of this side."""
 
 
 class HeadConfig(Section):
@@ -57,10 +63,13 @@ class HeadConfig(Section):
     """Rows on which each feature's mean and deviation are fitted before the first step; 0 = off."""
     whiten: Literal["none", "zca", "pca"] = "none"
     """Decorrelate features by a matrix fitted before the first step, after `standardize`."""
-    shrinkage: Annotated[float, Field(ge=0, le=1)] = 0.1
+    shrinkage: Shrinkage = 0.1
     """Share of the identity in the covariances that `whiten` and `cca` invert."""
     fit_rows: Positive = 4096
     """Rows on which `whiten` and `init` are fitted before the first step."""
+    dropout: Dropout = 0.0
+    """Share of the features that a training step leaves out, after `whiten`; holds few images from
+    being learnt by heart."""
     image: HeadSideConfig = HeadSideConfig()
     """Images' head, where it differs."""
     text: HeadSideConfig = HeadSideConfig()

@@ -19,7 +19,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
 class Head(nn.Module):
-    """Scales and whitens features where asked, then projects them.
+    """Scales and whitens features where asked, leaves some out in training, then projects them.
 
     `linear` is W x, as CLIP's; `mlp` has one hidden layer; `projector` has at least two, with
     batch normalisation, as VICReg's and Barlow Twins'; `identity` leaves features as they are.
@@ -57,6 +57,7 @@ class Head(nn.Module):
         self.standardize = Standardize(width) if config.standardize else None
         whitens = config.whiten != "none"
         self.whiten = Whiten(width, config.whiten, config.shrinkage) if whitens else None
+        self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.Sequential(*_layers(width, embed_dim, config))
         self._starts_from_rows = config.init in FITTED and config.kind != "identity"
         draw(self.layers, config.init if config.init not in FITTED else "normal", config.gain)
@@ -114,7 +115,7 @@ class Head(nn.Module):
             rows = self.standardize(rows)
         if self.whiten is not None:
             rows = self.whiten(rows)
-        return self.layers(rows)
+        return self.layers(self.dropout(rows))
 
 
 def _layers(width: int, embed_dim: int, config: HeadConfig) -> list[nn.Module]:

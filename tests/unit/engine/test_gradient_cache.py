@@ -25,7 +25,8 @@ DROPOUT = {
             "proj_drop_rate": 0.4,
             "pos_drop_rate": 0.2,
         },
-    }
+    },
+    "model__head": {"dropout": 0.3},
 }
 MICRO, SEED = 5, 11
 

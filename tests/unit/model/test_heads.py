@@ -258,6 +258,23 @@ def test_canonical_heads_have_no_more_directions_than_features():
         Head(6, 8, HeadConfig(init="cca"))
 
 
+def test_dropout_leaves_features_out_in_training_only():
+    built, plain = head(12, 12, kind="identity", dropout=0.25), features(4000)
+    kept = built(plain)
+    left_out = kept == 0
+    assert left_out.double().mean() == pytest.approx(0.25, abs=0.01)
+    torch.testing.assert_close(kept[~left_out], plain[~left_out] / 0.75)
+    assert torch.equal(built.eval()(plain), plain)
+
+
+def test_sides_may_shrink_and_leave_out_by_their_own_shares():
+    settings = {"shrinkage": 0.4, "dropout": 0.5, "text": {"shrinkage": 0.2, "dropout": 0.1}}
+    config = HeadConfig.model_validate(settings)
+    built = {side: Head(12, 5, config.of(side)) for side in ("image", "text")}
+    assert (built["image"].shrinkage, built["image"].dropout.p) == (0.4, 0.5)
+    assert (built["text"].shrinkage, built["text"].dropout.p) == (0.2, 0.1)
+
+
 def test_head_names_the_true_width():
     with pytest.raises(ConfigError, match=r"width 5 .* made for 6"):
         Head(6, 4, HeadConfig())(torch.zeros(2, 5))
