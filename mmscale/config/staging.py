@@ -43,7 +43,7 @@ def stage_settings(config: Config, stage: StageConfig) -> dict[str, Any]:
     settings: dict[str, Any] = config.model_dump(mode="json")
     settings["stages"] = []
     for name in ("optim", "negatives", "data"):
-        settings[name] = _merged(settings[name], getattr(stage, name))
+        settings[name] = merged(settings[name], getattr(stage, name))
     if stage.loss:
         settings["loss"] = stage.loss
     for name in ("global_batch_size", "micro_batch_size"):
@@ -87,12 +87,11 @@ def _may_match(pattern: str, tower: str) -> bool:
     return start.startswith(f"{tower}.") or f"{tower}.".startswith(start)
 
 
-def _merged(settings: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(settings)
+def merged(settings: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
+    """Settings with those that differ, at any depth."""
+    result = dict(settings)
     for key, value in update.items():
-        inner = merged.get(key)
-        if isinstance(value, dict) and isinstance(inner, dict):
-            merged[key] = _merged(inner, value)
-        else:
-            merged[key] = value
-    return merged
+        inner = result.get(key)
+        both = isinstance(value, dict) and isinstance(inner, dict)
+        result[key] = merged(inner, value) if both else value
+    return result

@@ -1,34 +1,40 @@
 """`mmscale lab recipe`: what each part of a recipe adds to held-out recall, and what it costs.
 
-The first rows each add a part to the row before, every later one adds one part to `+ stages`; all
-see as many pairs. Meant for the `flickr8k_finetune` preset; what rows differ in is said here.
+The recipe has two stages, heads on kept features and then towers. Of the rows, those up to the
+recipe itself each add a part to the row before, from plain heads on; every later one adds one part
+to the recipe. Towers see as many pairs in each. Meant for the `flickr8k_finetune` preset; what rows
+differ in is said here.
 """
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
-from mmscale.config.duration import Duration
 from mmscale.config.load import load_config
+from mmscale.config.schema import Config
+from mmscale.config.staging import merged
+from mmscale.errors import ConfigError
 from mmscale.lab.cells import Cell, Result
 from mmscale.lab.experiments import with_defaults
 from mmscale.lab.table import Table, Value, table_of
 from mmscale.report.recalls import MEAN_RECALL
 
 DEFAULTS = ("eval.every=null", "checkpoint.every=null")
-HEADS: dict[str, Any] = {"name": "heads", "train": ["head", "scale"], "data": {"augment": "none"}}
 INFONCE: dict[str, Any] = {"kind": "infonce"}
 ALIKE = ("optim.layer_decay.vision=1", "optim.layer_decay.text=1")
-# Towers that train have no features to keep.
-AT_ONCE = ("stages=[]", "data.feature_cache=null")
-# What is added to `+ stages`, one at a time.
+DRAWN = ("model.head.init=normal",)
+KEPT = ("model.head.dropout=0",)
+# Drawn heads have further to go than those that start from a closed form.
+DRAWN_HEADS: dict[str, Any] = {"lr": 1e-3}
+DRAWN_BESIDE_TOWERS: dict[str, Any] = {"lr_scale": {"head": 1.0}}
+RECIPE = "+ dropout"
+LARGE = 1024
+# What is added to the recipe, one at a time.
 PARTS: dict[str, tuple[str, ...]] = {
     "+ queue": ("negatives.queue.size=4096",),
-    "+ chunked batch 1,024": ("train.global_batch_size=1024",),
     "+ hard negatives": (
         "negatives.mining.kind=hard",
-        'negatives.mining.strength={from: 0, to: 1, over: "5 epochs"}',
+        'negatives.mining.strength={from: 0, to: 1, over: "2 epochs"}',
     ),
 }
 TERMS: dict[str, list[dict[str, Any]]] = {
@@ -49,9 +55,13 @@ MINUTES = "minutes"
 
 
 def cells(words: tuple[str, ...], seeds: Iterable[int]) -> list[Cell]:
-    """Every row, seed by seed: a grid that is cut short has every row."""
+    """Every row, seed by seed: a grid that is cut short has every row.
+
+    Raises:
+        ConfigError: The recipe has not two stages.
+    """
     words = with_defaults(words, DEFAULTS)
-    rows = dict(_rows(load_config(words).train.duration))
+    rows = dict(_rows(load_config(words)))
     return [
         Cell({"recipe": name, "seed": seed}, (*words, *extra, f"run.seed={seed}"))
         for seed in seeds
@@ -59,19 +69,41 @@ def cells(words: tuple[str, ...], seeds: Iterable[int]) -> list[Cell]:
     ]
 
 
-def _rows(duration: Duration) -> Iterator[tuple[str, tuple[str, ...]]]:
-    half = str(replace(duration, amount=duration.amount / 2))
-    alone = {**HEADS, "duration": str(duration)}
-    then = [{**HEADS, "duration": half}, {"name": "all", "duration": half}]
-    stages = (f"stages={json.dumps(then)}",)
-    yield "heads only", (*ALIKE, f"stages={json.dumps([alone])}")
-    yield "+ fine-tune", (*ALIKE, *AT_ONCE)
-    yield "+ layer-wise decay", AT_ONCE
-    yield "+ stages", stages
-    for name, extra in PARTS.items():
-        yield name, (*stages, *extra)
+def _rows(config: Config) -> Iterator[tuple[str, tuple[str, ...]]]:
+    if len(config.stages) != 2:
+        raise ConfigError(
+            f"lab recipe: the recipe has {len(config.stages)} stages; give it two, one for heads "
+            "on kept features and one for towers, as the preset flickr8k_finetune does"
+        )
+    heads, towers = (
+        stage.model_dump(mode="json", exclude_defaults=True) for stage in config.stages
+    )
+    drawn = _changed(heads, DRAWN_HEADS)
+    # Towers that train have no features to keep.
+    at_once = (
+        _stages(_changed(towers, DRAWN_BESIDE_TOWERS)),
+        f"train.duration={towers['duration']}",
+        "data.feature_cache=null",
+    )
+    alone = _stages({**drawn, "duration": str(config.train.duration)})
+    yield "heads only", (*DRAWN, *KEPT, alone)
+    yield "+ fine-tune", (*DRAWN, *KEPT, *ALIKE, *at_once)
+    yield "+ layer-wise decay", (*DRAWN, *KEPT, *at_once)
+    yield "+ stages", (*DRAWN, *KEPT, _stages(drawn, towers))
+    yield "+ canonical heads", KEPT
+    yield RECIPE, ()
+    yield "+ chunked batch 1,024", (_stages(heads, {**towers, "global_batch_size": LARGE}),)
+    yield from PARTS.items()
     for name, terms in TERMS.items():
-        yield f"+ {name}", (*stages, f"loss.terms={json.dumps(terms)}")
+        yield f"+ {name}", (f"loss.terms={json.dumps(terms)}",)
+
+
+def _changed(stage: dict[str, Any], optim: dict[str, Any]) -> dict[str, Any]:
+    return {**stage, "optim": merged(stage.get("optim", {}), optim)}
+
+
+def _stages(*stages: dict[str, Any]) -> str:
+    return f"stages={json.dumps(stages)}"
 
 
 def page(results: Sequence[Result]) -> str:

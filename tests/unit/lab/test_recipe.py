@@ -1,33 +1,51 @@
 """The ablation of a recipe: every row loads, and rows differ in what they say."""
 
+import pytest
+
 from mmscale.config.load import load_config, stage_config
 from mmscale.config.staging import expanded
+from mmscale.errors import ConfigError
 from mmscale.lab.cells import Result
-from mmscale.lab.lab_recipe import cells, page
+from mmscale.lab.lab_recipe import DEFAULTS, cells, page
 
-WORDS = ("flickr8k_finetune", "train.duration=8 epochs", "data.feature_cache=features")
+WORDS = ("flickr8k_finetune", "data.feature_cache=features")
 
 
-def test_every_row_is_a_run_of_the_same_length():
+def test_every_row_adds_its_part():
     rows = {cell.labels["recipe"]: load_config(cell.words) for cell in cells(WORDS, [0])}
-    assert list(rows)[:5] == [
+    names = list(rows)
+    assert names[:7] == [
         "heads only",
         "+ fine-tune",
         "+ layer-wise decay",
         "+ stages",
-        "+ queue",
+        "+ canonical heads",
+        "+ dropout",
+        "+ chunked batch 1,024",
     ]
-    assert {str(config.train.duration) for config in rows.values()} == {"8 epochs"}
     assert len({config.model_dump_json() for config in rows.values()}) == len(rows)
-    heads, tuned = rows["heads only"], rows["+ fine-tune"]
+    heads, tuned, layered, staged, canonical, recipe, large = (rows[name] for name in names[:7])
+    assert [str(stage.duration) for stage in expanded(heads)] == [str(recipe.train.duration)]
     assert stage_config(heads, 0).data.feature_cache == "features"
     assert (tuned.data.feature_cache, tuned.optim.layer_decay.text) == (None, 1)
-    assert rows["+ layer-wise decay"].optim.layer_decay.text < 1
-    staged = expanded(rows["+ stages"])
-    assert [str(stage.duration) for stage in staged] == ["4 epochs", "4 epochs"]
-    assert stage_config(rows["+ stages"], 1).data.feature_cache is None
-    for name in list(rows)[4:]:
-        assert expanded(rows[name]) == staged
+    assert layered.optim.layer_decay.text == 0.8
+    assert stage_config(layered, 0).optim.lr_scale.head == 1
+    assert stage_config(staged, 0).optim.lr == 1e-3
+    assert stage_config(staged, 1).optim == stage_config(recipe, 1).optim
+    assert (staged.model.head.init, canonical.model.head.init) == ("normal", "cca")
+    assert (canonical.model.head.dropout, recipe.model.head.dropout) == (0, 0.5)
+    assert recipe == load_config([*WORDS, *DEFAULTS])
+    assert expanded(large)[1].global_batch_size == 1024
+
+
+def test_towers_see_as_many_pairs_in_each_row():
+    for cell in cells(WORDS, [0])[1:]:
+        assert str(expanded(load_config(cell.words))[-1].duration) == "10 epochs"
+
+
+def test_a_recipe_has_two_stages():
+    with pytest.raises(ConfigError, match=r"has 0 stages; give it two"):
+        cells(("flickr8k",), [0])
 
 
 def test_the_page_has_a_line_for_each_row_with_its_words_and_minutes():
