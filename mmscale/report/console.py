@@ -7,6 +7,7 @@ read as markup.
 import sys
 import time
 import unicodedata
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from rich.text import Text
 from mmscale.contracts import World
 
 PLAIN_SECONDS = 5.0  # between two lines where stderr is a file
+PACE_UPDATES = 50
 RECALLS = ("r1", "r5", "r10")
 _BIDI_CONTROLS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
@@ -117,24 +119,21 @@ class TrainingConsole:
 
 
 class _Pace:
-    """Time left, from the updates seen since the first."""
+    """Time left, from the last updates: those of an earlier stage may have had another pace."""
 
     def __init__(self, total_steps: int) -> None:
         self._total_steps = total_steps
-        self._first: tuple[float, int] | None = None
-        self._now = (0.0, 0)
+        self._seen: deque[tuple[float, int]] = deque(maxlen=PACE_UPDATES)
 
     def update(self, step: int) -> None:
-        self._now = time.monotonic(), step
-        self._first = self._first or self._now
+        self._seen.append((time.monotonic(), step))
 
     def left(self) -> str:
-        assert self._first is not None, "update() comes before left()"
-        seconds, steps = self._now[0] - self._first[0], self._now[1] - self._first[1]
-        missing = max(0, self._total_steps - self._now[1])
+        (begun, first), (now, last) = self._seen[0], self._seen[-1]
+        missing = max(0, self._total_steps - last)
         if not missing:
             return "0:00"
-        return duration(missing * seconds / steps) if steps > 0 else "?"
+        return duration(missing * (now - begun) / (last - first)) if last > first else "?"
 
 
 def clean(text: str) -> str:

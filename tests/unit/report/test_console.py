@@ -1,4 +1,5 @@
 import io
+import time
 
 from rich.console import Console
 
@@ -66,3 +67,13 @@ def test_clean_keeps_other_scripts():
 
 def test_durations():
     assert [duration(s) for s in (0, 65, 59.6, 7200)] == ["0:00", "1:05", "1:00", "2:00:00"]
+
+
+def test_the_time_left_goes_by_the_pace_of_the_stage_at_hand(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    screen, stream = watched(total_steps=1000)
+    for step in range(1, 301):
+        now += 0.01 if step <= 200 else 6.0
+        screen.training(line(step))
+    assert "1:10:00 left" in stream.getvalue().splitlines()[-1]
