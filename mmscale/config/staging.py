@@ -92,6 +92,7 @@ def merged(settings: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
     result = dict(settings)
     for key, value in update.items():
         inner = result.get(key)
-        both = isinstance(value, dict) and isinstance(inner, dict)
-        result[key] = merged(inner, value) if both else value
+        if isinstance(value, dict) and isinstance(inner, dict):
+            value = merged(inner, value)
+        result[key] = value
     return result
