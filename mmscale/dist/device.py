@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 
 from mmscale.config.schema import EngineConfig
-from mmscale.dist.heap import keep_freed_blocks
 from mmscale.dist.peaks import peak_flops
 from mmscale.errors import ConfigError
 
@@ -94,8 +93,6 @@ def choose(config: EngineConfig, local_rank: int = 0) -> DevicePolicy:
     policy = plan_device(config, local_rank, this_machine())
     if policy.device.type == "cuda":
         torch.cuda.set_device(policy.device)
-    if policy.device.type == "cpu":
-        keep_freed_blocks()
     # Convolutions take TF32 by torch's default, which is not what fp32 means here.
     torch.backends.cuda.matmul.allow_tf32 = policy.tf32
     torch.backends.cudnn.allow_tf32 = policy.tf32

@@ -92,7 +92,9 @@ def _rows(config: Config) -> Iterator[tuple[str, tuple[str, ...]]]:
     yield "+ stages", (*DRAWN, *KEPT, _stages(drawn, towers))
     yield "+ canonical heads", KEPT
     yield RECIPE, ()
-    yield "+ chunked batch 1,024", (_stages(heads, {**towers, "global_batch_size": LARGE}),)
+    chunk = config.stages[1].global_batch_size or config.train.global_batch_size
+    chunked = {**towers, "global_batch_size": LARGE, "micro_batch_size": chunk}
+    yield "+ chunked batch 1,024", (_stages(heads, chunked),)
     yield from PARTS.items()
     for name, terms in TERMS.items():
         yield f"+ {name}", (f"loss.terms={json.dumps(terms)}",)

@@ -36,6 +36,7 @@ def test_every_row_adds_its_part():
     assert (canonical.model.head.dropout, recipe.model.head.dropout) == (0, 0.5)
     assert recipe == load_config([*WORDS, *DEFAULTS])
     assert expanded(large)[1].global_batch_size == 1024
+    assert expanded(large)[1].micro_batch_size == 128
 
 
 def test_towers_see_as_many_pairs_in_each_row():
