@@ -2,9 +2,9 @@
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,12 +23,13 @@ from mmscale.contracts import (
     StepRecord,
 )
 from mmscale.dist.phases import phase
-from mmscale.engine.bank import RowBank
 from mmscale.engine.companions import Companions
 from mmscale.engine.gradient_cache import Judged, encode_rows, forward_backward
 from mmscale.loss.objective import Objective
 
 ALONE = Companions()
+# Rows of the momentum encoders, where a term or the bank wants them.
+Momentum: TypeAlias = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -76,14 +77,13 @@ def update(
     """
     scale_module: Any = engine.module.get_submodule("scale")
     scale_module.begin(step)
-    momentum: tuple[Tensor | None, Tensor | None] = (None, None)
+    momentum: Momentum = (None, None)
     if companions.momentum and (companions.momentum_rows or companions.bank_momentum):
         momentum = companions.momentum.encode(batch)
     bank, prototypes = companions.remembered(step), None
     if companions.clusters:
         companions.clusters.begin(step)
         prototypes = companions.clusters.of(batch.match_ids)
-    sequences = companions.matcher is not None
 
     def judge(features: Features) -> Judged:
         with phase("loss"):
@@ -113,43 +113,56 @@ def update(
         )
         return Judged(image, text, scale, objective(rows))
 
-    engine.open_window()
-    if batch.mask is not None and micro_rows < len(batch):
-        judged = forward_backward(engine, batch, micro_rows, sequences, judge)
-    else:
-        features = (
-            Features(batch.image, batch.tokens)
-            if batch.mask is None
-            else encode_rows(engine, batch, slice(None), sequences)
-        )
-        judged = judge(features)
-        with phase("backward"):
-            engine.backward(judged.loss.total, last=True)
+    judged = _gradients(engine, batch, micro_rows, companions.matcher is not None, judge)
     scale = float(judged.scale.detach())
     record = _agree(engine, peers, batch, judged.loss, lr, scale, (stop, written))
     if record.applied:
         with phase("optimizer"):
             engine.apply(factor, record.grad_norm["total"])
-        if companions.momentum:
-            companions.momentum.follow()
-        if companions.bank:
-            kept = momentum if companions.bank_momentum else (judged.image.unit, judged.text.unit)
-            _remember(companions.bank, peers, kept, batch.match_ids)
-        if companions.clusters and momentum[0] is not None:
-            companions.clusters.add(peers.columns(momentum[0]), peers.columns(batch.match_ids))
+        _follow(companions, peers, momentum, judged, batch.match_ids)
     else:
         engine.discard()
     return Update(record, _detached(judged.image), _detached(judged.text))
 
 
-def _remember(
-    bank: RowBank, peers: Peers, rows: tuple[Tensor | None, Tensor | None], ids: Tensor
+def _gradients(
+    engine: Engine,
+    batch: Batch,
+    micro_rows: int,
+    sequences: bool,
+    judge: Callable[[Features], Judged],
+) -> Judged:
+    """Forward and backward of the whole batch, in chunks where it does not fit."""
+    engine.open_window()
+    if batch.mask is not None and micro_rows < len(batch):
+        return forward_backward(engine, batch, micro_rows, sequences, judge)
+    features = (
+        Features(batch.image, batch.tokens)
+        if batch.mask is None
+        else encode_rows(engine, batch, slice(None), sequences)
+    )
+    judged = judge(features)
+    with phase("backward"):
+        engine.backward(judged.loss.total, last=True)
+    return judged
+
+
+def _follow(
+    companions: Companions, peers: Peers, momentum: Momentum, judged: Judged, ids: Tensor
 ) -> None:
-    """The global batch in its order, so that every rank keeps the same."""
-    image, text = rows
-    assert image is not None, "a bank of momentum rows has its encoder"
-    assert text is not None, "a bank of momentum rows has its encoder"
-    bank.add(peers.columns(image.detach()), peers.columns(text.detach()), peers.columns(ids))
+    """Companions see the update; the global batch in its order, so that every rank keeps it."""
+    if companions.momentum:
+        companions.momentum.follow()
+    everyone = peers.columns(ids) if companions.bank or companions.clusters else ids
+    if companions.bank:
+        image, text = (
+            momentum if companions.bank_momentum else (judged.image.unit, judged.text.unit)
+        )
+        assert image is not None, "a bank of momentum rows has its encoder"
+        assert text is not None, "a bank of momentum rows has its encoder"
+        companions.bank.add(peers.columns(image.detach()), peers.columns(text.detach()), everyone)
+    if companions.clusters and momentum[0] is not None:
+        companions.clusters.add(peers.columns(momentum[0]), everyone)
 
 
 def _agree(

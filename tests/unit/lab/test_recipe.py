@@ -41,7 +41,7 @@ def test_every_row_adds_its_part():
 
 def test_towers_see_as_many_pairs_in_each_row():
     for cell in cells(WORDS, [0])[1:]:
-        assert str(expanded(load_config(cell.words))[-1].duration) == "10 epochs"
+        assert str(expanded(load_config(cell.words))[-1].duration) == "5 epochs"
 
 
 def test_a_recipe_has_two_stages():
