@@ -23,11 +23,10 @@ DEFAULTS = ("eval.every=null", "checkpoint.every=null")
 INFONCE: dict[str, Any] = {"kind": "infonce"}
 ALIKE = ("optim.layer_decay.vision=1", "optim.layer_decay.text=1")
 DRAWN = ("model.head.init=normal",)
-KEPT = ("model.head.dropout=0",)
+NO_DROPOUT = ("model.head.dropout=0",)
 # Drawn heads have further to go than those that start from a closed form.
 DRAWN_HEADS: dict[str, Any] = {"lr": 1e-3}
 DRAWN_BESIDE_TOWERS: dict[str, Any] = {"lr_scale": {"head": 1.0}}
-RECIPE = "+ dropout"
 LARGE = 1024
 # What is added to the recipe, one at a time.
 PARTS: dict[str, tuple[str, ...]] = {
@@ -86,12 +85,12 @@ def _rows(config: Config) -> Iterator[tuple[str, tuple[str, ...]]]:
         "data.feature_cache=null",
     )
     alone = _stages({**drawn, "duration": str(config.train.duration)})
-    yield "heads only", (*DRAWN, *KEPT, alone)
-    yield "+ fine-tune", (*DRAWN, *KEPT, *ALIKE, *at_once)
-    yield "+ layer-wise decay", (*DRAWN, *KEPT, *at_once)
-    yield "+ stages", (*DRAWN, *KEPT, _stages(drawn, towers))
-    yield "+ canonical heads", KEPT
-    yield RECIPE, ()
+    yield "heads only", (*DRAWN, *NO_DROPOUT, alone)
+    yield "+ fine-tune", (*DRAWN, *NO_DROPOUT, *ALIKE, *at_once)
+    yield "+ layer-wise decay", (*DRAWN, *NO_DROPOUT, *at_once)
+    yield "+ stages", (*DRAWN, *NO_DROPOUT, _stages(drawn, towers))
+    yield "+ canonical heads", NO_DROPOUT
+    yield "+ dropout", ()
     chunk = config.stages[1].global_batch_size or config.train.global_batch_size
     chunked = {**towers, "global_batch_size": LARGE, "micro_batch_size": chunk}
     yield "+ chunked batch 1,024", (_stages(heads, chunked),)
