@@ -12,7 +12,7 @@ STAMP := $(VENV)/.mmscale-installed
 # The launchers and ninja are looked up on the path.
 export PATH := $(BIN):$(PATH)
 
-# Test processes at once, a file each: more than half of what a launched run takes is waiting.
+# Test processes at once, a file each: a launched run waits much of its time.
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 

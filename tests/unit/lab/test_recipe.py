@@ -35,6 +35,9 @@ def test_every_row_adds_its_part():
     assert (staged.model.head.init, canonical.model.head.init) == ("normal", "cca")
     assert (canonical.model.head.dropout, recipe.model.head.dropout) == (0, 0.5)
     assert recipe == load_config([*WORDS, *DEFAULTS])
+    assert stage_config(recipe, 1).data.feature_cache is None
+    for name in names[7:]:
+        assert expanded(rows[name]) == expanded(recipe)
     assert expanded(large)[1].global_batch_size == 1024
     assert expanded(large)[1].micro_batch_size == 128
 
