@@ -16,10 +16,7 @@ from mmscale.config.batches import OWN_MODEL, HardBatchesConfig
 from mmscale.config.deepspeed import zero_stage
 from mmscale.config.duration import Duration
 from mmscale.config.load import stage_config, with_words
-from mmscale.config.needs import (
-    needs_momentum,
-    with_fusion_decided,
-)
+from mmscale.config.needs import needs_momentum, with_fusion_decided
 from mmscale.config.schema import Config, ModelConfig
 from mmscale.config.staging import expanded
 from mmscale.contracts import Engine, InputSpec, Peers, World
@@ -124,47 +121,26 @@ def assemble(segment: Segment, world: World, tell: Tell) -> Training:
         world: The launcher's promise.
         tell: Takes a line about what is built, as it is built.
     """
-    policy = choose(segment.config.engine, world.local_rank)
-    run = _decided(segment.config, policy, tell)
-    stages = [stage_config(run, number) for number in range(max(1, len(expanded(run))))]
-    plans = [plan_batch(stage, world.size) for stage in stages]
-    kind = engine_kind(run, world)
-    for stage in stages:
-        optimizer_kind(stage.optim, policy.fused_optimizer, sharded=kind == "deepspeed")
+    outline = _outline(segment.config, world, tell)
+    run, policy, kind = outline.run, outline.policy, outline.kind
     _share_cores(policy, world)
     join(world, policy.backend, run.engine.timeout, alone_too=kind == "deepspeed")
     peers = connect(world)
     shards = open_train(run.data)
     if segment.origin is None:
         require_same_everywhere(run, shards.digest, world)
-    schedule = plan_schedule(stages[0], shards, plans[0].lanes)
-    lengths = stage_lengths(run, stages, schedule.items)
+    lengths = _lengths(outline, shards)
     origin = segment.origin or starting_point(run, world, tell)
-    if origin is not None and (words := origin.progress.remedies):
-        mended = with_words(run, words)
-        if mended != with_words(run, ()):
-            tell(f"guard: this run goes on with {' '.join(words)}")
-            return assemble(replace(segment, config=mended), world, tell)
+    if origin is not None and (mended := _mended(run, origin, tell)) is not None:
+        return assemble(replace(segment, config=mended), world, tell)
     start = segment.start or (origin.progress if origin else Progress())
-    config, plan = stages[start.stage], plans[start.stage]
-    if start.stage:
-        schedule = plan_schedule(config, shards, plan.lanes)
+    config, plan = outline.stages[start.stage], outline.plans[start.stage]
     table = _neighbours(config.data.hard_batches, world, origin)
-    if table is not None:
-        tell(f"hard batches: neighbours from {config.data.hard_batches.table}")
-        schedule = plan_schedule(config, shards, plan.lanes, table)
-        tell(f"hard batches: {schedule.with_neighbours:.0%} of the images have neighbours")
+    schedule = _schedule(config, plan, shards, table, tell)
     model, spec = _model(config, shards, origin)
     if isinstance(origin, Checkpoint) and segment.origin is None:
         require_same_run(origin, run, plan.lanes)
-    check_patterns(model, run)
-    for line in select(model, run, start.stage):
-        tell(line)
-    require_room(config, model, needs_momentum(config), world)
-    tell(f"batch: {plan}")
-    tell(f"device: {policy}")
-    if gaps := gaps_line(model, spec, policy):
-        tell(gaps)
+    _settle_what_trains(model, spec, outline, start.stage, world, tell)
     inference = Inference(model, policy)
     features, held_out = encoded_sets(config, model, spec, inference, peers, shards, tell)
     stream: TrainStream | CachedStream = (
@@ -221,12 +197,79 @@ def assemble(segment: Segment, world: World, tell: Tell) -> Training:
     )
 
 
-def _decided(run: Config, policy: DevicePolicy, tell: Tell) -> Config:
-    """The configuration with all that it leaves to presets and to what is there."""
-    filled = fill_preset(run.model, policy.failing_towers)
-    if stand_in := stand_in_line(run.model, filled):
+@dataclass(frozen=True)
+class _Outline:
+    """A run before anything is built.
+
+    Attributes:
+        run: Its configuration with all that is left to presets and to what is there.
+        stages: The configuration of each stage; at least one.
+        plans: How each stage's batch is cut.
+        kind: Of engine: `deepspeed` or `accelerate`.
+    """
+
+    run: Config
+    policy: DevicePolicy
+    stages: list[Config]
+    plans: list[BatchPlan]
+    kind: str
+
+
+def _outline(config: Config, world: World, tell: Tell) -> _Outline:
+    """Whatever can be decided, and refused, on this rank alone."""
+    policy = choose(config.engine, world.local_rank)
+    filled = fill_preset(config.model, policy.failing_towers)
+    if stand_in := stand_in_line(config.model, filled):
         tell(f"{policy.device}: {stand_in}")
-    return with_fusion_decided(run.model_copy(update={"model": filled}))
+    run = with_fusion_decided(config.model_copy(update={"model": filled}))
+    stages = [stage_config(run, number) for number in range(max(1, len(expanded(run))))]
+    kind = engine_kind(run, world)
+    plans = [plan_batch(stage, world.size) for stage in stages]
+    for stage in stages:
+        optimizer_kind(stage.optim, policy.fused_optimizer, sharded=kind == "deepspeed")
+    return _Outline(run, policy, stages, plans, kind)
+
+
+def _lengths(outline: _Outline, shards: ShardSet) -> list[int]:
+    """Updates of each stage."""
+    items = plan_schedule(outline.stages[0], shards, outline.plans[0].lanes).items
+    return stage_lengths(outline.run, outline.stages, items)
+
+
+def _mended(run: Config, origin: Origin, tell: Tell) -> Config | None:
+    """The configuration with the guard's remedies; None where it has them, or needs none."""
+    words = origin.progress.remedies
+    if not words or (mended := with_words(run, words)) == with_words(run, ()):
+        return None
+    tell(f"guard: this run goes on with {' '.join(words)}")
+    return mended
+
+
+def _schedule(
+    config: Config, plan: BatchPlan, shards: ShardSet, table: Neighbours | None, tell: Tell
+) -> Schedule:
+    """The order of the stage's data, with what is alike together where a table says what is."""
+    if table is not None:
+        tell(f"hard batches: neighbours from {config.data.hard_batches.table}")
+    schedule = plan_schedule(config, shards, plan.lanes, table)
+    if table is not None:
+        tell(f"hard batches: {schedule.with_neighbours:.0%} of the images have neighbours")
+    return schedule
+
+
+def _settle_what_trains(
+    model: TwoTower, spec: InputSpec, outline: _Outline, stage: int, world: World, tell: Tell
+) -> None:
+    """Freeze what the stage does not train, and see that the rest fits; says what is built."""
+    config, policy = outline.stages[stage], outline.policy
+    check_patterns(model, outline.run)
+    for line in select(model, outline.run, stage):
+        tell(line)
+    require_room(config, model, needs_momentum(config), world)
+    tell(f"batch: {outline.plans[stage]}")
+    tell(f"device: {policy}")
+    if gaps := gaps_line(model, spec, policy):
+        tell(gaps)
 
 
 def _model(config: Config, shards: ShardSet, origin: Origin | None) -> tuple[TwoTower, InputSpec]:

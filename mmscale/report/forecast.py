@@ -1,9 +1,10 @@
 """The tables and the JSON of `mmscale plan`: every figure predicted, each with its formula."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
-from mmscale.engine.efficiency import FORMULA
+from mmscale.engine.efficiency import FORMULA, Step
 from mmscale.engine.forecast import Forecast, device_bytes
 from mmscale.engine.memory import Holding
 from mmscale.engine.wire import Transfer
@@ -133,66 +134,67 @@ def shown(size: float) -> str:
 
 def as_json(plan: Forecast) -> dict[str, Any]:
     """Everything as `--json` writes it."""
-    world, data, batch = plan.batch.world, plan.data, plan.batch
     return {
         "predicted": True,
-        "batch": {
-            "ranks": world,
-            "rank_rows": batch.rank_rows,
-            "micro_rows": batch.micro_rows,
-            "chunks": batch.chunks,
-            "global_rows": batch.global_rows,
-            "lanes": batch.lanes,
-        },
-        "data": {
-            "images": data.images,
-            "shards": data.shards,
-            "shards_per_lane": None if data.shards is None else data.shards / batch.lanes,
-            "steps_per_epoch": data.steps_per_epoch,
-            "steps": data.steps,
-        },
+        "batch": _batch(plan),
+        "data": _data(plan),
         "parameters": {"trained": plan.seen.numel(True), "frozen": plan.seen.numel(False)},
         "precision": plan.precision,
         "tokens": plan.seen.tokens,
         "chosen": plan.chosen,
-        "memory": {
-            name: [
-                {"name": h.name, "bytes": h.bytes, "host": h.host, "formula": h.formula}
-                for h in held
-            ]
-            for name, held in plan.memory.items()
-        },
+        "memory": {name: [asdict(h) for h in held] for name, held in plan.memory.items()},
         "wire": {
-            name: [
-                {
-                    "name": t.name,
-                    "collective": t.collective,
-                    "payload_bytes": t.payload,
-                    "times": t.times,
-                    "sent_bytes": t.sent(world),
-                    "overlaps_backward": t.overlaps,
-                    "formula": t.formula,
-                }
-                for t in sent
-            ]
-            for name, sent in plan.wire.items()
+            name: [_transfer(t, plan.batch.world) for t in sent] for name, sent in plan.wire.items()
         },
         "efficiency": {
             "formula": FORMULA,
             "cluster": plan.cluster.model_dump(mode="json"),
-            "steps": {
-                name: [
-                    {
-                        "gpus": s.gpus,
-                        "global_rows": s.global_rows,
-                        "compute_s": s.compute,
-                        "exposed_s": s.exposed,
-                        "efficiency": s.efficiency,
-                        "samples_per_second": s.samples_per_second,
-                    }
-                    for s in steps
-                ]
-                for name, steps in plan.steps.items()
-            },
+            "steps": {name: [_step(s) for s in steps] for name, steps in plan.steps.items()},
         },
+    }
+
+
+def _batch(plan: Forecast) -> dict[str, Any]:
+    batch = plan.batch
+    return {
+        "ranks": batch.world,
+        "rank_rows": batch.rank_rows,
+        "micro_rows": batch.micro_rows,
+        "chunks": batch.chunks,
+        "global_rows": batch.global_rows,
+        "lanes": batch.lanes,
+    }
+
+
+def _data(plan: Forecast) -> dict[str, Any]:
+    data = plan.data
+    return {
+        "images": data.images,
+        "shards": data.shards,
+        "shards_per_lane": None if data.shards is None else data.shards / plan.batch.lanes,
+        "steps_per_epoch": data.steps_per_epoch,
+        "steps": data.steps,
+    }
+
+
+def _transfer(transfer: Transfer, world: int) -> dict[str, Any]:
+    return {
+        "name": transfer.name,
+        "collective": transfer.collective,
+        "payload_bytes": transfer.payload,
+        "times": transfer.times,
+        "sent_bytes": transfer.sent(world),
+        "overlaps_backward": transfer.overlaps,
+        "formula": transfer.formula,
+    }
+
+
+def _step(step: Step) -> dict[str, Any]:
+    return {
+        "gpus": step.gpus,
+        "global_rows": step.global_rows,
+        "compute_s": step.compute,
+        "exposed_s": step.exposed,
+        "efficiency": step.efficiency,
+        "samples_per_second": step.samples_per_second,
     }
