@@ -10,6 +10,7 @@ to the trainer as they are. Leaves `pairs.npz` of the validation split, for `mms
 
 import argparse
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def main() -> None:
     known, words = parser.parse_known_args()
     known.out.mkdir(parents=True)
     torch.set_num_threads(known.threads)
-    add_model(known.text_folder, known.pixels)
+    add_model(known.out, known.text_folder, known.pixels)
     start = write_start(known.out, known.vision_weights)
     records = read_source(known.source).records
     rows = write_rows(known.out, [record for record in records if record.split == "train"])
@@ -85,9 +86,9 @@ def epoch_of(path: Path) -> int:
     return int(path.stem.removeprefix("epoch_"))
 
 
-def add_model(text_folder: str, pixels: int) -> None:
-    """Tell open_clip of the two towers."""
-    open_clip.factory._MODEL_CONFIGS[MODEL] = {
+def add_model(out: Path, text_folder: str, pixels: int) -> None:
+    """Tell open_clip of the two towers, by a file of its own kind."""
+    towers = {
         "embed_dim": WIDTH,
         "vision_cfg": {
             "timm_model_name": "mobilenetv2_same",
@@ -103,6 +104,9 @@ def add_model(text_folder: str, pixels: int) -> None:
             "hf_pooler_type": "mean_pooler",
         },
     }
+    path = out / f"{MODEL}.json"
+    path.write_text(json.dumps(towers))
+    open_clip.add_model_config(path)
 
 
 def write_start(out: Path, vision_weights: str) -> Path:

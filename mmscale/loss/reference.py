@@ -41,7 +41,7 @@ class Facts:
         negatives: What columns of other ids count together, remembered ones included.
         remembered: Remembered columns of the row's own id.
         width: Shared embedding width.
-        scale: 1 / temperature; None before the run.
+        scale: 1 / temperature.
         classes: Classes of the classification head.
         matches: Share of the matching pairs that match.
     """
@@ -51,18 +51,9 @@ class Facts:
     negatives: Float[Tensor, " n"]
     remembered: Float[Tensor, " n"]
     width: int
-    scale: float | None = None
+    scale: float
     classes: int | None = None
     matches: float = USUAL_MATCHES
-
-    @classmethod
-    def expected(
-        cls, num_rows: int, num_remembered: int, width: int, classes: int | None
-    ) -> "Facts":
-        """Of a batch of distinct images and a full queue of others."""
-        one = torch.ones(1, dtype=torch.float64)
-        negatives = one * (num_rows - 1 + num_remembered)
-        return cls(num_rows, one, negatives, one * 0, width, None, classes)
 
     @classmethod
     def of(cls, rows: LossInput, peers: Peers) -> "Facts":
@@ -125,8 +116,6 @@ def _reference(term: AnyTerm, facts: Facts, at: Callable[[Ramp], float]) -> Refe
             return Reference(0.0, _log_mean(1 + 2 * (num_rows - positives)))
         case settings.SupConTerm():
             factor, floor = _supcon_factor(term, facts), _log_mean(2 * positives - 1)
-            if factor is None:
-                return Reference()
             return Reference(factor * floor, factor * math.log(2 * num_rows - 1))
         case settings.HingeTerm(margin=margin, semi_hard=semi_hard):
             hardness = at(term.hardness)
@@ -179,12 +168,12 @@ def _log_mean(counts: Float[Tensor, " n"]) -> float:
     return float(counts.where(counts > 0, torch.ones_like(counts)).log().mean())
 
 
-def _supcon_factor(term: settings.SupConTerm, facts: Facts) -> float | None:
+def _supcon_factor(term: settings.SupConTerm, facts: Facts) -> float:
     if term.base_temperature is None:
         return 1.0
     if term.temperature is not None:
         return term.temperature / term.base_temperature
-    return None if facts.scale is None else 1 / (facts.scale * term.base_temperature)
+    return 1 / (facts.scale * term.base_temperature)
 
 
 def _count_in(ids: Int64[Tensor, " n"], among: Int64[Tensor, " m"]) -> Float[Tensor, " n"]:

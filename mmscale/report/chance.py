@@ -1,59 +1,30 @@
 """What a model that has learnt nothing scores: the line that every figure is read against."""
 
 from collections.abc import Mapping
-from typing import Any
 
-from pydantic import ValidationError
-
-from mmscale.config.loss import LossConfig
-from mmscale.config.negatives import MiningConfig
-from mmscale.config.ramp import Ramp
-from mmscale.loss.mining import Mining
-from mmscale.loss.reference import Facts, reference
+from mmscale.config.loss import AnyTerm
+from mmscale.loss.objective import named
 
 
-def chance_loss(settings: Mapping[str, Any], num_ranks: int | None = None) -> float | None:
+def chance_loss(terms: tuple[AnyTerm, ...], measured: Mapping[str, float]) -> float | None:
     """The objective of a model that cannot tell the pairs of a batch apart.
 
-    Of distinct images, with the queue full of others and ramps at their ends; training logs each
-    term's own chance value for the batch at hand. InfoNCE over n pairs is ln n.
-
     Args:
-        settings: The resolved configuration as plain mappings.
-        num_ranks: Processes; needed only where negatives stay on their rank.
+        terms: `loss.terms`.
+        measured: What the update's record says of them: `StepRecord.terms`.
 
     Returns:
-        None where a term's chance value is not a function of the batch.
+        None where the chance value of a term at work is not a function of the batch.
     """
-    pairs = settings.get("train", {}).get("global_batch_size")
-    negatives, model = settings.get("negatives", {}), settings.get("model", {})
-    queue = negatives.get("queue") or {}
-    remembered = queue.get("size", 0)
-    try:
-        terms = LossConfig.model_validate(settings.get("loss", {})).terms
-        mining = Mining.of(MiningConfig.model_validate(negatives.get("mining") or {}), _end)
-    except ValidationError:
-        return None
-    if not pairs or "loss" not in settings or not isinstance(remembered, int):
-        return None
-    if not negatives.get("gather", True):
-        if num_ranks is None:
-            return None
-        pairs //= num_ranks
-    remembered = round(_end(Ramp.parse(queue.get("share", 1))) * remembered)
-    classes = (model.get("fusion") or {}).get("classes")
-    facts = Facts.expected(pairs, remembered, model.get("embed_dim", 1), classes)
     total = 0.0
-    for term in terms:
-        chance = reference(term, facts, _end, mining).chance
-        if chance is None:
+    for name, term in named(terms).items():
+        # A term of weight 0 is not measured.
+        if name not in measured:
+            continue
+        if (chance := measured.get(f"{name}_chance")) is None:
             return None
-        total += _end(term.weight) * chance
+        total += measured.get(f"{name}_weight", term.weight.last) * chance
     return total
-
-
-def _end(ramp: Ramp) -> float:
-    return ramp.last
 
 
 def chance_recall(k: int, num_candidates: int, num_correct: float = 1) -> float:

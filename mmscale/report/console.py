@@ -29,16 +29,12 @@ class TrainingConsole:
 
     Args:
         total_steps: Updates in the whole run.
-        chance: Loss in nats of a model that has learnt nothing; None where it has no such level.
         console: Where to write; default stderr.
     """
 
-    def __init__(
-        self, total_steps: int, chance: float | None, console: Console | None = None
-    ) -> None:
+    def __init__(self, total_steps: int, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
         self._total_steps = total_steps
-        self._chance = chance
         self._recall: tuple[float, float] | None = None
         self._pace = _Pace(total_steps)
         self._last_plain = -PLAIN_SECONDS
@@ -86,7 +82,7 @@ class TrainingConsole:
 
     def _status(self, line: Mapping[str, Any]) -> str:
         """A training line in words, short enough for a terminal."""
-        chance = "" if self._chance is None else f" (chance {self._chance:.3f})"
+        chance = f" (chance {line['loss_chance']:.3f})" if "loss_chance" in line else ""
         parts = [
             f"step {line['step']:,}/{self._total_steps:,}",
             f"loss {_number(line.get('loss'), '.4f')}{chance}",

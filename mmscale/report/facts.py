@@ -43,7 +43,7 @@ def collect_recalls(lines: Lines) -> Recalls | None:
     return Recalls(_text(line.get("step"), ","), images, captions, rows)
 
 
-def collect_facts(lines: Lines, chance: float | None) -> list[tuple[str, str]]:
+def collect_facts(lines: Lines) -> list[tuple[str, str]]:
     """Name and value of each figure that the lines can give."""
     training = [line for line in lines if "loss" in line]
     finished = next((line for line in reversed(lines) if line.get("finished")), None)
@@ -63,7 +63,7 @@ def collect_facts(lines: Lines, chance: float | None) -> list[tuple[str, str]]:
             ("share of the peak (MFU), median", _median(training, "mfu", ".1%")),
             ("memory, at most", _gigabytes(training)),
             ("last loss", _last(training, "loss", ".4f", " nats")),
-            ("loss at chance", None if chance is None else f"{chance:.4f} nats"),
+            ("loss at chance", _last(training, "loss_chance", ".4f", " nats")),
             ("last logit scale", _last(training, "logit_scale", ".2f")),
         )
         if value is not None

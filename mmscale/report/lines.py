@@ -8,6 +8,7 @@ from mmscale.checkpoint.files import Progress
 from mmscale.contracts import Batch
 from mmscale.dist.device import memory_peak
 from mmscale.engine.step import Update
+from mmscale.report.chance import chance_loss
 from mmscale.report.rates import rates_table
 
 # What a balancer of the towers reports, where one is at work.
@@ -34,10 +35,12 @@ def training_line(
     """
     record, rows = done.record, training.plan.global_rows
     norms = dict(record.grad_norm)
+    chance = chance_loss(training.config.loss.terms, record.terms)
     return {
         "step": progress.step,
         "samples": progress.samples,
         "loss": record.loss,
+        **({} if chance is None else {"loss_chance": chance}),
         **{f"loss/{name}": value for name, value in record.terms.items()},
         "lr": record.lr,
         "logit_scale": record.logit_scale,

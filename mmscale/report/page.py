@@ -8,7 +8,6 @@ from typing import Any
 
 from mmscale.config.yaml import read_yaml
 from mmscale.errors import DataError
-from mmscale.report.chance import chance_loss
 from mmscale.report.examples import Examples
 from mmscale.report.facts import collect_facts, collect_recalls
 from mmscale.report.health import draw_health
@@ -52,8 +51,7 @@ def write_page(run_dir: Path, layout: str | None = None) -> Page:
     doctor = _read_json(run_dir / "doctor.json")
     moments, examples = read_space(run_dir / SPACE_NAME), Examples.read(run_dir)
     layout = layout or (settings.get("log") or {}).get("map", "pca")
-    chance = chance_loss(settings)
-    training, space = training_pictures(lines, chance), space_pictures(moments)
+    training, space = training_pictures(lines), space_pictures(moments)
     health = [Picture(title, source) for title, source in draw_health(lines).items()]
     page = run_dir / "report.html"
     write_html(
@@ -74,7 +72,7 @@ def write_page(run_dir: Path, layout: str | None = None) -> Page:
         map_size=SIZE,
         examples=examples,
         health=health,
-        facts=collect_facts(lines, chance),
+        facts=collect_facts(lines),
         config_text=config_path.read_text("utf-8") if settings else None,
     )
     return Page(page, [*training, *space, *health], examples)

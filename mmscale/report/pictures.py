@@ -36,12 +36,12 @@ class Picture:
     wide: bool = False
 
 
-def training_pictures(lines: Lines, chance: float | None) -> list[Picture]:
+def training_pictures(lines: Lines) -> list[Picture]:
     """What could be drawn of the course of a run."""
     drawn = [
         (
             "Loss",
-            draw_loss(lines, chance),
+            draw_loss(lines),
             "It should leave the chance line within the first tenth of the run and keep falling; "
             "a curve that hugs the line has learnt nothing about pairs.",
         ),

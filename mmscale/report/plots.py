@@ -25,7 +25,7 @@ HEIGHT = 3.1  # inches, of every picture of half the page's width
 RECALL_STYLES = {"r1": ("-", 1.0), "r5": ("--", 0.75), "r10": (":", 0.75)}
 
 
-def draw_loss(lines: Lines, chance: float | None) -> str | None:
+def draw_loss(lines: Lines) -> str | None:
     """Loss of the global batch, raw and smoothed, with the level of a blind model.
 
     The floor is that of the only term; several terms have a picture of their own.
@@ -37,8 +37,7 @@ def draw_loss(lines: Lines, chance: float | None) -> str | None:
     with drawing(HALF_WIDTH, HEIGHT) as figure:
         axes = figure.subplots()
         _draw_raw_and_smooth(axes, curve, PLAIN_COLOUR, "smoothed", "each logged step")
-        if chance is not None:
-            _draw_chance(axes, chance)
+        _draw_bound(axes, lines, "loss_chance", "--", "chance")
         if len(terms) == 1:
             _draw_bound(axes, lines, f"loss/{terms[0]}_floor", ":", "floor at the current scale")
         axes.set_ylabel("loss (nats)")
@@ -180,19 +179,6 @@ def draw_balance(lines: Lines) -> str | None:
         step_axis(axes)
         axes.legend(loc="best")
         return data_uri(figure)
-
-
-def _draw_chance(axes: Axes, chance: float) -> None:
-    axes.axhline(chance, color=CHANCE_COLOUR, linestyle="--", linewidth=1.2)
-    axes.annotate(
-        f"chance: {chance:.2f}",
-        (1, chance),
-        xycoords=("axes fraction", "data"),
-        xytext=(-2, 3),
-        textcoords="offset points",
-        ha="right",
-        color="#64748b",
-    )
 
 
 def _draw_bound(axes: Axes, lines: Lines, key: str, line_style: str, label: str) -> None:

@@ -13,7 +13,6 @@ from mmscale.contracts import World
 from mmscale.diagnostics.layout import require_layout
 from mmscale.diagnostics.pairs import Pairs
 from mmscale.diagnostics.space import snapshot
-from mmscale.report.chance import chance_loss
 from mmscale.report.console import TrainingConsole
 from mmscale.report.metrics import MetricsLog
 from mmscale.report.page import Page
@@ -43,8 +42,7 @@ class Report:
         self._has_told_cuts = False
         self._log = Path(config.run.dir) / "metrics.jsonl"
         if world.is_main:
-            chance = chance_loss(config.model_dump(), world.size)
-            self._console = TrainingConsole(total_steps, chance)
+            self._console = TrainingConsole(total_steps)
             self._sinks.append(_open_log(self._log, start_step, self.warn))
             self._space = SpaceLog(self._log.with_name(SPACE_NAME), start_step)
             if config.log.wandb != "off":

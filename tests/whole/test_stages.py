@@ -1,5 +1,6 @@
 """Runs with stages: resumed inside any of them they are the uninterrupted run, bit for bit."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tests.whole.small_run import (
     deepspeed,
     metrics,
     succeed,
+    training_lines,
     words_for,
     write_settings,
 )
@@ -104,6 +106,25 @@ def test_a_run_of_stages_is_evaluated_from_its_checkpoint(straight, synthetic):
         checkpoint = straight / "checkpoints" / f"step-{step:08d}"
         done = succeed(["mmscale", "eval", checkpoint, "--data", synthetic.val])
         assert "t2i_r10" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_three_stages_of_the_preset_train_to_their_end(synthetic, tmp_path):
+    settings = words_for(synthetic, write_settings(tmp_path))
+    folder = tmp_path / "run"
+    own = ("model.preset=null", "train.duration=12 epochs", f"run.dir={folder}")
+    succeed([*ALONE, "three_stage", *settings, *own])
+    lines = training_lines(folder)
+    assert metrics(folder)[-1]["finished"]
+    assert len(lines) == 72, "3, 3 and 6 epochs of 96 pairs"
+    for line in lines:
+        fuses, all_train = line["step"] > 18, line["step"] > 36
+        assert ("loss/matching" in line) == fuses
+        assert (line["grad_norm_vision"] > 0) == all_train
+        # Matching and the queue's rows add to it, mining takes away.
+        if not all_train:
+            assert (line["loss_chance"] > math.log(16) + 0.5) == fuses
+    assert lines[-1]["loss"] < lines[36]["loss"]
 
 
 @pytest.mark.parametrize(

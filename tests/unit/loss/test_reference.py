@@ -12,7 +12,6 @@ from mmscale.contracts import Bank, Embeddings, LossInput
 from mmscale.dist.peers import Alone
 from mmscale.loss.reference import Facts, reference
 from mmscale.loss.terms import compute
-from mmscale.report.chance import chance_loss
 
 IDS = torch.tensor([0, 0, 1, 2, 2, 2, 3, 4])
 
@@ -132,31 +131,3 @@ def test_matching_and_classification_at_chance():
     entropy = math.log(3) - 2 / 3 * math.log(2)
     assert reference(term("matching"), facts, at).chance == pytest.approx(entropy)
     assert reference(term("classification"), facts, at).chance == pytest.approx(math.log(5))
-
-
-def settings_of(*terms, **more):
-    return {
-        "train": {"global_batch_size": 8},
-        "loss": {"terms": list(terms)},
-        "negatives": {"gather": True, "queue": {"size": 5}},
-        "model": {"embed_dim": 4, "fusion": {"classes": 3}},
-        **more,
-    }
-
-
-def test_the_page_and_the_training_line_agree_on_distinct_images():
-    kinds = ("infonce", "siglip", "dcl", "hn_nce", "ntxent", "supcon", "hinge", "uniformity")
-    unit = torch.ones(8, 1, dtype=torch.float64)
-    bank = Bank(torch.ones(5, 1), torch.ones(5, 1), torch.arange(100, 105))
-    embedded = Embeddings(unit, unit, unit)
-    rows = LossInput(embedded, embedded, torch.arange(8), torch.tensor([10.0]), bank=bank)
-    for kind in (*kinds, "matching", "distillation", "prototypes", "alignment"):
-        logged = reference(term(kind), Facts.of(rows, Alone()), at).chance
-        assert chance_loss(settings_of({"kind": kind})) == pytest.approx(logged), kind
-
-
-def test_the_page_adds_weights_at_the_end_of_their_ramps():
-    ramp = {"from": 0, "to": 0.5, "over": "1 epochs"}
-    settings = settings_of({"kind": "infonce", "weight": 2}, {"kind": "hinge", "weight": ramp})
-    assert chance_loss(settings) == pytest.approx(2 * math.log(13) + 0.5 * 0.4)
-    assert chance_loss(settings_of({"kind": "infonce"}, {"kind": "vicreg"})) is None

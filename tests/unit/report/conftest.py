@@ -45,6 +45,7 @@ def run_lines():
                 "step": step,
                 "samples": 32 * step,
                 "loss": 3.4 * math.exp(-step / 20),
+                "loss_chance": 3.47,
                 "loss/infonce": 2.4 * math.exp(-step / 20),
                 "loss/infonce_floor": 0.1,
                 "loss/infonce_chance": 3.47,

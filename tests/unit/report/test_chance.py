@@ -3,28 +3,38 @@ import random
 
 import pytest
 
+from mmscale.config.loss import LossConfig
 from mmscale.report.chance import chance_loss, chance_recall
 
-SETTINGS = {
-    "train": {"global_batch_size": 256},
-    "loss": {"terms": [{"kind": "infonce", "weight": 0.5}]},
-    "negatives": {"gather": True},
-}
+
+def terms(*entries):
+    return LossConfig.model_validate({"terms": entries}).terms
 
 
-def test_infonce_at_chance_is_its_weight_times_ln_n():
-    assert chance_loss(SETTINGS) == pytest.approx(0.5 * math.log(256))
+def test_chance_is_the_weighted_sum_of_the_terms():
+    infonce = {"kind": "infonce", "weight": 0.5}
+    ramp = {"from": 0, "to": 1, "over": "1 epochs"}
+    found = {
+        "infonce": 3.0,
+        "infonce_chance": math.log(256),
+        "hinge": 0.2,
+        "hinge_chance": 0.4,
+        "hinge_weight": 0.25,
+    }
+    assert chance_loss(terms(infonce), found) == pytest.approx(0.5 * math.log(256))
+    both = terms(infonce, {"kind": "hinge", "weight": ramp})
+    assert chance_loss(both, found) == pytest.approx(0.5 * math.log(256) + 0.25 * 0.4)
 
 
-def test_without_gather_a_rank_contrasts_its_own_rows():
-    local = {**SETTINGS, "negatives": {"gather": False}}
-    assert chance_loss(local, num_ranks=4) == pytest.approx(0.5 * math.log(64))
-    assert chance_loss(local) is None
+def test_a_term_that_does_not_work_yet_does_not_count():
+    both = terms({"kind": "infonce"}, {"kind": "vicreg", "weight": 0})
+    assert chance_loss(both, {"infonce": 3.0, "infonce_chance": 2.0}) == 2
 
 
-def test_other_objectives_have_no_chance_line():
-    assert chance_loss({**SETTINGS, "loss": {"terms": [{"kind": "other"}]}}) is None
-    assert chance_loss({}) is None
+def test_without_the_chance_value_of_a_term_there_is_none():
+    both = terms({"kind": "infonce"}, {"kind": "vicreg"})
+    measured = {"infonce": 3.0, "infonce_chance": 2.0, "vicreg": 1.0}
+    assert chance_loss(both, measured) is None
 
 
 def test_chance_recall_is_what_blind_draws_find():

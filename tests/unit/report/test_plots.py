@@ -17,8 +17,7 @@ from mmscale.report.plots import (
 from mmscale.report.series import Series, series, smoothed
 
 OF_LINES = {
-    "loss": lambda lines: draw_loss(lines, 3.47),
-    "loss without chance": lambda lines: draw_loss(lines, None),
+    "loss": draw_loss,
     "schedule": draw_schedule,
     "recall": draw_recall,
     "terms": draw_terms,
