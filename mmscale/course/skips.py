@@ -1,5 +1,7 @@
 """Batches that gave something not finite: skipped, then gone past from an earlier checkpoint."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,10 @@ from mmscale.errors import CheckpointError, HaltError
 
 
 class Skips:
-    """Counts skipped updates in a row; the same on every rank."""
+    """Counts skipped updates in a row; the same on every rank.
+
+    One that only lowers fp16's loss scale does not count: a run finds its scale by several of them.
+    """
 
     def __init__(self, training: Training, run: Run):
         self._training, self._run = training, run
@@ -33,6 +38,12 @@ class Skips:
         """
         if done.record.applied:
             self._in_a_row = 0
+            return None
+        scaler = self._training.engine.scaler()
+        if lowers_the_scale(done.record.loss, scaler):
+            sentence = f"the gradient overflowed fp16; the loss scale is now {scaler['scale']:g}"
+            line = {"step": progress.step, "incident": "skipped"}
+            self._run.report.incident(line, f"step {progress.step}: {sentence}")
             return None
         self._in_a_row += 1
         line = {"step": progress.step, **self._found(done, batch)}
@@ -96,3 +107,13 @@ class Skips:
             f"step {line['step']}: loss or gradient not finite, {self._in_a_row} in a row, on "
             f"{', '.join(named[:3])}{rest}"
         )
+
+
+def lowers_the_scale(loss: float, scaler: Mapping[str, float]) -> bool:
+    """Whether an update was skipped for a gradient that a smaller loss scale may bear.
+
+    Args:
+        loss: Of the update.
+        scaler: `Engine.scaler` after it.
+    """
+    return math.isfinite(loss) and scaler.get("scale", 0.0) >= 1

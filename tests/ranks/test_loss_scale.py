@@ -4,6 +4,7 @@ A CPU computes in fp16 slowly but rightly; the configuration refuses it there, s
 by hand.
 """
 
+import math
 import os
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from mmscale.contracts import World
+from mmscale.course.skips import lowers_the_scale
 from mmscale.dist.device import choose
 from mmscale.dist.peers import connect
 from mmscale.engine.deepspeed import DeepSpeedEngine
@@ -76,3 +78,11 @@ def test_an_overflow_lowers_the_scale_and_training_goes_on(stage):
         for was_applied, scale in zip(applied, scales, strict=True):
             wanted = wanted if was_applied else wanted / 2
             assert scale == wanted
+        for record, scale in zip(records, scales, strict=True):
+            assert record.applied or lowers_the_scale(record.loss, {"scale": scale})
+
+
+def test_at_a_scale_of_one_a_gradient_that_is_not_finite_is_the_batchs():
+    assert not lowers_the_scale(2.5, {"scale": 0.5})
+    assert not lowers_the_scale(math.nan, {"scale": 1024.0})
+    assert not lowers_the_scale(2.5, {}), "no loss scale at all"
