@@ -43,8 +43,9 @@ def test_every_row_adds_its_part():
 
 
 def test_towers_see_as_many_pairs_in_each_row():
+    towers = expanded(load_config(WORDS))[1].duration
     for cell in cells(WORDS, [0])[1:]:
-        assert str(expanded(load_config(cell.words))[-1].duration) == "5 epochs"
+        assert expanded(load_config(cell.words))[-1].duration == towers
 
 
 def test_a_recipe_has_two_stages():
