@@ -51,7 +51,7 @@ class DualEncoder(nn.Module):
 
     def logit_scale(self) -> float:
         """The learnt 1 / temperature."""
-        return float(self.model.scale())
+        return float(self.model.scale().detach())
 
     def forward(
         self, pixels: Float[Tensor, "b c h w"], tokens: Int64[Tensor, "m t"]
