@@ -34,6 +34,7 @@ stages:
 checkpoint: {every: 2 steps, keep: 20}
 """
 ENDS = (6, 10, 22)
+SMALL_FUSION = ("model.fusion.layers=1", "model.fusion.dim=32", "model.fusion.heads=2")
 ZERO3 = "engine.deepspeed=ds_configs/zero3.json"
 
 
@@ -93,7 +94,7 @@ def test_resumed_inside_a_stage_it_is_the_uninterrupted_run(settings, straight, 
 @pytest.mark.slow
 def test_two_ranks_of_zero_3_resume_inside_a_stage(settings, straight, tmp_path):
     words = [*settings, ZERO3]
-    succeed([*deepspeed(), *words, f"run.dir={tmp_path / 'straight'}"])
+    succeed([*deepspeed(), *words, f"run.dir={tmp_path / 'straight'}"], timeout=300)
     _go_on([*deepspeed(), *words], tmp_path / "straight", 8, tmp_path / "run")
     wanted, got = course(straight), course(tmp_path / "straight")
     for step in wanted:
@@ -113,7 +114,7 @@ def test_the_three_stages_of_the_preset_train_to_their_end(synthetic, tmp_path):
     settings = words_for(synthetic, write_settings(tmp_path))
     folder = tmp_path / "run"
     own = ("model.preset=null", "train.duration=12 epochs", f"run.dir={folder}")
-    succeed([*ALONE, "three_stage", *settings, *own])
+    succeed([*ALONE, "three_stage", *settings, *own, *SMALL_FUSION], timeout=300)
     lines = training_lines(folder)
     assert metrics(folder)[-1]["finished"]
     assert len(lines) == 72, "3, 3 and 6 epochs of 96 pairs"
