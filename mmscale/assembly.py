@@ -129,14 +129,16 @@ def assemble(segment: Segment, world: World, tell: Tell) -> Training:
     shards = open_train(run.data)
     if segment.origin is None:
         require_same_everywhere(run, shards.digest, world)
-    lengths = _lengths(outline, shards)
+    first = plan_schedule(outline.stages[0], shards, outline.plans[0].lanes)
+    lengths = stage_lengths(run, outline.stages, first.items)
     origin = segment.origin or starting_point(run, world, tell)
     if origin is not None and (mended := _mended(run, origin, tell)) is not None:
         return assemble(replace(segment, config=mended), world, tell)
     start = segment.start or (origin.progress if origin else Progress())
     config, plan = outline.stages[start.stage], outline.plans[start.stage]
     table = _neighbours(config.data.hard_batches, world, origin)
-    schedule = _schedule(config, plan, shards, table, tell)
+    is_first = start.stage == 0 and table is None
+    schedule = first if is_first else _schedule(config, plan, shards, table, tell)
     model, spec = _model(config, shards, origin)
     if isinstance(origin, Checkpoint) and segment.origin is None:
         require_same_run(origin, run, plan.lanes)
@@ -230,12 +232,6 @@ def _outline(config: Config, world: World, tell: Tell) -> _Outline:
     return _Outline(run, policy, stages, plans, kind)
 
 
-def _lengths(outline: _Outline, shards: ShardSet) -> list[int]:
-    """Updates of each stage."""
-    items = plan_schedule(outline.stages[0], shards, outline.plans[0].lanes).items
-    return stage_lengths(outline.run, outline.stages, items)
-
-
 def _mended(run: Config, origin: Origin, tell: Tell) -> Config | None:
     """The configuration with the guard's remedies; None where it has them, or needs none."""
     words = origin.progress.remedies
@@ -249,11 +245,11 @@ def _schedule(
     config: Config, plan: BatchPlan, shards: ShardSet, table: Neighbours | None, tell: Tell
 ) -> Schedule:
     """The order of the stage's data, with what is alike together where a table says what is."""
-    if table is not None:
-        tell(f"hard batches: neighbours from {config.data.hard_batches.table}")
+    if table is None:
+        return plan_schedule(config, shards, plan.lanes)
+    tell(f"hard batches: neighbours from {config.data.hard_batches.table}")
     schedule = plan_schedule(config, shards, plan.lanes, table)
-    if table is not None:
-        tell(f"hard batches: {schedule.with_neighbours:.0%} of the images have neighbours")
+    tell(f"hard batches: {schedule.with_neighbours:.0%} of the images have neighbours")
     return schedule
 
 
