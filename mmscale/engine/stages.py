@@ -19,10 +19,12 @@ def stage_lengths(run: Config, stages: Sequence[Config], items: int) -> list[int
         ConfigError: The stages before the last leave no room for it, or together exceed the run.
     """
 
-    def epoch_steps(config: Config) -> int:
+    def per_item(config: Config) -> int:
         captions = config.data.captions
-        per_item = captions if isinstance(captions, int) else 1
-        return items // (config.train.global_batch_size // per_item)
+        return captions if isinstance(captions, int) else 1
+
+    def epoch_steps(config: Config) -> int:
+        return items // (config.train.global_batch_size // per_item(config))
 
     total = run.train.duration.steps(epoch_steps(run), run.train.global_batch_size)
     parts = expanded(run)
@@ -35,8 +37,12 @@ def stage_lengths(run: Config, stages: Sequence[Config], items: int) -> list[int
     ]
     rows = total * run.train.global_batch_size
     taken = [length * size for length, size in zip(lengths, sizes, strict=True)]
+    room = rows
+    if run.train.duration.unit == "epochs":
+        # A stage with another batch leaves out another part of each epoch.
+        room = max(rows, int(run.train.duration.amount * items * per_item(run)))
     # A part of a batch at each stage's end is rounding, not a contradiction.
-    if sum(taken) > rows + sum(sizes) or sum(taken[:-1]) >= rows:
+    if sum(taken) > room + sum(sizes) or sum(taken[:-1]) >= rows:
         wanted = " + ".join(f"{name.duration} ({name.name})" for name in parts)
         raise ConfigError(
             f"stages: {wanted} are {sum(taken):,} rows, more than the {rows:,} of train.duration="

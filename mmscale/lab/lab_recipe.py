@@ -1,9 +1,9 @@
 """`mmscale lab recipe`: what each part of a recipe adds to held-out recall, and what it costs.
 
 The recipe has two stages, heads on kept features and then towers. Of the rows, those up to the
-recipe itself each add a part to the row before, from plain heads on; every later one adds one part
-to the recipe. Towers see as many pairs in each. Meant for the `flickr8k_finetune` preset; what rows
-differ in is said here.
+recipe itself each add a part to the row before, from plain heads on (layer-wise decay, if the
+recipe has none, is tried and left again); every later one adds one part to the recipe. Towers see
+as many pairs in each. Meant for the `flickr8k_finetune` preset; what rows differ in is said here.
 """
 
 import json
@@ -22,6 +22,7 @@ from mmscale.report.recalls import MEAN_RECALL
 DEFAULTS = ("eval.every=null", "checkpoint.every=null")
 INFONCE: dict[str, Any] = {"kind": "infonce"}
 ALIKE = ("optim.layer_decay.vision=1", "optim.layer_decay.text=1")
+DECAYED = ("optim.layer_decay.vision=0.9", "optim.layer_decay.text=0.8")
 DRAWN = ("model.head.init=normal",)
 NO_DROPOUT = ("model.head.dropout=0",)
 # Drawn heads have further to go than those that start from a closed form.
@@ -84,10 +85,12 @@ def _rows(config: Config) -> Iterator[tuple[str, tuple[str, ...]]]:
         f"train.duration={towers['duration']}",
         "data.feature_cache=null",
     )
+    rates = config.optim.layer_decay
+    decayed = DECAYED if rates.vision == rates.text == 1 else ()
     alone = _stages({**drawn, "duration": str(config.train.duration)})
     yield "heads only", (*DRAWN, *NO_DROPOUT, alone)
     yield "+ fine-tune", (*DRAWN, *NO_DROPOUT, *ALIKE, *at_once)
-    yield "+ layer-wise decay", (*DRAWN, *NO_DROPOUT, *at_once)
+    yield "+ layer-wise decay", (*DRAWN, *NO_DROPOUT, *decayed, *at_once)
     yield "+ stages", (*DRAWN, *NO_DROPOUT, _stages(drawn, towers))
     yield "+ canonical heads", NO_DROPOUT
     yield "+ dropout", ()

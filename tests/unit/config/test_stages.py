@@ -104,6 +104,15 @@ def test_stages_of_other_batches_share_the_rows_of_the_run():
     assert _lengths(config) == [40, 80]
 
 
+def test_epochs_that_leave_out_less_in_smaller_batches_still_add_up():
+    """Of 1,000 rows batches of 300 take 900 an epoch, batches of 50 all of them."""
+    smaller = {"name": "all", "duration": "10 epochs", "global_batch_size": 50}
+    train = {"duration": "12 epochs", "global_batch_size": 300}
+    assert _lengths(_config([HEADS, smaller], train=train)) == [6, 200]
+    with pytest.raises(ConfigError, match=r"14 epochs \(all\) are 15,800 rows"):
+        _lengths(_config([HEADS, {**smaller, "duration": "14 epochs"}], train=train))
+
+
 @pytest.mark.parametrize("length", ["4 epochs", "2 epochs"])
 def test_stages_longer_than_the_run_are_refused(length):
     config = _config([HEADS, ALL], train={"duration": length, "global_batch_size": 100})

@@ -28,7 +28,7 @@ def test_every_row_adds_its_part():
     assert [str(stage.duration) for stage in expanded(heads)] == [str(recipe.train.duration)]
     assert stage_config(heads, 0).data.feature_cache == "features"
     assert (tuned.data.feature_cache, tuned.optim.layer_decay.text) == (None, 1)
-    assert layered.optim.layer_decay.text == 0.8
+    assert (layered.optim.layer_decay.text, recipe.optim.layer_decay.text) == (0.8, 1)
     assert stage_config(layered, 0).optim.lr_scale.head == 1
     assert stage_config(staged, 0).optim.lr == 1e-3
     assert stage_config(staged, 1).optim == stage_config(recipe, 1).optim
@@ -39,7 +39,14 @@ def test_every_row_adds_its_part():
     for name in names[7:]:
         assert expanded(rows[name]) == expanded(recipe)
     assert expanded(large)[1].global_batch_size == 1024
-    assert expanded(large)[1].micro_batch_size == 128
+    assert expanded(large)[1].micro_batch_size == 64
+
+
+def test_a_recipe_s_own_layer_wise_decay_stands_from_its_row_on():
+    given = (*WORDS, "optim.layer_decay={vision: 0.7, text: 0.6}")
+    rows = {cell.labels["recipe"]: load_config(cell.words) for cell in cells(given, [0])}
+    decays = [config.optim.layer_decay.text for config in rows.values()]
+    assert decays[1:] == [1] + [0.6] * (len(decays) - 2)
 
 
 def test_towers_see_as_many_pairs_in_each_row():
