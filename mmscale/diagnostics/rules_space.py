@@ -22,9 +22,12 @@ LIVING_SPREAD = 0.01
 
 BLIND_SPREAD = 1e-6
 
-# A collapsed spectrum breaks off: rank 5 in little noise falls by some hundreds at once, a model of
-# a world of few factors by 5 after 8 directions, CLIP by 1.9 at most.
-LARGEST_KNEE = 10.0
+# A collapsed spectrum breaks off: rank 5 in little noise falls by some hundreds at once, CLIP's by
+# 1.9 at most, that of a model of a world of few factors by 4 to 14 where the next factor is not
+# learnt yet. The largest of the eigenvalues of noise, and so the step down to it, is a matter of the
+# sample (Marchenko and Pastur 1967): many rows tell a break from a gap better than few.
+LARGEST_KNEE = 40.0
+LARGEST_KNEE_OF_FEW = 14.0
 
 # Share of rows that are repeats, from which on the spectrum is that of fewer rows.
 MANY_TWINS = 0.3
@@ -146,8 +149,10 @@ def _narrowness(figures: Figures, side: str) -> float:
     # Rows that stand there several times leave directions empty without any fault of the model.
     if figures[f"participation_{side}"] == 0.0 or figures[f"twins_{side}"] > MANY_TWINS:
         return 0.0
+    inflated = (1 + math.sqrt(figures[f"dims_possible_{side}"] / figures["pairs"])) ** 2
+    largest = max(LARGEST_KNEE / inflated, LARGEST_KNEE_OF_FEW)
     # Eigenvalues repeat within a fifth or so from sample to sample.
-    breaks = 1 - below(math.log(figures[f"knee_{side}"]), math.log(LARGEST_KNEE), 0.2)
+    breaks = 1 - below(math.log(figures[f"knee_{side}"]), math.log(largest), 0.2)
     return max(breaks, below(figures[f"participation_{side}"], FEWEST_DIRECTIONS, 0.1))
 
 

@@ -42,6 +42,18 @@ def healthy(noise: float, width_share: float = 0.25, cone: float = 0.7) -> Gener
     return make
 
 
+def few_factors(num: int, width: int, seed: int) -> Pairs:
+    """The spectrum of a trained `demo`: seven factors, an eighth 14 times weaker, a long tail."""
+    rng = np.random.default_rng(seed)
+    factors = [0.243, 0.203, 0.166, 0.156, 0.070, 0.062, 0.055]
+    tail = 0.0039 * (np.arange(8, width + 1) / 8) ** -4.0
+    basis = np.linalg.qr(rng.normal(size=(width, width)))[0]
+    deviations = np.sqrt([*factors, *tail])
+    meaning = rng.normal(size=(num, width)) * deviations
+    sides = [meaning + 0.3 * rng.normal(size=(num, width)) * deviations for _ in range(2)]
+    return as_pairs(*(side @ basis for side in sides))
+
+
 def weak(num: int, width: int, seed: int) -> Pairs:
     """A partly trained model: the noise at which the AUC is 0.8."""
     rng = np.random.default_rng(seed)

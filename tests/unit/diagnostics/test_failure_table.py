@@ -11,7 +11,13 @@ import torch
 
 from mmscale.diagnostics.doctor import diagnose
 from mmscale.diagnostics.pairs import Pairs
-from tests.unit.diagnostics.faulty_embeddings import MODES, healthy, load_features, weak
+from tests.unit.diagnostics.faulty_embeddings import (
+    MODES,
+    few_factors,
+    healthy,
+    load_features,
+    weak,
+)
 
 SEEDS = 5
 FAILURES = {name: mode for name, mode in MODES.items() if mode[0] != "healthy"}
@@ -64,6 +70,11 @@ def test_no_alarm_over_healthy_spaces(name):
     given = Counter(diagnose(pairs).verdict for pairs in draws(HEALTHY[name], SMALL, 50))
     print(f"{name:>32} {'healthy':>22}: {dict(given)}")
     assert given["healthy"] >= 0.99 * sum(given.values())
+
+
+def test_a_model_of_a_world_of_few_factors_is_not_collapsed():
+    given = Counter(diagnose(pairs).verdict for pairs in draws(few_factors, [(500, 128)], 40))
+    assert given["healthy"] >= 0.95 * sum(given.values()), given
 
 
 @pytest.mark.parametrize("num", [64, 128, 500])
