@@ -24,8 +24,8 @@ BLIND_SPREAD = 1e-6
 
 # A collapsed spectrum breaks off: rank 5 in little noise falls by some hundreds at once, CLIP's by
 # 1.9 at most, that of a model of a world of few factors by 4 to 14 where the next factor is not
-# learnt yet. The largest of the eigenvalues of noise, and so the step down to it, is a matter of the
-# sample (Marchenko and Pastur 1967): many rows tell a break from a gap better than few.
+# learnt yet. Sampling makes noise's largest eigenvalue larger, and the step down to it smaller
+# (Marchenko and Pastur 1967): many rows tell a break from a gap better than few.
 LARGEST_KNEE = 40.0
 LARGEST_KNEE_OF_FEW = 14.0
 
