@@ -84,6 +84,11 @@ class DataConfig(Section):
     cache_gb: Annotated[float, Field(gt=0)] = 64.0
     """Most that each of the two caches may hold, in GB; what was used longest ago goes first."""
 
+    @property
+    def rows_per_item(self) -> int:
+        """Rows that one turn of a sample gives to a batch: k where `captions` is k."""
+        return self.captions if isinstance(self.captions, int) else 1
+
 
 class TowerConfig(Section):
     """One of the two encoders."""

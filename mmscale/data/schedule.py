@@ -181,14 +181,12 @@ def plan_schedule(
         ConfigError: The data does not fill one batch, or no order keeps its groups apart.
         DataError: The manifests do not hold what the settings need.
     """
-    choice = config.data.captions
-    per_item = choice if isinstance(choice, int) else 1
     schedule = Schedule(
         [shard.captions for shard in shards.shards],
-        choice,
+        config.data.captions,
         config.run.seed,
         lanes,
-        config.train.global_batch_size // per_item // lanes,
+        config.train.global_batch_size // config.data.rows_per_item // lanes,
         max(1, config.data.shuffle_buffer // lanes),
         shards.sources,
         plan_resampling(config.data, shards) if config.data.resampled else None,
@@ -196,7 +194,8 @@ def plan_schedule(
     if schedule.steps == 0:
         raise ConfigError(
             f"train.global_batch_size={config.train.global_batch_size} is more than the "
-            f"{schedule.items * per_item} rows of data.train={config.data.train}; lower it"
+            f"{schedule.items * schedule.rows_per_item} rows of data.train={config.data.train}; "
+            "lower it"
         )
     for number, source in enumerate(schedule.parts):
         if source.items == 0 and not config.data.resampled:

@@ -145,14 +145,13 @@ def _data(config: Config, batch: BatchPlan, samples: int | None) -> Data:
         schedule = plan_schedule(config, shards, batch.lanes)
         images, count, steps = schedule.items, len(shards.paths), schedule.steps
     else:
-        captions = config.data.captions
-        if captions == "flat":
+        if config.data.captions == "flat":
             raise ConfigError(
                 "--samples counts images, but data.captions=flat makes every caption a row; pack "
                 "the data, or set data.captions"
             )
-        group = captions if isinstance(captions, int) else 1
-        images, count, steps = samples, None, samples // (batch.global_rows // group)
+        images, count = samples, None
+        steps = samples // (batch.global_rows // config.data.rows_per_item)
     if not steps:
         raise ConfigError(
             f"{images:,} images do not fill one batch of train.global_batch_size="

@@ -64,12 +64,8 @@ def plan_batch(config: Config, world: int) -> BatchPlan:
 
 
 def _lanes(config: Config, world: int) -> int:
-    total, lanes, captions = (
-        config.train.global_batch_size,
-        config.data.lanes,
-        config.data.captions,
-    )
-    group = captions if isinstance(captions, int) else 1
+    total, lanes = config.train.global_batch_size, config.data.lanes
+    group = config.data.rows_per_item
     if total % group:
         raise ConfigError(
             f"train.global_batch_size={total} is not a multiple of data.captions={group} rows an "

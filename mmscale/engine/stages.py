@@ -19,12 +19,8 @@ def stage_lengths(run: Config, stages: Sequence[Config], items: int) -> list[int
         ConfigError: The stages before the last leave no room for it, or together exceed the run.
     """
 
-    def per_item(config: Config) -> int:
-        captions = config.data.captions
-        return captions if isinstance(captions, int) else 1
-
     def epoch_steps(config: Config) -> int:
-        return items // (config.train.global_batch_size // per_item(config))
+        return items // (config.train.global_batch_size // config.data.rows_per_item)
 
     total = run.train.duration.steps(epoch_steps(run), run.train.global_batch_size)
     parts = expanded(run)
@@ -40,7 +36,7 @@ def stage_lengths(run: Config, stages: Sequence[Config], items: int) -> list[int
     room = rows
     if run.train.duration.unit == "epochs":
         # A stage with another batch leaves out another part of each epoch.
-        room = max(rows, int(run.train.duration.amount * items * per_item(run)))
+        room = max(rows, int(run.train.duration.amount * items * run.data.rows_per_item))
     # A part of a batch at each stage's end is rounding, not a contradiction.
     if sum(taken) > room + sum(sizes) or sum(taken[:-1]) >= rows:
         wanted = " + ".join(f"{name.duration} ({name.name})" for name in parts)
