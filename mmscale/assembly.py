@@ -15,7 +15,7 @@ from mmscale.checkpoint.write import Snapshot, take_snapshot
 from mmscale.config.batches import OWN_MODEL, HardBatchesConfig
 from mmscale.config.deepspeed import zero_stage
 from mmscale.config.duration import Duration
-from mmscale.config.load import stage_config, with_words
+from mmscale.config.load import stage_config
 from mmscale.config.needs import needs_momentum, with_fusion_decided
 from mmscale.config.schema import Config, ModelConfig
 from mmscale.config.staging import expanded
@@ -132,8 +132,6 @@ def assemble(segment: Segment, world: World, tell: Tell) -> Training:
     first = plan_schedule(outline.stages[0], shards, outline.plans[0].lanes)
     lengths = stage_lengths(run, outline.stages, first.items)
     origin = segment.origin or starting_point(run, world, tell)
-    if origin is not None and (mended := _mended(run, origin, tell)) is not None:
-        return assemble(replace(segment, config=mended), world, tell)
     start = segment.start or (origin.progress if origin else Progress())
     config, plan = outline.stages[start.stage], outline.plans[start.stage]
     table = _neighbours(config.data.hard_batches, world, origin)
@@ -230,15 +228,6 @@ def _outline(config: Config, world: World, tell: Tell) -> _Outline:
     for stage in stages:
         optimizer_kind(stage.optim, policy.fused_optimizer, sharded=kind == "deepspeed")
     return _Outline(run, policy, stages, plans, kind)
-
-
-def _mended(run: Config, origin: Origin, tell: Tell) -> Config | None:
-    """The configuration with the guard's remedies; None where it has them, or needs none."""
-    words = origin.progress.remedies
-    if not words or (mended := with_words(run, words)) == with_words(run, ()):
-        return None
-    tell(f"guard: this run goes on with {' '.join(words)}")
-    return mended
 
 
 def _schedule(

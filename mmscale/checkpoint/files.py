@@ -56,7 +56,6 @@ class Progress:
         samples: Rows taken since the run began.
         over: `stage` or `run` where an evaluation ended one of them before its time.
         watched: What decides about that, by name.
-        remedies: Words that the guard has set; they hold for the rest of the run.
         owes_evaluation: The run was told to stop before an evaluation that was due.
     """
 
@@ -75,7 +74,6 @@ class Progress:
     samples: int = 0
     over: str = ""
     watched: dict[str, float] = field(default_factory=dict)
-    remedies: tuple[str, ...] = ()
     owes_evaluation: bool = False
 
     @classmethod
@@ -85,7 +83,6 @@ class Progress:
         objects = {
             "position": Position(**state["position"]),
             "best": Best(**state["best"]) if state.get("best") else None,
-            "remedies": tuple(state.get("remedies", ())),
         }
         return cls(**known | objects)
 

@@ -1,8 +1,8 @@
 """Settings of the guard: what a run does when its probes find the embedding space failing."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from mmscale.config.duration import Duration
 from mmscale.config.section import Positive, Section
@@ -21,12 +21,20 @@ Verdict = Literal[
 ]
 
 
+def _without_remedy(action: Any) -> Any:
+    if action == "remedy":
+        raise ValueError(
+            "off, warn or halt: a run no longer changes its own settings; start it again with the "
+            "words that doctor.json recommends"
+        )
+    return action
+
+
 class GuardConfig(Section):
     """What a run does when its probes find the embedding space failing."""
 
-    action: Literal["off", "warn", "halt", "remedy"] = "warn"
-    """`warn`: say so; `halt`: end with exit 3, a checkpoint and `doctor.json`; `remedy`: set what
-    mends the verdict, once, and go on from the last healthy checkpoint."""
+    action: Annotated[Literal["off", "warn", "halt"], BeforeValidator(_without_remedy)] = "warn"
+    """`warn`: say so; `halt`: end with exit 3, a checkpoint and `doctor.json`."""
     patience: Annotated[int, Field(ge=2)] = 3
     """Probes in a row that must find the same before it counts."""
     grace: Duration = Duration(200, "steps")

@@ -63,8 +63,6 @@ def finish(training: Training, run: Run, progress: Progress) -> None:
     if pairs is not None and held_out is not None:
         own = InTraining.last_of(read_metrics(run_dir / "metrics.jsonl"))
         diagnosis = diagnose(pairs, own).to_json()
-        if progress.remedies:
-            diagnosis["applied"] = list(progress.remedies)
         replace_file(run_dir / "doctor.json", json.dumps(diagnosis, indent=1).encode())
         report.say(f"verdict: {diagnosis['verdict']} (confidence {diagnosis['confidence']:.2f})")
         last["verdict"] = diagnosis["verdict"]

@@ -48,18 +48,14 @@ class _Seen:
     Attributes:
         line: Figures for the log.
         alarm: A verdict that has lasted too long.
-        suspects: Something was found that would count if it lasted.
     """
 
     line: dict[str, Any]
     alarm: Alarm | None = None
-    suspects: bool = False
 
 
 class Probes:
     """Measures every so many updates. Ranks call it alike.
-
-    `holds_checkpoints` says that no checkpoint should be written now.
 
     Args:
         training: The segment that is watched.
@@ -80,7 +76,6 @@ class Probes:
         self._still = frozenset(self._names)
         self._movement: Movement | None = None
         self._updates = self._at_limit = 0
-        self.holds_checkpoints = False
         if self._held_out is not None and training.start.step == 0:
             self._begin(self._held_out.embedded())
 
@@ -116,9 +111,6 @@ class Probes:
         if self._still:
             line[STILL] = sorted(self._still)[:_MOST_NAMES]
         self._report.probe(line | seen.line)
-        # A remedy goes back to a checkpoint: none is written, and none forgotten for it, while a
-        # verdict may turn out to last.
-        self.holds_checkpoints = seen.suspects and self._training.config.guard.action == "remedy"
         return seen.alarm
 
     def _look(self, progress: Progress, done: Update, batch: Batch) -> _Seen:
@@ -148,7 +140,7 @@ class Probes:
             return _Seen(line)
         diagnosis = judge(figures, training)
         alarm = self._persistence.take(progress.step, figures, diagnosis)
-        return _Seen({**line, VERDICT: diagnosis.verdict}, alarm, self._persistence.suspects)
+        return _Seen({**line, VERDICT: diagnosis.verdict}, alarm)
 
     def _features(self, done: Update) -> dict[str, float]:
         figures: dict[str, float] = {}

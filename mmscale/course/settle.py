@@ -8,7 +8,7 @@ from mmscale.contracts import Batch
 from mmscale.course.closing import evaluated
 from mmscale.course.damage import check_damage
 from mmscale.course.divergence import guarded
-from mmscale.course.guard import keep_a_way_back, respond
+from mmscale.course.guard import respond
 from mmscale.course.probes import Probes
 from mmscale.course.run import Run
 from mmscale.course.skips import Skips
@@ -30,7 +30,6 @@ class Settling:
         self._training, self._run, self._warmup = training, run, warmup
         self._skips = Skips(training, run)
         self._probes = Probes(training, run.report)
-        keep_a_way_back(training, run.saver)
 
     def begin(self) -> Progress:
         """Where the segment starts, with the evaluation that a stop before it left out."""
@@ -68,9 +67,7 @@ class Settling:
         if record.written:
             run.saver.settle()
         if (alarm := self._probes.after(progress, done, batch)) is not None:
-            following = respond(alarm, training, run.report, run.saver, progress)
-            if following is not None:
-                return progress, following
+            respond(alarm, training, run.report, run.saver, progress)
         if progress.step == training.total_steps:
             return progress, None
         if record.stop:
@@ -91,7 +88,6 @@ class Settling:
             progress, _ = evaluated(training, run, progress)
             progress = watched(training, run.report, progress)
         is_best = progress.best is not None and progress.best.step == step
-        wanted = is_best or training.due(training.config.checkpoint.every, step)
-        if wanted and not self._probes.holds_checkpoints:
+        if is_best or training.due(training.config.checkpoint.every, step):
             run.saver.save(snapshot(training, progress))
         return progress

@@ -50,11 +50,6 @@ class Persistence:
         self._best_z = 0.0
         self._told: set[str] = set()
 
-    @property
-    def suspects(self) -> bool:
-        """Whether the newest probe found what would count if it lasted."""
-        return bool(self._recent) and bool(self._recent[-1][1])
-
     def begin(self, figures: Figures) -> None:
         """Take the space before the first update: what it contracts from."""
         self._contracted(figures)

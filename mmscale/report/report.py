@@ -102,15 +102,6 @@ class Report:
         if self._console:
             self._console.evaluation(line)
 
-    def go_back(self, step: int) -> None:
-        """The run goes on from `step`: what the log holds beyond it is cut away."""
-        for place, sink in enumerate(self._sinks):
-            if isinstance(sink, MetricsLog):
-                sink.close()
-                self._sinks[place] = _open_log(self._log, step, self.warn)
-        if self._space:
-            self._space = SpaceLog(self._log.with_name(SPACE_NAME), step)
-
     def finish(self, line: Mapping[str, Any]) -> None:
         """Record that the run is whole; no line may be recorded afterwards."""
         self._write({"finished": True, **line})

@@ -34,7 +34,6 @@ def test_one_finding_is_none():
     persistence = Persistence(3, 0, BAD)
     probes = [GOOD, UNALIGNED, UNALIGNED, GOOD, UNALIGNED, UNALIGNED, GOOD]
     assert course(persistence, probes) == [None] * 7
-    assert not persistence.suspects
 
 
 def test_what_lasts_is_told_once_and_again_after_it_was_gone():

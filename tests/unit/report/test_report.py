@@ -55,16 +55,6 @@ def test_going_on_cuts_the_log_back_to_the_checkpoint(tmp_path):
     assert [moment["step"] for moment in read_space(tmp_path / "run" / "space.jsonl")] == [6]
 
 
-def test_going_back_cuts_both_files(tmp_path):
-    report = Report(config(tmp_path), World(), 4, 0)
-    with report:
-        for step in (2, 4):
-            report.evaluation({"step": step, "eval/i2t_r1": 1.0, "eval/t2i_r1": 2.0}, PAIRS)
-        report.go_back(2)
-    for name in ("metrics.jsonl", "space.jsonl"):
-        assert [line["step"] for line in read_metrics(tmp_path / "run" / name)] == [2]
-
-
 def test_starting_over_forgets_the_log(tmp_path):
     speak(Report(config(tmp_path), World(), 2, 0), 1, 2)
     speak(Report(config(tmp_path), World(), 1, 0), 1, 1)
