@@ -22,7 +22,7 @@ PEERS := $(VENV)/peers
 DEMO_RUN := runs/demo
 DEMO_DATA := runs/demo-data
 
-.PHONY: help setup demo test test-slow test-soak check peers bench chaos
+.PHONY: help setup demo test test-slow test-soak check peers bench bench-data bench-loss bench-step chaos
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -64,13 +64,18 @@ $(PEERS)/.installed: tools/peers.txt | $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --upgrade --target $(PEERS) -r tools/peers.txt
 	touch $@
 
-peers: $(PEERS)/.installed  ## open_clip's trainer beside: what mmscale bench compares with
+peers: $(PEERS)/.installed  ## open_clip's trainer beside: what the benchmarks compare with
 
-bench: peers  ## data, loss and step against open_clip: runs/bench-data.json and so on
-	mkdir -p runs
-	$(BIN)/mmscale bench data --json runs/bench-data.json
-	$(BIN)/mmscale bench loss --json runs/bench-loss.json
-	$(BIN)/mmscale bench step --json runs/bench-step.json
+bench: bench-data bench-loss bench-step  ## all three against open_clip
+
+bench-data: peers  ## samples a second from shards to batches: runs/bench-data.json
+	$(BIN)/python -m tools.bench data --json runs/bench-data.json
+
+bench-loss: peers  ## a loss forward and back: runs/bench-loss.json
+	$(BIN)/python -m tools.bench loss --json runs/bench-loss.json
+
+bench-step: peers  ## a training update: runs/bench-step.json
+	$(BIN)/python -m tools.bench step --json runs/bench-step.json
 
 chaos: setup  ## kill -9 a run twenty times, compare with an uninterrupted one: runs/chaos.md
 	$(BIN)/python tools/chaos.py --kills 20 --table runs/chaos.md

@@ -388,57 +388,6 @@ def report(
 
 
 @app.command()
-def bench(
-    name: Annotated[str, typer.Argument(help="data, loss or step.")],
-    json_file: Json = None,
-) -> int:
-    """Measure against open_clip, side by side in one run; needs `make peers`."""
-    from mmscale.lab.bench import as_json, run, table
-
-    results = run(name)
-    _write(json_file, as_json(results))
-    _say(table(results))
-    return 0
-
-
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def lab(
-    context: typer.Context,
-    name: Annotated[str, typer.Argument(help="collapse, losses, recipe or parity.")],
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of its runs; default runs/lab/NAME.")
-    ] = None,
-    page: Annotated[Path | None, typer.Option(help="Also write the page here.")] = None,
-    seeds: Annotated[int, typer.Option(help="Runs of each kind.", min=1)] = 3,
-    jobs: Annotated[
-        int, typer.Option(help="Processes at once; 0: all runs in this one.", min=0)
-    ] = 0,
-    only: Annotated[
-        list[str] | None, typer.Option(help="LABEL=VALUE: only such runs; may be repeated.")
-    ] = None,
-    json_file: Json = None,
-) -> int:
-    """Run an experiment's grid of trainings: NAME CONFIG key=value ...; goes on where it stopped.
-
-    Every run shares the words; results are lines of OUT/results.jsonl, the table is OUT/page.md.
-    """
-    from dataclasses import asdict
-
-    from mmscale.lab.experiments import run
-
-    folder = out or Path("runs/lab") / name
-    results, text = run(name, context.args, folder, seeds, jobs, only or ())
-    _write(json_file, [asdict(result) for result in results])
-    if page is not None:
-        page.write_text(text, "utf-8")
-    _say(text)
-    failed = [result.exit_code for result in results if result.error is not None]
-    if failed:
-        _tell(f"{len(failed)} of {len(results)} runs failed; {folder}/results.jsonl says why")
-    return failed[0] if failed else 0
-
-
-@app.command()
 def sweep(
     space: Annotated[Path, typer.Argument(help="The search, a YAML file (docs/sweep.md).")],
     out: Annotated[
@@ -451,8 +400,8 @@ def sweep(
 
     The same command elsewhere, with the same folder, adds workers. Needs mmscale[sweep].
     """
-    from mmscale.lab.sweep import as_json, prepare, run_workers, trials_of
-    from mmscale.lab.sweep_page import table, write_page
+    from mmscale.sweep.page import table, write_page
+    from mmscale.sweep.workers import as_json, prepare, run_workers, trials_of
 
     folder = out or Path("runs/sweep") / space.stem
     search = prepare(space, folder)

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 from mmscale.dist.device import FAILING_TOWERS
-from mmscale.lab.pairs import TrainedPair, all_pairs, train_pairs
 from mmscale.model.presets import PRESETS
 from mmscale.model.registry import Entry, curated_names, entries
 from mmscale.model.registry_table import columns
+from tools.tower_pairs import TrainedPair, all_pairs, train_pairs
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 HEADING = (

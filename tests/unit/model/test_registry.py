@@ -11,10 +11,10 @@ from transformers import BertConfig
 
 from mmscale.dist.device import FAILING_TOWERS
 from mmscale.errors import ConfigError
-from mmscale.lab.pairs import all_pairs, train_pairs
 from mmscale.model.registry import curated, curated_names, entries, find
 from mmscale.model.registry_measure import config_of, measure
 from mmscale.model.registry_table import as_json, overview
+from tools.tower_pairs import all_pairs, train_pairs
 
 ROOT = Path(__file__).resolve().parents[3]
 CURATED = [*curated_names("vision"), *curated_names("text")]

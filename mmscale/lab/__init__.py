@@ -1,1 +1,0 @@
-"""Grids of whole runs: experiments, search, benchmarks against peers."""

@@ -1,0 +1,1 @@
+"""Search of settings: many trainings, the best of a metric."""
