@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmscale.config.schema import Config
 from mmscale.contracts import InputSpec
+from mmscale.data.colour import in_rgb
 from mmscale.data.transform import eval_transform, normalise
 from mmscale.evaluation import load_trained
 from mmscale.model.dual_encoder import DualEncoder, Tokenizer
@@ -49,6 +50,11 @@ class Transform:
         self._crop = eval_transform(spec)
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 h w"]:
-        upright = ImageOps.exif_transpose(image).convert("RGB")
+        """Its pixels, normalised.
+
+        Raises:
+            DataError: Its mode says nothing of its range.
+        """
+        upright = in_rgb(ImageOps.exif_transpose(image))
         pixels = torch.from_numpy(np.array(upright)).permute(2, 0, 1)
         return normalise(self._crop(pixels)[None], self._spec)[0]

@@ -12,6 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from mmscale.data.colour import in_rgb
+from mmscale.data.complaints import reason_of, warnings_named
 from mmscale.data.reader import DamagedSampleError
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
@@ -66,8 +68,7 @@ class Picture:
                 if is_jpeg and reduction > 1:
                     size = (self._image.width // reduction, self._image.height // reduction)
                     self._image.draft(None, size)
-                # Palettes, alpha and CMYK: converted as every reader of the field does.
-                image = self._image.convert("RGB")
+                image = in_rgb(self._image)
                 stored = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         if self._orientation not in _TURNS:
             return stored
@@ -116,9 +117,9 @@ def _orientation(image: Image.Image) -> int:
 def _naming(where: str) -> Iterator[None]:
     """Turn whatever a decoder says into one line about this sample."""
     try:
-        yield
+        with warnings_named(where):
+            yield
     except DamagedSampleError:
         raise
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DamagedSampleError(f"{where}: undecodable image ({reason})") from error
+        raise DamagedSampleError(f"{where}: undecodable image ({reason_of(error)})") from error

@@ -33,7 +33,7 @@ from mmscale.durable import publish, sync
 
 SEGMENT_BYTES = 32 * 2**20
 # Changes when the same bytes would be kept as other pixels.
-_VERSION = 1
+_VERSION = 2
 _RESERVE = 2.0
 _ABANDONED_SECONDS = 3600
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from mmscale.data.colour import in_rgb
+from mmscale.data.complaints import reason_of, warnings_named
+
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _ORIENTATION = 0x0112
 _QUALITY = 95
@@ -49,7 +52,7 @@ def prepare_image(path: Path, treatment: Treatment) -> tuple[str, bytes]:
         raise RejectedImageError(f"unreadable file: {error.strerror}") from error
     if not content:
         raise RejectedImageError("zero bytes")
-    with _without_pillow_limit():
+    with _without_pillow_limit(), warnings_named(str(path)):
         return _treat(content, treatment)
 
 
@@ -72,7 +75,7 @@ def _treat(content: bytes, treatment: Treatment) -> tuple[str, bytes]:
             picture = _shrink(_upright(image), treatment.resize)
             return _SUFFIXES[form], _encode(picture, form, treatment.quality or _QUALITY)
         except Exception as error:
-            raise RejectedImageError(f"undecodable: {error}") from error
+            raise RejectedImageError(f"undecodable: {reason_of(error)}") from error
 
 
 def _is_larger(image: Image.Image, side: int | None) -> bool:
@@ -93,14 +96,14 @@ def _shrink(image: Image.Image, side: int | None) -> Image.Image:
     scale = side / min(image.size)
     width, height = (max(side, round(length * scale)) for length in image.size)
     if image.mode not in ("RGB", "L", "RGBA"):
-        image = image.convert("RGB")
+        image = in_rgb(image)
     return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
 
 
 def _encode(image: Image.Image, form: str, quality: int) -> bytes:
     file = io.BytesIO()
     if form in ("JPEG", "MPO"):
-        image = image if image.mode in ("RGB", "L") else image.convert("RGB")
+        image = image if image.mode in ("RGB", "L") else in_rgb(image)
         image.save(file, "JPEG", quality=quality, exif=b"")
     else:
         image.save(file, form, exif=b"", **({"quality": quality} if form == "WEBP" else {}))

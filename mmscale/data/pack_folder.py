@@ -15,8 +15,8 @@ from mmscale.durable import replace_file
 from mmscale.errors import DataError, printable
 
 REJECTED_NAME = "rejected.txt"
-# Changes when the same records would give other bytes.
-_BYTES_VERSION = 2
+# Each changes when the same records would give other bytes: as they are, and shrunk.
+_BYTES_VERSION, _SHRUNK_VERSION = 2, 3
 
 
 def settings_digest(
@@ -28,7 +28,8 @@ def settings_digest(
 ) -> str:
     """Digest of all that decides the bytes of a split's shards."""
     digest = hashlib.sha256()
-    plan = (_BYTES_VERSION, split, asdict(treatment), samples_per_shard, refused)
+    version = _BYTES_VERSION if treatment.resize is None else _SHRUNK_VERSION
+    plan = (version, split, asdict(treatment), samples_per_shard, refused)
     digest.update(json.dumps(plan).encode())
     for record in records:
         try:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from mmscale.data.complaints import reason_of
 from mmscale.data.grouping import Trait
 from mmscale.data.index import digest_of, fault_of, trait_of
 from mmscale.data.manifest import MANIFEST_NAME, Manifest, Shard, read_manifest, with_identities
@@ -88,7 +89,7 @@ def image_fault(content: bytes) -> str | None:
             warnings.simplefilter("ignore")
             image.load()
     except Exception as error:  # noqa: BLE001 - whatever damaged bytes make a decoder raise
-        return f"cannot be decoded ({error})"
+        return f"cannot be decoded ({reason_of(error)})"
     return None
 
 

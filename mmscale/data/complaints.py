@@ -1,0 +1,47 @@
+"""What image libraries complain about, told with the name of the image that it is about."""
+
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from PIL import UnidentifiedImageError
+
+from mmscale.errors import printable
+
+# `decode_jpeg, /build/csrc/decode_jpeg.cpp:171, ` in front of what torchvision has to say.
+_PLACE_IN_SOURCE = re.compile(r"^\w+, \S+\.\w+:\d+, ")
+_OBJECT = re.compile(r"\s*<[^<>]* at 0x[0-9a-fA-F]+>")
+# What else is warned of is for programmers.
+_OF_IMAGES = (UserWarning, RuntimeWarning)
+_told: set[str] = set()
+
+
+def reason_of(error: Exception) -> str:
+    """What a decoder raised, in one line without places in its source and Python objects."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not a JPEG, PNG or WebP image"
+    text = _OBJECT.sub("", _PLACE_IN_SOURCE.sub("", str(error)))
+    return text.splitlines()[0] if text.strip() else type(error).__name__
+
+
+@contextmanager
+def warnings_named(where: str) -> Iterator[None]:
+    """Tell a library's warnings on stderr with the name of the image, each kind once a process."""
+    with warnings.catch_warnings(record=True) as caught:
+        for category in _OF_IMAGES:
+            warnings.simplefilter("always", category)
+        yield
+    for warning in caught:
+        if not issubclass(warning.category, _OF_IMAGES):
+            warnings.showwarning(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+            continue
+        text = " ".join(str(warning.message).split())
+        kind = re.sub(r"\d+", "0", text)
+        if kind not in _told:
+            _told.add(kind)
+            line = f"mmscale: {where}: {text} (told once; other images may have it too)\n"
+            sys.stderr.write(printable(line))
