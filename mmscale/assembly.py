@@ -47,6 +47,7 @@ from mmscale.model.presets import fill_preset, stand_in_line
 from mmscale.model.scale import with_scale_fitted
 from mmscale.model.selection import check_patterns, select
 from mmscale.model.two_tower import TwoTower
+from mmscale.model.unseen import unseen_line
 from mmscale.preflight import require_room, require_same_everywhere
 
 
@@ -253,6 +254,8 @@ def _settle_what_trains(
     require_room(config, model, needs_momentum(config), world)
     tell(f"batch: {outline.plans[stage]}")
     tell(f"device: {policy}")
+    if unseen := unseen_line(model.vision, spec.image_size):
+        tell(unseen)
     if gaps := gaps_line(model, spec, policy):
         tell(gaps)
 
