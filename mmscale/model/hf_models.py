@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
@@ -16,9 +15,10 @@ from transformers.utils.hub import cached_file
 
 from mmscale.config.schema import TowerConfig
 from mmscale.errors import CheckpointError, ConfigError
+from mmscale.model.foreign import require_harmless
 from mmscale.model.hub import hub_call
 from mmscale.model.sources import check_options, constructing
-from mmscale.model.weights import load_strictly, read_weights, refuse
+from mmscale.model.weights import UNREADABLE, first_line, load_strictly, read_weights, refuse
 
 BRING = "point it at a folder that holds the model (hf:/path/to/folder)"
 # Tensors of older checkpoints that towers compute themselves, and task heads on top of the tower.
@@ -49,13 +49,23 @@ def read_config(name: str, key: str, part: str) -> PretrainedConfig:
         key: `model.vision` or `model.text`.
         part: `vision_config` or `text_config`.
     """
+    if read_json(name, "adapter_config.json"):
+        raise ConfigError(
+            f"{key}.name=hf:{name} holds an adapter (adapter_config.json), which names the model "
+            f"below it: merge the adapter into that model and give the result."
+        )
+    read_json(name, "config.json")
     with hub_call(f"{key}.name=hf:{name}", BRING, remote=not Path(name).is_dir()):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name)
     return getattr(config, part, None) or config
 
 
 def read_json(folder: str, file: str) -> dict[str, Any]:
-    """A small file beside the model; empty where there is none."""
+    """A small file beside the model; empty where there is none.
+
+    Raises:
+        ConfigError: It is no JSON object, or asks for more than data (`require_harmless`).
+    """
     with hub_call(f"{file} of hf:{folder}", BRING, remote=not Path(folder).is_dir()):
         found = cached_file(
             folder,
@@ -63,13 +73,18 @@ def read_json(folder: str, file: str) -> dict[str, Any]:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-        return json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
+        content = json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
+        require_harmless(content, f"{file} of hf:{folder}")
+    return content
 
 
 def override(config: PretrainedConfig, options: Mapping[str, Any], key: str, name: str) -> None:
     """Set the user's options on the config; only those that it has."""
     known = [option for option in config.to_dict() if not option.startswith("_")]
     check_options(options, {*known, *config.attribute_map}, key, f"hf:{name}")
+    require_harmless(options, f"{key}.options")
     for option, value in options.items():
         setattr(config, option, value)
 
@@ -138,10 +153,10 @@ def _pretrained(
     with hub_call(what, bring, remote=not Path(name).is_dir()), _quiet():
         try:
             model, report = load(name, ignore_mismatched_sizes=True, **words)
-        except (SafetensorError, AttributeError, KeyError) as error:
+        except UNREADABLE as error:
             raise CheckpointError(
-                f"the weights of hf:{name} cannot be read into a {model_class.__name__}: {error}; "
-                f"fetch them again."
+                f"the weights of hf:{name} cannot be read into a {model_class.__name__}: "
+                f"{first_line(error)}; fetch them again, or save them as safetensors."
             ) from error
     missing = [f"{tensor} is missing" for tensor in sorted(report["missing_keys"])]
     misshapen = [f"{tensor} has another shape" for tensor, *_ in report["mismatched_keys"]]

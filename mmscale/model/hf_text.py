@@ -107,8 +107,9 @@ def text_class(config: PretrainedConfig, name: str) -> Any:
 
 def _text_input(folder: str, trunk: PreTrainedModel, config: TextConfig) -> TextInput:
     what = f"the tokenizer of {KEY}.name=hf:{folder}"
+    read_json(folder, "tokenizer_config.json")
     with hub_call(what, f"{BRING} and its tokenizer", remote=not Path(folder).is_dir()):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     rows: Any = trunk.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise ConfigError(

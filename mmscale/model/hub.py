@@ -13,8 +13,12 @@ import httpx
 from huggingface_hub import constants
 
 from mmscale.errors import ConfigError
+from mmscale.model.foreign import lock_libraries
 
 PROBE_SECONDS = 4.0
+
+# Whatever builds a tower comes through here first.
+lock_libraries()
 
 
 @cache

@@ -1,7 +1,7 @@
 """`model.preset=openclip:NAME`: a whole OpenCLIP model, its embeddings exactly its own.
 
 Both towers keep OpenCLIP's projections and no head follows. Its weights come from `model.weights`:
-`random`, one of OpenCLIP's tags, or a file.
+`random`, one of OpenCLIP's tags, a file, or `pretrained`: those in its folder or on its page.
 """
 
 import logging
@@ -13,6 +13,8 @@ from typing import Any
 
 import open_clip
 import torch
+from open_clip.factory import _find_checkpoint_in_dir, load_checkpoint
+from open_clip.pretrained import download_pretrained_from_hf
 from torch import nn
 
 from mmscale.config.schema import ModelConfig
@@ -20,10 +22,10 @@ from mmscale.errors import CheckpointError, ConfigError
 from mmscale.model.freezing import settle
 from mmscale.model.hub import hub_call
 from mmscale.model.inputs import ImageInput, TextInput
+from mmscale.model.openclip_folder import folder_of, is_on_hub
 from mmscale.model.openclip_towers import (
     OpenClipText,
     OpenClipVision,
-    is_on_hub,
     openclip_config,
     openclip_pixels,
     openclip_tokens,
@@ -32,7 +34,7 @@ from mmscale.model.openclip_towers import (
 from mmscale.model.presets import OPENCLIP
 from mmscale.model.scale import LogitScale
 from mmscale.model.two_tower import TwoTower
-from mmscale.model.weights import read_weights
+from mmscale.model.weights import UNREADABLE, first_line, read_weights
 
 
 def build_whole_openclip(
@@ -92,16 +94,12 @@ def _refuse_contradictions(config: ModelConfig, name: str, width: int) -> None:
 
 
 def _create(name: str, weights: str, image_size: int | None, text: Mapping[str, Any]) -> Any:
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    pretrained = None if weights == "random" else weights
-    if pretrained and pretrained not in tags:
-        if not Path(pretrained).expanduser().is_file():
-            raise ConfigError(
-                f"model.weights={weights} is neither `random`, a file, nor a tag of OpenCLIP's "
-                f"{name} ({', '.join(tags[:8]) or 'it has none'})."
-            )
-        read_weights(pretrained, "model.weights")
-        pretrained = str(Path(pretrained).expanduser())
+    """The model with the weights that `model.weights` asks for, and never with others.
+
+    OpenCLIP ignores what it is told about the weights of a folder or a page on the hub and takes
+    those that it finds there: it only builds, and a file is read here.
+    """
+    tag = weights if weights in open_clip.list_pretrained_tags_by_model(name) else None
     words: dict[str, Any] = {
         "force_custom_text": True,
         "pretrained_text": False,
@@ -109,21 +107,72 @@ def _create(name: str, weights: str, image_size: int | None, text: Mapping[str, 
     }
     if image_size:
         words["force_image_size"] = image_size
-    remote = pretrained in tags or is_on_hub(name) or "hf_model_name" in text
+    if "hf_model_name" in text:
+        words["text_cfg"] = {**text, "hf_model_pretrained": False}
+    what, bring, remote = _asked_for(name, weights, text, tag)
+    with hub_call(what, bring, remote), _quiet():
+        file = None if tag else _weights_file(name, weights)
+        try:
+            model = open_clip.create_model(name, pretrained=tag, load_weights=bool(tag), **words)
+        except (TypeError, AttributeError, LookupError, AssertionError) as error:
+            raise ConfigError(
+                f"{what}: OpenCLIP cannot build it from its configuration ({first_line(error)})."
+            ) from error
+    if file is not None:
+        _fill(model, file, name, weights)
+    return model
+
+
+def _asked_for(
+    name: str, weights: str, text: Mapping[str, Any], tag: str | None
+) -> tuple[str, str, bool]:
+    """What to call the model in a message, how to mend its absence, and if the hub may be asked."""
     what = f"model.weights={weights} of openclip:{name}"
     bring = "set model.weights to a file of its weights, or to random"
-    if "hf_model_name" in text:
-        bring = f"its text tower is hf:{text['hf_model_name']}, bring that into the local cache"
-    with hub_call(what, bring, remote), _quiet():
-        try:
-            return open_clip.create_model(name, pretrained=pretrained, **words)
-        except (RuntimeError, KeyError) as error:
-            if pretrained is None or pretrained in tags:
-                raise
+    tower = text.get("hf_model_name")
+    if tower:
+        bring = f"its text tower is hf:{tower}, bring that into the local cache"
+    return what, bring, bool(tag) or is_on_hub(name) or bool(tower and not Path(tower).is_dir())
+
+
+def _weights_file(name: str, weights: str) -> Path | None:
+    """The file that `model.weights` means, where it means one."""
+    if weights == "random":
+        return None
+    folder = folder_of(name)
+    if weights == "pretrained" and (folder is not None or is_on_hub(name)):
+        found = (
+            download_pretrained_from_hf(name.removeprefix("hf-hub:"))
+            if folder is None
+            else _find_checkpoint_in_dir(folder)
+        )
+        if found is None:
             raise CheckpointError(
-                f"model.weights={weights} does not fit OpenCLIP's {name}: "
-                f"{' '.join(str(error).split())[:400]}; give the weights of this model."
-            ) from error
+                f"model.weights=pretrained, but {folder} holds no weights; set model.weights to a "
+                f"file of them, or to random."
+            )
+        return Path(found)
+    file = Path(weights).expanduser()
+    if not file.is_file():
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        raise ConfigError(
+            f"model.weights={weights} is neither `random`, a file, nor a tag of OpenCLIP's "
+            f"{name} ({', '.join(tags[:8]) or 'it has none'})."
+        )
+    return file
+
+
+def _fill(model: nn.Module, file: Path, name: str, weights: str) -> None:
+    """Load a whole model's weights as OpenCLIP does, which knows several layouts of them."""
+    read_weights(str(file), "model.weights")
+    try:
+        with _quiet():
+            load_checkpoint(model, str(file))
+    except UNREADABLE as error:
+        raise CheckpointError(
+            f"model.weights={weights} does not fit OpenCLIP's {name}: "
+            f"{' '.join(str(error).split())[:400]}; give the weights of this model."
+        ) from error
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """OpenCLIP's tokenizers as callables that give ids without padding."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -43,7 +44,8 @@ def read_tokenize(
     Raises:
         ConfigError: It comes from the hub, which cannot be reached.
     """
-    remote = bool(text.get("hf_tokenizer_name")) or "siglip" in name.lower()
+    named = text.get("hf_tokenizer_name")
+    remote = bool(named and not Path(named).is_dir()) or "siglip" in name.lower()
     with hub_call(f"the tokenizer of openclip:{name}", "put it into the local cache", remote):
         tokenizer = open_clip.get_tokenizer(name, context_length=context_length)
     if isinstance(tokenizer, SimpleTokenizer) and tokenizer.reduction_fn is None:

@@ -27,6 +27,7 @@ from mmscale.model.freezing import chain
 from mmscale.model.hf_models import checkpoint_hf
 from mmscale.model.hub import hub_call
 from mmscale.model.inputs import ImageInput, TextInput, agreed_context, agreed_size, triple
+from mmscale.model.openclip_folder import is_on_hub, require_own_parts
 from mmscale.model.openclip_tokens import read_tokenize
 from mmscale.model.sources import check_options, constructing, did_you_mean
 from mmscale.model.timm_vision import (
@@ -136,7 +137,7 @@ def build_openclip_vision(
     if other := whole["vision_cfg"].get("timm_model_name"):
         raise ConfigError(f"the image tower of {name} is timm's: set {key}.name=timm:{other}.")
     size = agreed_size(image_size, dict(config.options), "image_size")
-    settings = _settings(whole["vision_cfg"], config, CLIPVisionCfg, key)
+    settings = _settings(whole["vision_cfg"], config, CLIPVisionCfg, key, "timm_")
     if size:
         settings["image_size"] = size
     with constructing(key, f"openclip:{name}"):
@@ -158,21 +159,21 @@ def build_openclip_text(name: str, config: TextConfig) -> tuple[Tower, TextInput
         raise ConfigError(
             f"the text tower of {name} is Hugging Face's: set {key}.name=hf:{other}, or a folder."
         )
-    settings = _settings(whole["text_cfg"], config, CLIPTextCfg, key)
+    settings = _settings(whole["text_cfg"], config, CLIPTextCfg, key, ("hf_", "tokenizer_"))
     with constructing(key, f"openclip:{name}"):
         text = CLIPTextCfg(**settings)
         trunk = _build_text_tower(whole["embed_dim"], text, whole.get("quick_gelu", False))
     trunk.text_projection = None
     _fill(trunk, config, key, "text.")
-    tokens = openclip_tokens(name, config, settings)
+    tokens = openclip_tokens(name, config, {**whole["text_cfg"], **settings})
     return OpenClipText(trunk, tokens.pad_token), tokens
 
 
 def openclip_config(name: str, setting: str) -> dict[str, Any]:
-    """OpenCLIP's own configuration of a model, to change at will.
+    """The configuration of an OpenCLIP model, to change at will.
 
     Raises:
-        ConfigError: OpenCLIP has no model of this name.
+        ConfigError: OpenCLIP has no model of this name, or its file asks for more than data.
     """
     what = f"{setting}=openclip:{name}"
     with hub_call(what, "give a name of open_clip.list_models()", remote=is_on_hub(name)):
@@ -182,12 +183,9 @@ def openclip_config(name: str, setting: str) -> dict[str, Any]:
             f"{setting}=openclip:{name} is not a model of OpenCLIP"
             f"{did_you_mean(name, open_clip.list_models())}."
         )
-    return deepcopy(config)
-
-
-def is_on_hub(name: str) -> bool:
-    """Whether an OpenCLIP name is one of the hub's rather than built in."""
-    return name.startswith("hf-hub:")
+    config = deepcopy(config)
+    require_own_parts(config, name, what)
+    return config
 
 
 def openclip_pixels(
@@ -212,9 +210,14 @@ def openclip_tokens(name: str, config: TextConfig, text: Mapping[str, Any]) -> T
 
 
 def _settings(
-    own: Mapping[str, Any], config: TowerConfig, record: type, key: str
+    own: Mapping[str, Any],
+    config: TowerConfig,
+    record: type,
+    key: str,
+    of_others: str | tuple[str, ...],
 ) -> dict[str, Any]:
-    known = [option.name for option in fields(record)]
+    """The configuration's own keys under the user's, which may not name another library's part."""
+    known = [option.name for option in fields(record) if not option.name.startswith(of_others)]
     check_options(config.options, known, key, str(config.name))
     return {name: value for name, value in {**own, **config.options}.items() if name in known}
 

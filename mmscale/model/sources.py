@@ -59,7 +59,15 @@ def constructing(key: str, owner: str) -> Iterator[None]:
     """Tell a library's refusal of its constructor options as the setting that caused it."""
     try:
         yield
-    except (TypeError, ValueError, AssertionError, RuntimeError, LookupError) as error:
+    except (
+        TypeError,
+        ValueError,
+        AssertionError,
+        RuntimeError,
+        LookupError,
+        AttributeError,
+        ImportError,
+    ) as error:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         unknown = re.search(r"unexpected keyword argument '(\w+)'", reason)
         if unknown:

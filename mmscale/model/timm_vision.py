@@ -13,17 +13,17 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from mmscale.config.schema import VisionConfig
-from mmscale.errors import ConfigError
+from mmscale.errors import CheckpointError, ConfigError
 from mmscale.model.freezing import chain
 from mmscale.model.hub import hub_call
 from mmscale.model.inputs import ImageInput, agreed_size, triple
 from mmscale.model.pooling import Pooling
 from mmscale.model.sources import constructing, did_you_mean
-from mmscale.model.weights import load_strictly, read_weights, refuse
+from mmscale.model.weights import UNREADABLE, first_line, load_strictly, read_weights, refuse
 from mmscale.model.width import Tower, look
 
 KEY = "model.vision"
-HUB = ("hf-hub:", "hf_hub:")
+HUB, LOCAL = ("hf-hub:", "hf_hub:"), "local-dir:"
 _INDEXED = re.compile(r"\.\d+\.")
 BRING = (
     "set model.vision.weights to a file of its weights, or to random to train it from scratch; "
@@ -111,12 +111,17 @@ def build_timm_vision(
     name: str, config: VisionConfig, image_size: int | None
 ) -> tuple[Tower, ImageInput]:
     """`timm:NAME` with weights through timm's own hub code, from a file, or random."""
-    if not timm.is_model(name) and not name.startswith((*HUB, "local-dir:")):
+    if not timm.is_model(name) and not name.startswith((*HUB, LOCAL)):
         raise ConfigError(
             f"model.vision.name=timm:{name} is not a model of timm {timm.__version__}"
             f"{did_you_mean(name.split('.')[0], timm.list_models())}."
         )
     options = dict(config.options)
+    if "checkpoint_path" in options:
+        raise ConfigError(
+            f"{KEY}.options.checkpoint_path={options['checkpoint_path']} would be read without a "
+            f"check of what it holds; set {KEY}.weights to that file."
+        )
     size = agreed_size(image_size, options, "img_size")
     trunk = _create(name, options, size, pretrained=config.weights == "pretrained")
     facts = trunk.pretrained_cfg
@@ -148,8 +153,18 @@ def _create(name: str, options: Mapping[str, Any], image_size: int | None, pretr
     if not pretrained:
         return random
     torch.set_rng_state(start)
-    with hub_call(f"{KEY}.name=timm:{name} with pretrained weights", BRING):
-        loaded = timm.create_model(name, pretrained=True, num_classes=0, **options)
+    what = f"{KEY}.name=timm:{name} with pretrained weights"
+    local = name.startswith(LOCAL)
+    with hub_call(what, BRING, remote=not local):
+        try:
+            loaded = timm.create_model(name, pretrained=True, num_classes=0, **options)
+        except UNREADABLE as error:
+            if not local:
+                raise
+            raise CheckpointError(
+                f"{what}: they cannot be read into the model ({first_line(error)}); fetch them "
+                f"again, or save them as safetensors."
+            ) from error
     untouched = _untouched(random, loaded, partial(_create_random, name, options))
     refuse(
         [f"{tensor} is missing" for tensor in untouched], f"the pretrained weights of timm:{name}"

@@ -1,8 +1,10 @@
 """Weight files: read without unpickling, loaded strictly, every mismatch named."""
 
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError  # noqa: TID251 - the error only, for `except`
+from zipfile import BadZipFile
 
 import torch
 from safetensors import SafetensorError
@@ -12,6 +14,19 @@ from torch import Tensor, nn
 from mmscale.errors import CheckpointError, ConfigError
 
 SHOWN = 5
+# What libraries raise at a weights file that is damaged, or holds more than weights.
+UNREADABLE = (
+    SafetensorError,
+    UnpicklingError,
+    BadZipFile,
+    EOFError,
+    RuntimeError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    UnicodeDecodeError,
+    struct.error,
+)
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
@@ -36,12 +51,17 @@ def read_weights(file: str, key: str) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:
         raise CheckpointError(
             f"{key}={file} is not a safetensors file nor a torch file of weights only; "
             f"save its state dict with safetensors."
         ) from error
     return _tensors(content, f"{key}={file}")
+
+
+def first_line(error: Exception) -> str:
+    """The beginning of a library's message: those about pickles go on for a page."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".:")
 
 
 def load_strictly(
