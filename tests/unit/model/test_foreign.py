@@ -93,7 +93,7 @@ def test_no_caller_in_this_process_can_run_a_folders_code(
 def test_no_caller_in_this_process_can_load_a_kernel_of_the_hub(monkeypatch):
     monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda: True)
     for load in (hub_kernels.load_and_register_attn_kernel, hub_kernels.get_kernel):
-        with pytest.raises(Exception, match="stranger/kernel.*never loads"):
+        with pytest.raises(Exception, match=r"stranger/kernel.*never loads"):
             load("stranger/kernel")
     assert not hasattr(hub_kernels, "get_kernel_hub") or hub_kernels.get_kernel_hub is (
         hub_kernels.get_kernel
