@@ -11,7 +11,7 @@ from torch import nn
 
 from mmscale.checkpoint.files import Checkpoint, Origin, Progress
 from mmscale.checkpoint.resume import require_same_run, starting_point
-from mmscale.checkpoint.write import Snapshot, take_snapshot
+from mmscale.checkpoint.write import Kept, Snapshot, take_snapshot
 from mmscale.config.batches import OWN_MODEL, HardBatchesConfig
 from mmscale.config.deepspeed import zero_stage
 from mmscale.config.duration import Duration
@@ -358,7 +358,7 @@ def snapshot(training: Training, progress: Progress) -> Snapshot:
     """What a checkpoint of a run in training holds. Collective."""
     return take_snapshot(
         replace(progress, scaler=training.engine.scaler()),
-        training.run.model_dump(mode="json"),
+        Kept(training.run.model_dump(mode="json")),
         chain(
             training.engine.tensors(),
             training.companions.tensors(),

@@ -10,7 +10,7 @@ import torch
 from mmscale.assembly import Training, without_weights
 from mmscale.checkpoint.files import Checkpoint
 from mmscale.checkpoint.resume import open_trained
-from mmscale.config.load import stage_config, validate
+from mmscale.config.load import stage_config
 from mmscale.config.schema import Config
 from mmscale.contracts import InputSpec, Peers
 from mmscale.data.caption_text import with_cleaning
@@ -48,7 +48,7 @@ def load_trained(path: Path) -> Trained:
         CheckpointError: Neither, or damaged.
     """
     checkpoint = open_trained(path)
-    run, stage = validate(checkpoint.config), checkpoint.progress.stage
+    run, stage = checkpoint.config, checkpoint.progress.stage
     config = stage_config(run, stage)
     model, spec = build_model(
         without_weights(config.model), config.data.image_size, config.run.seed

@@ -201,7 +201,7 @@ def differences(wanted: Path, got: Path) -> list[str]:
     for name, about in one.tensors.items():
         found += [
             f"{kind} of {name}"
-            for kind in ("value", *about["moments"])
+            for kind in ("value", *about.moments)
             if not torch.equal(one.read(kind, name), other.read(kind, name))
         ]
     courses = [

@@ -2,106 +2,36 @@
 
 Tensors are whole and named, each held by one rank's file, so world, ZeRO stage and engine may
 change between save and load. A folder is written aside and renamed when everything is on disk.
+Every file that is ever read is verified by its digest first; others in the folder are left alone.
 """
 
-import hashlib
-import json
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from mmscale.contracts import Position, World
+from mmscale.checkpoint.state import FileRecord, Progress, State, rank_file, read_state
+from mmscale.config.load import validate
+from mmscale.config.schema import Config
+from mmscale.config.staging import expanded
+from mmscale.contracts import World
 from mmscale.dist.peers import from_all, from_main
-from mmscale.errors import CheckpointError
+from mmscale.errors import CheckpointError, ConfigError
 
-FORMAT, VERSION = "mmscale-checkpoint", 1
 # What tensors that are not the model's are named with.
 COMPANIONS = ("momentum.", "hard_batches.", "queue.", "prototypes.")
 # Suffix of a folder that is being written.
 PARTIAL = ".partial"
 
 
-@dataclass(frozen=True)
-class Best:
-    """The best evaluation so far: `metric` had this value after `step`."""
-
-    metric: str
-    value: float
-    step: int
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run has come.
-
-    Attributes:
-        step: Batches taken.
-        updates: Updates made; smaller than `step` by those that were skipped.
-        position: Where the stream goes on.
-        damaged: Rows of this epoch that stood in for undecodable samples.
-        lanes: Lanes of the data; the order of the rows depends on it.
-        metrics: The newest evaluation.
-        stage: Number of the stage that trains, from 0.
-        stage_start: `step` at which that stage began.
-        went_back: How often the weights went back to an earlier checkpoint's.
-        best: The best evaluation by `checkpoint.best`.
-        scaler: State of the engine's loss scaling; empty without one.
-        stage_updates: `updates` at which it began.
-        samples: Rows taken since the run began.
-        over: `stage` or `run` where an evaluation ended one of them before its time.
-        watched: What decides about that, by name.
-        owes_evaluation: The run was told to stop before an evaluation that was due.
-    """
-
-    step: int = 0
-    updates: int = 0
-    position: Position = field(default_factory=Position)
-    damaged: int = 0
-    lanes: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
-    stage: int = 0
-    stage_start: int = 0
-    went_back: int = 0
-    best: Best | None = None
-    scaler: dict[str, float] = field(default_factory=dict)
-    stage_updates: int = 0
-    samples: int = 0
-    over: str = ""
-    watched: dict[str, float] = field(default_factory=dict)
-    owes_evaluation: bool = False
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> "Progress":
-        """Read what `state.json` keeps of it; what an older one lacks has its default."""
-        known = {f.name: state[f.name] for f in fields(cls) if f.name in state}
-        objects = {
-            "position": Position(**state["position"]),
-            "best": Best(**state["best"]) if state.get("best") else None,
-        }
-        return cls(**known | objects)
-
-
 def step_folder(run_dir: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
     return run_dir / "checkpoints" / f"step-{step:08d}"
-
-
-def rank_file(rank: int, world: int) -> str:
-    """Name of what a rank wrote."""
-    return f"rank-{rank:05d}-of-{world:05d}.safetensors"
-
-
-def digest_of(path: Path) -> dict[str, Any]:
-    """What a file must be when it is read again."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"sha256": digest, "bytes": path.stat().st_size}
 
 
 def step_folders(run_dir: Path) -> list[Path]:
@@ -131,7 +61,17 @@ class Origin(Protocol):
 
 
 class Checkpoint:
-    """A checkpoint on disk, verified when opened."""
+    """A checkpoint on disk, verified when opened.
+
+    Attributes:
+        folder: Where it lies.
+        config: The run's configuration, presets filled.
+        contents: Digest of what each setting that names files or folders stood for.
+        world: How many ranks wrote it.
+        tensors: Every tensor by name.
+        files: Names of what lies in it besides the ranks' files.
+        progress: How far the run had come.
+    """
 
     def __init__(self, folder: Path, readers: World | None = None):
         """Open and verify.
@@ -144,50 +84,89 @@ class Checkpoint:
             CheckpointError: Not a checkpoint, or not what was written.
         """
         self.folder = folder
-        try:
-            state = json.loads((folder / "state.json").read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{folder}: not a checkpoint (state.json: {error}); name a run folder or one of "
-                "its checkpoints/step-NNNNNNNN"
-            ) from error
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise CheckpointError(f"{folder}: state.json does not describe a {FORMAT}")
-        if state.get("version") != VERSION:
-            raise CheckpointError(
-                f"{folder}: format version {state.get('version')}, this mmscale reads {VERSION}"
-            )
-        self._verify(state["files"], readers or World())
-        self.config: dict[str, Any] = state["config"]
-        self.world: int = state["world"]
-        self.tensors: dict[str, Any] = state["tensors"]
-        self.progress = Progress.from_state(state)
+        state = read_state(folder)
+        self._verify(state.files, readers or World())
+        self.config = self._configuration(state)
+        self.contents = state.contents
+        self.world = state.world
+        self.tensors = state.tensors
+        self.files = sorted(
+            set(state.files) - {rank_file(r, self.world) for r in range(self.world)}
+        )
+        self.progress = state.progress
 
-    def _verify(self, files: dict[str, Any], readers: World) -> None:
+    def _configuration(self, state: State) -> Config:
+        try:
+            config = validate(state.config)
+        except ConfigError as error:
+            raise CheckpointError(
+                f"{self.folder}: its configuration is none of this mmscale: "
+                f"{'; '.join(str(error).splitlines())}"
+            ) from error
+        if state.progress.stage >= max(1, len(expanded(config))):
+            raise CheckpointError(
+                f"{self.folder}: is in stage {state.progress.stage} of a run without it"
+            )
+        return config
+
+    def _verify(self, files: Mapping[str, FileRecord], readers: World) -> None:
         for name in sorted(files)[readers.rank :: readers.size]:
-            path, wanted = self.folder / Path(name).name, files[name]
+            path, wanted = self.folder / name, files[name]
             if not path.is_file():
                 raise CheckpointError(f"{path}: missing; the checkpoint is not whole")
-            if path.stat().st_size != wanted["bytes"] or digest_of(path) != wanted:
-                raise CheckpointError(f"{path}: not what was written (sha256 differs)")
+            try:
+                whole = path.stat().st_size == wanted.bytes and FileRecord.of(path) == wanted
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be read ({error})") from error
+            if not whole:
+                raise CheckpointError(f"{path}: not what was written (its sha256 is another)")
+
+    def attached(self, name: str) -> bytes:
+        """A file that lies beside the tensors, one of `files`."""
+        try:
+            return (self.folder / name).read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{self.folder / name}: cannot be read ({error})") from error
 
     def read(self, kind: str, name: str) -> Tensor:
-        """One tensor: `value` or a moment."""
-        with safe_open(self._file(self.tensors[name]["rank"]), "pt") as file:
-            return file.get_tensor(f"{kind}/{name}")
+        """One tensor: `value` or a moment.
+
+        Raises:
+            CheckpointError: The file does not hold it.
+        """
+        record = self.tensors[name]
+        with self._tensors_of(record.rank) as file:
+            tensor: Tensor = file.get_tensor(f"{kind}/{name}")
+        if tuple(tensor.shape) != record.shape:
+            raise CheckpointError(
+                f"{self.folder}: {kind}/{name} is {list(tensor.shape)}, but state.json says "
+                f"{list(record.shape)}"
+            )
+        return tensor
 
     def moments(self, name: str) -> dict[str, Tensor]:
         """The optimizer state of a parameter; empty for one that was not trained."""
-        found = self.tensors.get(name, {}).get("moments", ())
-        return {key: self.read(key, name) for key in found}
+        record = self.tensors.get(name)
+        return {key: self.read(key, name) for key in (record.moments if record else ())}
 
     def random(self, rank: int) -> dict[str, Tensor]:
         """Random state of a rank; empty where that rank did not exist."""
         if rank >= self.world:
             return {}
-        with safe_open(self._file(rank), "pt") as file:
+        with self._tensors_of(rank) as file:
             names = [name for name in file.keys() if name.startswith("rng/")]  # noqa: SIM118
             return {name.removeprefix("rng/"): file.get_tensor(name) for name in names}
+
+    @contextmanager
+    def _tensors_of(self, rank: int) -> Iterator[Any]:
+        path = self.folder / rank_file(rank, self.world)
+        try:
+            with safe_open(path, "pt") as file:
+                yield file
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path}: does not hold what state.json says ({error})"
+            ) from error
 
     def load_weights(self, model: nn.Module) -> None:
         """Fill the model's parameters and buffers.
@@ -219,7 +198,7 @@ class Checkpoint:
         return {name.removeprefix(prefix): self.read("value", name) for name in names}
 
     def _fill(self, own: Mapping[str, Tensor], names: list[str], prefix: str) -> None:
-        theirs = {name.removeprefix(prefix): tuple(self.tensors[name]["shape"]) for name in names}
+        theirs = {name.removeprefix(prefix): self.tensors[name].shape for name in names}
         faults = [
             f"{name} is {list(theirs[name])} there, {list(own[name].shape)} here"
             for name in own
@@ -235,9 +214,6 @@ class Checkpoint:
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(self.read("value", prefix + name))
-
-    def _file(self, rank: int) -> Path:
-        return self.folder / rank_file(rank, self.world)
 
 
 def open_together(folder: Path, world: World) -> Checkpoint:

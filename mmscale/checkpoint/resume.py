@@ -11,8 +11,9 @@ from mmscale.checkpoint.files import (
     step_folder,
     step_folders,
 )
+from mmscale.checkpoint.state import STATE
 from mmscale.checkpoint.write import adopt_partial
-from mmscale.config.load import flatten, validate
+from mmscale.config.load import flatten
 from mmscale.config.schema import Config
 from mmscale.contracts import World
 from mmscale.dist.peers import barrier
@@ -71,7 +72,7 @@ def open_checkpoint(path: Path, world: World) -> Checkpoint:
     Raises:
         CheckpointError: Neither.
     """
-    if (path / "state.json").exists():
+    if (path / STATE).exists():
         return open_together(path, world)
     newest = newest_sound(path, world)
     if newest is None:
@@ -106,7 +107,7 @@ def require_same_run(checkpoint: Checkpoint, config: Config, lanes: int) -> None
     Raises:
         ConfigError: Names each such setting with both values.
     """
-    before, now = flatten(validate(checkpoint.config)), flatten(config)
+    before, now = flatten(checkpoint.config), flatten(config)
     faults = [
         f"{key}={now[key]} differs from the {before[key]} that {checkpoint.folder} was trained "
         "with; put it back, or start another run.dir"

@@ -69,7 +69,7 @@ class Saver:
             CheckpointError: As `settle`.
         """
         self.settle()
-        folder = step_folder(self._run_dir, snapshot.state["step"])
+        folder = step_folder(self._run_dir, snapshot.progress.step)
         fault = self._agreed(self._make_aside(folder.with_suffix(PARTIAL)))
         if fault:
             self._failed(folder, fault)
@@ -128,9 +128,9 @@ class Saver:
                 return f"rank 0 does not see what the others wrote to {flight.aside}"
         except OSError as error:
             return f"rank 0: {error}"
-        state = flight.snapshot.state
-        best = state["best"] and state["best"]["step"]
-        self._thread.submit(self._prune, state["step"], best)
+        progress = flight.snapshot.progress
+        best = None if progress.best is None else progress.best.step
+        self._thread.submit(self._prune, progress.step, best)
         return None
 
     def _prune(self, step: int, best_step: int | None) -> None:

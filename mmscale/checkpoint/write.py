@@ -6,22 +6,23 @@ name when all notes are there, which a later start can do as well as the run tha
 
 import json
 import shutil
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmscale.checkpoint.files import (
+from mmscale.checkpoint.files import PARTIAL, step_folders
+from mmscale.checkpoint.state import (
+    DIGEST,
     FORMAT,
-    PARTIAL,
     VERSION,
+    FileRecord,
     Progress,
-    digest_of,
     rank_file,
-    step_folders,
+    write_state,
 )
 from mmscale.contracts import NamedTensor, World
 from mmscale.durable import publish, replace_file, sync
@@ -32,18 +33,37 @@ _OLD = ".old"
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What every checkpoint of a run holds alike.
+
+    Attributes:
+        config: The resolved configuration, as JSON has it.
+        contents: Digest of what each setting that names files or folders stands for.
+        attached: Further files by their names in the folder, such as `text/tokenizer.json`.
+    """
+
+    config: dict[str, Any]
+    contents: Mapping[str, str] = field(default_factory=dict)
+    attached: Mapping[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """A moment of the run, as much of it as this rank writes.
 
     Attributes:
         tensors: This rank's share, in host memory of its own.
-        state: What `state.json` is going to hold, the digests excepted.
+        state: What `state.json` is going to hold, the files' digests excepted.
+        progress: How far the run has come.
         rank: This rank.
+        attached: Further files by their names in the folder; rank 0 writes them.
     """
 
     tensors: dict[str, Tensor]
     state: dict[str, Any]
+    progress: Progress
     rank: int
+    attached: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -53,7 +73,7 @@ class Snapshot:
 
 def take_snapshot(
     progress: Progress,
-    config: dict[str, Any],
+    kept: Kept,
     tensors: Iterable[NamedTensor],
     random: dict[str, Tensor],
     world: World,
@@ -62,7 +82,7 @@ def take_snapshot(
 
     Args:
         progress: How far the run has come.
-        config: The resolved configuration.
+        kept: What is the same in all checkpoints of the run.
         tensors: The engine's and its companions', in the same order on all ranks.
         random: This rank's random state.
         world: The ranks.
@@ -88,35 +108,43 @@ def take_snapshot(
     state = {
         "format": FORMAT,
         "version": VERSION,
-        **asdict(progress),
         "world": world.size,
-        "config": config,
+        "config": kept.config,
+        "contents": dict(kept.contents),
+        "progress": asdict(progress),
         "tensors": shapes,
     }
-    return Snapshot(mine, state, world.rank)
+    return Snapshot(mine, state, progress, world.rank, kept.attached)
 
 
 def write_share(snapshot: Snapshot, aside: Path) -> None:
-    """Write this rank's file and then its note; rank 0 writes the draft of `state.json` too."""
+    """Write this rank's file and then its note; rank 0 writes all that is not a rank's, too."""
     path = aside / snapshot.name
     save_file(snapshot.tensors, path)
     sync(path)
     if snapshot.rank == 0:
-        replace_file(aside / _DRAFT, json.dumps(snapshot.state, indent=1).encode())
-    replace_file(_note(path), json.dumps(digest_of(path)).encode())
+        files = {}
+        for name, content in snapshot.attached.items():
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            replace_file(aside / name, content)
+            files[name] = FileRecord.of(aside / name).model_dump()
+        draft = {**snapshot.state, "files": files}
+        replace_file(aside / _DRAFT, json.dumps(draft, indent=1).encode())
+    replace_file(_note(path), FileRecord.of(path).model_dump_json().encode())
 
 
 def publish_if_whole(aside: Path) -> Path | None:
     """Give a folder that every rank has written its final name; None where something is missing."""
-    # With state.json only the rename is missing.
-    if not (aside / "state.json").exists():
+    # With the digest of state.json only the rename is missing.
+    if not (aside / DIGEST).exists():
         try:
             state = json.loads((aside / _DRAFT).read_text("utf-8"))
-            names = [rank_file(rank, state["world"]) for rank in range(state["world"])]
-            files = {name: json.loads(_note(aside / name).read_text("utf-8")) for name in names}
-        except FileNotFoundError:
+            names = (rank_file(rank, state["world"]) for rank in range(state["world"]))
+            notes = {name: json.loads(_note(aside / name).read_text("utf-8")) for name in names}
+            state["files"].update(notes)
+        except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
             return None
-        replace_file(aside / "state.json", json.dumps({**state, "files": files}, indent=1).encode())
+        write_state(aside, state)
     for left in (aside / _DRAFT, *aside.glob("rank-*.json")):
         left.unlink(missing_ok=True)
     folder = aside.with_suffix("")

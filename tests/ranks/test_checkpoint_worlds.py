@@ -8,7 +8,7 @@ import torch
 
 from mmscale.checkpoint.files import Checkpoint, Progress
 from mmscale.checkpoint.saver import Saver
-from mmscale.checkpoint.write import take_snapshot
+from mmscale.checkpoint.write import Kept, take_snapshot
 from mmscale.config.schema import CheckpointConfig
 from mmscale.contracts import Position, World
 from mmscale.dist.device import choose
@@ -70,9 +70,8 @@ def _train_and_save(folder, config, stage, world):
     state = _snapshot(engine)
     random = {"cpu": torch.get_rng_state()}
     saver = Saver(folder, world, CheckpointConfig(), print)
-    saver.save(
-        take_snapshot(progress, config.model_dump(mode="json"), engine.tensors(), random, world)
-    )
+    kept = Kept(config.model_dump(mode="json"))
+    saver.save(take_snapshot(progress, kept, engine.tensors(), random, world))
     # Training goes on while the files are written.
     record = _update(engine, config, world, UPDATES)
     saver.finish()

@@ -8,7 +8,7 @@ import torch
 
 from mmscale.checkpoint.files import Checkpoint, Progress, step_folder
 from mmscale.checkpoint.saver import Saver
-from mmscale.checkpoint.write import take_snapshot
+from mmscale.checkpoint.write import Kept, take_snapshot
 from mmscale.config.schema import CheckpointConfig
 from mmscale.contracts import Position, World
 from mmscale.dist.device import choose
@@ -69,7 +69,7 @@ class _Run:
         config = self.config.model_dump(mode="json")
         random = {"cpu": torch.get_rng_state()}
         saver = Saver(folder, self.world, CheckpointConfig(), print)
-        saver.save(take_snapshot(progress, config, tensors, random, self.world))
+        saver.save(take_snapshot(progress, Kept(config), tensors, random, self.world))
         saver.finish()
 
     def close(self):

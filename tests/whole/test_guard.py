@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.sealed import read_state_of, seal
 from tests.whole.command import TRAIN, explain, run
 from tests.whole.small_run import (
     checkpoints,
@@ -75,13 +76,14 @@ def test_words_stored_in_a_checkpoint_are_no_words_of_the_user(
     command += ["checkpoint.every=2 steps", "probe.every=4 steps"]
     succeed([*command, "train.duration=2 steps"])
     pipe = f"pipe:touch {marker}; cat {next(Path(synthetic.train).glob('*.tar'))}"
-    path = run_dir / "checkpoints" / "step-00000002" / "state.json"
-    state = json.loads(path.read_text("utf-8"))
-    state["remedies"] = ["data.allow_pipe=true", f"data.train={pipe}"]
+    folder = run_dir / "checkpoints" / "step-00000002"
+    state = read_state_of(folder)
     if also_in_config:
         state["config"]["data"] |= {"allow_pipe": True, "train": pipe}
-    path.write_text(json.dumps(state), "utf-8")
+    else:
+        state["progress"]["remedies"] = ["data.allow_pipe=true", f"data.train={pipe}"]
+    seal(folder, state)
     done = run([*command, "train.duration=4 steps"])
     assert not marker.exists(), explain(done)
     assert "allow_pipe=true" not in done.stdout
-    assert done.returncode == (2 if also_in_config else 0), explain(done)
+    assert done.returncode == (2 if also_in_config else 5), explain(done)

@@ -1,27 +1,29 @@
 """What is on disk after a save, a kill in mid-save and a full disk; which checkpoints stay."""
 
-import json
 import os
 import subprocess
 
 import pytest
 import torch
 
-from mmscale.checkpoint.files import Best, Checkpoint, Progress, newest_sound, step_folder
+from mmscale.checkpoint.files import Checkpoint, newest_sound, step_folder
 from mmscale.checkpoint.resume import open_checkpoint, open_trained
 from mmscale.checkpoint.saver import Saver
-from mmscale.checkpoint.write import adopt_partial, take_snapshot, write_share
+from mmscale.checkpoint.state import Best, Progress
+from mmscale.checkpoint.write import Kept, adopt_partial, take_snapshot, write_share
+from mmscale.config.load import validate
 from mmscale.config.schema import CheckpointConfig
 from mmscale.contracts import NamedTensor, Position, World
 from mmscale.errors import CheckpointError
 
 ALONE = World()
+KEPT = Kept(validate({"data": {"train": "shards"}}).model_dump(mode="json"))
 
 
 def _snapshot(step, world=ALONE, best=None, numel=1000):
     tensors = [NamedTensor(name, torch.full((numel,), float(step)), {}) for name in ("a", "b")]
     progress = Progress(step, step, Position(0, step), lanes=1, best=best)
-    return take_snapshot(progress, {}, tensors, {"cpu": torch.get_rng_state()}, world)
+    return take_snapshot(progress, KEPT, tensors, {"cpu": torch.get_rng_state()}, world)
 
 
 def _save(saver, *snapshots):
@@ -42,7 +44,7 @@ def test_a_snapshot_holds_its_moment_whatever_becomes_of_the_tensors(tmp_path):
     living = torch.ones(100_000)
     tensors = [NamedTensor("a", living, {"exp_avg": living * 2})]
     saver = _saver(tmp_path)
-    saver.save(take_snapshot(Progress(3), {}, tensors, {}, ALONE))
+    saver.save(take_snapshot(Progress(3), KEPT, tensors, {}, ALONE))
     living.zero_()
     saver.finish()
     read = Checkpoint(step_folder(tmp_path, 3))
@@ -83,6 +85,7 @@ def test_what_all_ranks_had_written_is_published_at_the_next_start(tmp_path):
         "rank-00000-of-00002.safetensors",
         "rank-00001-of-00002.safetensors",
         "state.json",
+        "state.sha256",
     ]
 
 
@@ -162,7 +165,21 @@ def test_a_run_does_not_end_well_without_its_last_checkpoint(small_disk):
 
 
 def test_the_best_is_remembered_in_the_state(tmp_path):
-    _save(_saver(tmp_path), _snapshot(2, best=Best("eval/i2t_r1", 50.0, 1)))
-    state = json.loads((step_folder(tmp_path, 2) / "state.json").read_text())
-    assert state["best"] == {"metric": "eval/i2t_r1", "value": 50.0, "step": 1}
-    assert Progress.from_state({**state, "best": None}).best is None
+    best = Best("eval/i2t_r1", 50.0, 1)
+    _save(_saver(tmp_path), _snapshot(2, best=best), _snapshot(3))
+    assert Checkpoint(step_folder(tmp_path, 2)).progress.best == best
+    assert Checkpoint(step_folder(tmp_path, 3)).progress.best is None
+
+
+def test_files_beside_the_tensors_are_kept_under_digests(tmp_path):
+    attached = {"text/tokenizer.json": b"{}", "vision.json": bytes(range(256))}
+    kept = Kept(KEPT.config, {"data.train": "0" * 64}, attached)
+    saver = _saver(tmp_path)
+    saver.save(take_snapshot(Progress(3), kept, [], {}, ALONE))
+    saver.finish()
+    read = Checkpoint(step_folder(tmp_path, 3))
+    assert {name: read.attached(name) for name in read.files} == attached
+    assert read.contents == kept.contents
+    (read.folder / "text" / "tokenizer.json").write_bytes(b"[]")
+    with pytest.raises(CheckpointError, match="not what was written"):
+        Checkpoint(read.folder)
