@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mmscale.checkpoint.files import Checkpoint, Origin, Progress
+from mmscale.checkpoint.files import Checkpoint, Origin
 from mmscale.checkpoint.resume import require_same_run, starting_point
+from mmscale.checkpoint.state import Progress
 from mmscale.checkpoint.write import Kept, Snapshot, take_snapshot
 from mmscale.config.batches import OWN_MODEL, HardBatchesConfig
 from mmscale.config.deepspeed import zero_stage

@@ -20,7 +20,7 @@ from mmscale.errors import explained
 
 if TYPE_CHECKING:
     from mmscale.assembly import Segment, Training
-    from mmscale.checkpoint.files import Progress
+    from mmscale.checkpoint.state import Progress
     from mmscale.contracts import Batch, Position
     from mmscale.course.run import Run
     from mmscale.course.trace import Trace

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from mmscale.checkpoint.files import Progress
+from mmscale.checkpoint.state import Progress
 from mmscale.contracts import NamedTensor
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmscale.assembly import Training, snapshot
-from mmscale.checkpoint.files import Best, Progress
+from mmscale.checkpoint.state import Best, Progress
 from mmscale.config.schema import CheckpointConfig
 from mmscale.course.run import Run
 from mmscale.diagnostics.doctor import diagnose

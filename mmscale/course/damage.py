@@ -1,7 +1,7 @@
 """Samples that could not be decoded: named, and no more of them than allowed."""
 
 from mmscale.assembly import Training
-from mmscale.checkpoint.files import Progress
+from mmscale.checkpoint.state import Progress
 from mmscale.contracts import Batch
 from mmscale.dist.peers import from_all
 from mmscale.errors import DataError

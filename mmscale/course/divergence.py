@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from mmscale.checkpoint.files import Progress
+from mmscale.checkpoint.state import Progress
 from mmscale.config.stopping import StopConfig
 from mmscale.contracts import StepRecord
 from mmscale.errors import HaltError

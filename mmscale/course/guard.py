@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 from mmscale.assembly import Training, snapshot
-from mmscale.checkpoint.files import Progress
 from mmscale.checkpoint.saver import Saver
+from mmscale.checkpoint.state import Progress
 from mmscale.diagnostics.persistence import Alarm
 from mmscale.durable import replace_file
 from mmscale.errors import HaltError

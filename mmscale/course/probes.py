@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from mmscale.assembly import Training
-from mmscale.checkpoint.files import Progress
+from mmscale.checkpoint.state import Progress
 from mmscale.contracts import Batch, StepRecord
 from mmscale.course.held_out import HeldOutSample
 from mmscale.diagnostics.doctor import beside, judge

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from mmscale.assembly import Segment, Training, snapshot
-from mmscale.checkpoint.files import Progress
+from mmscale.checkpoint.state import Progress
 from mmscale.contracts import Batch
 from mmscale.course.closing import evaluated
 from mmscale.course.damage import check_damage

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mmscale.assembly import Segment, Training
-from mmscale.checkpoint.files import Progress, newest_sound
+from mmscale.checkpoint.files import newest_sound
+from mmscale.checkpoint.state import Progress
 from mmscale.contracts import Batch
 from mmscale.course.run import Run
 from mmscale.dist.peers import from_all

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from mmscale.assembly import Segment, Training
 from mmscale.checkpoint.carried import Carried
-from mmscale.checkpoint.files import Progress
+from mmscale.checkpoint.state import Progress
 from mmscale.config.load import stage_config
 from mmscale.config.schema import Config
 from mmscale.config.staging import expanded

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 from mmscale.assembly import Training
-from mmscale.checkpoint.files import Progress
+from mmscale.checkpoint.state import Progress
 from mmscale.config.staging import expanded
 from mmscale.errors import ConfigError
 from mmscale.report.report import Report

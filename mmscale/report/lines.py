@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmscale.assembly import Training
-from mmscale.checkpoint.files import Progress
+from mmscale.checkpoint.state import Progress
 from mmscale.contracts import Batch
 from mmscale.dist.device import memory_peak
 from mmscale.engine.step import Update

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmscale.checkpoint.files import Checkpoint, Progress
+from mmscale.checkpoint.files import Checkpoint
 from mmscale.checkpoint.saver import Saver
+from mmscale.checkpoint.state import Progress
 from mmscale.checkpoint.write import Kept, take_snapshot
 from mmscale.config.schema import CheckpointConfig
 from mmscale.contracts import Position, World

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmscale.checkpoint.carried import Carried
-from mmscale.checkpoint.files import Progress
+from mmscale.checkpoint.state import Progress
 from mmscale.config.load import stage_config
 from mmscale.contracts import World
 from mmscale.dist.device import choose

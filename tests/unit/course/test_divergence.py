@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from mmscale.checkpoint.files import Progress
+from mmscale.checkpoint.state import Progress
 from mmscale.config.stopping import StopConfig
 from mmscale.contracts import PARTS, StepRecord
 from mmscale.course.divergence import RISE_UPDATES, guarded
