@@ -329,8 +329,11 @@ class Engine(Protocol):
     def open_window(self) -> None:
         """Forget every gradient of the window before."""
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        """Accumulate gradients; with `last` they become final and are averaged over ranks."""
+    def backward(self, loss: Tensor, last: bool, scaled: bool = False) -> None:
+        """Accumulate gradients; with `last` they become final and are averaged over ranks.
+
+        `scaled`: the loss is made of this window's gradients, which carry the loss scale already.
+        """
 
     def part_norms(self) -> Float[Tensor, " parts"]:
         """This rank's share of the squared gradient norm of each of `PARTS`; ranks add up."""

@@ -17,12 +17,15 @@ DEFAULT: dict[str, Any] = {"zero_optimization": {"stage": 1}}
 def read_deepspeed(name: str | None) -> dict[str, Any]:
     """The file's settings; `name` is looked up from the working folder, then from the checkout.
 
+    A bare `zero2` is `ds_configs/zero2.json`.
+
     Raises:
         ConfigError: No such file, not JSON, or a stage that is not 1, 2 or 3.
     """
     if name is None:
         return dict(DEFAULT)
-    path = next((p for p in (Path(name), CHECKOUT / name) if p.is_file()), None)
+    places = (Path(name), CHECKOUT / name, CHECKOUT / "ds_configs" / f"{name}.json")
+    path = next((place for place in places if place.is_file()), None)
     if path is None:
         raise ConfigError(
             f"engine.deepspeed={name}: no such file here or in {CHECKOUT}; "

@@ -70,6 +70,8 @@ def join(world: World, backend: str, timeout_seconds: int, alone_too: bool = Fal
     if world.launcher == "none":
         if alone_too:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            # DeepSpeed does not start without it.
+            os.environ["LOCAL_RANK"] = "0"
         return
     timeout = timedelta(seconds=timeout_seconds)
     try:

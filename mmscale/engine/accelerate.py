@@ -59,8 +59,11 @@ class AccelerateEngine:
     def open_window(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        self._accelerator.backward(loss)
+    def backward(self, loss: Tensor, last: bool, scaled: bool = False) -> None:
+        if scaled:
+            loss.backward()
+        else:
+            self._accelerator.backward(loss)
         if not last:
             return
         trained = [p for part in self._parts.values() for p in part]

@@ -74,11 +74,12 @@ class DeepSpeedEngine:
         if buffer is not None:
             buffer.zero_()
 
-    def backward(self, loss: Tensor, last: bool) -> None:
+    def backward(self, loss: Tensor, last: bool, scaled: bool = False) -> None:
         # ZeRO-3 with offload hands a gradient to the host only in a boundary backward (0.19.8).
         self._engine.set_gradient_accumulation_boundary(last or self._stage == 3)
-        scaled = loss if self._scale is None else loss * self._scale.value
-        self._engine.backward(scaled, scale_wrt_gas=False)
+        if self._scale is not None and not scaled:
+            loss = loss * self._scale.value
+        self._engine.backward(loss, scale_wrt_gas=False)
 
     def part_norms(self) -> Float[Tensor, " parts"]:
         squares = torch.zeros(len(self._parts))

@@ -135,7 +135,7 @@ def _replay(
                 pull = 0.0 if gradient is None else gradient[chunk.rows]
                 surrogate = surrogate + (output * pull).sum()
         with phase("backward"):
-            engine.backward(surrogate, last=chunk is chunks[-1])
+            engine.backward(surrogate, last=chunk is chunks[-1], scaled=True)
     set_rng_state(engine.device, after)
 
 

@@ -199,6 +199,23 @@ def test_two_ranks_of_other_stages_go_on_bit_for_bit(settings, tmp_path, stage):
     _resumes_sharded(settings, tmp_path, stage)
 
 
+@pytest.mark.parametrize(
+    ("word", "label"),
+    [
+        ("engine.deepspeed=zero2", "DeepSpeed ZeRO-2"),
+        pytest.param("engine.kind=deepspeed", "DeepSpeed ZeRO-1", marks=pytest.mark.slow),
+    ],
+)
+def test_deepspeed_runs_alone_without_a_launcher(settings, straight, tmp_path, word, label):
+    """It goes on from another engine's checkpoint besides, with the same rows and losses."""
+    folder = _cut_back(straight, tmp_path, 10)
+    done = succeed([*ALONE, *settings, word, f"run.dir={folder}"])
+    assert label in done.stdout + done.stderr
+    _assert_whole(folder)
+    for step, (loss, digest) in course(straight).items():
+        assert course(folder)[step] == (pytest.approx(loss, rel=1e-4), digest)
+
+
 @pytest.mark.slow
 def test_a_run_moves_between_worlds_stages_and_engines(settings, straight, tmp_path):
     """ZeRO-3 on two ranks, accelerate on one, ZeRO-1 on two, torchrun's two, five steps each."""
