@@ -116,7 +116,7 @@ def _loop(
     from mmscale.engine.balance import ModalityBalancer
     from mmscale.engine.schedule import rate_factor
     from mmscale.engine.step import update
-    from mmscale.report.lines import first_batch_line, training_line
+    from mmscale.report.lines import first_batch_line, repeats_warning, training_line
 
     config, report = training.config, run.report
     length = training.end - training.start.stage_start
@@ -131,6 +131,8 @@ def _loop(
     for batch, position, waited in () if progress.over else batches:
         if progress.step == training.start.step:
             report.say(first_batch_line(batch))
+            if told := repeats_warning(batch, config.data):
+                report.warn(told)
         step = progress.step - progress.stage_start
         factor = rate_factor(step, length, warmup, config.optim.schedule)
         factor *= plateau_factor(training, progress)

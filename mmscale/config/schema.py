@@ -45,7 +45,7 @@ class DataConfig(Section):
     allow_pipe: bool = False
     """Let `pipe:COMMAND` in `data.train` run the command; what it writes is the shard."""
     resampled: bool = False
-    """Draw shards with replacement and read each through, without a manifest. The order still
+    """Draw shards with replacement and read each to its end, without a manifest. The order still
     follows from the position; going on in mid-epoch reads the epoch's part before it again."""
     epoch_samples: Positive | None = None
     """With `resampled`: images that count as an epoch; default the first shard's times shards."""

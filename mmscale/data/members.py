@@ -14,6 +14,8 @@ from typing import Any, TypeGuard
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 # A text or description longer than this is passed over unread.
 TEXT_BYTES = 16 * 2**20
+# A larger member is no photograph.
+_IMAGE_BYTES = 2**28
 # No tower reads as much. Tokenizers take a time quadratic in the length of a word.
 _CAPTION_CHARACTERS, _WORD_CHARACTERS = 20_000, 2_000
 
@@ -35,6 +37,11 @@ class Description:
     label: int | str | None
     group: int | str | None
     fault: str | None
+
+
+def largest_member(suffix: str) -> int:
+    """Bytes up to which a member with this ending is read."""
+    return TEXT_BYTES if suffix in ("txt", "json") else _IMAGE_BYTES
 
 
 def image_of(members: Mapping[str, Any]) -> bytes | None:

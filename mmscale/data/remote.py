@@ -18,6 +18,7 @@ from mmscale.errors import DataError
 ATTEMPTS = 6
 FIRST_PAUSE = 0.25
 CHUNK = 2**18
+_OPENING = 512
 _TIMEOUT = httpx.Timeout(20.0)
 # Answers that another attempt may turn into a better one.
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
@@ -55,6 +56,7 @@ class Web:
 
     def __init__(self) -> None:
         self._whole_only: set[str] = set()
+        self._sizes: dict[str, int] = {}
 
     @cached_property
     def _client(self) -> httpx.Client:
@@ -66,6 +68,22 @@ class Web:
     def has_ranges(self, url: str) -> bool:
         """False once the server has answered a request for a part with the whole file."""
         return urlsplit(url).netloc not in self._whole_only
+
+    def opening(self, url: str) -> tuple[bytes, int | None]:
+        """The first 512 bytes of a file, and its size where the server tells it.
+
+        Raises:
+            DataError: As `chunks`.
+        """
+        opening = b""
+        try:
+            for chunk in self.chunks(url, 0, _OPENING):
+                opening += chunk
+        except DataError:
+            # A file may be shorter than that.
+            if self._sizes.get(url) != len(opening):
+                raise
+        return opening, self._sizes.get(url)
 
     def chunks(
         self, url: str, start: int = 0, end: int | None = None, size: int | None = None
@@ -107,9 +125,11 @@ class Web:
         self, url: str, answer: httpx.Response, at: int, end: int | None, size: int | None
     ) -> Iterator[bytes]:
         """The wanted part of an answer's body, also where the server sends the whole file."""
+        length = _length(answer)
+        if length is not None:
+            self._sizes[url] = length
         _check_status(url, answer, size)
         whole = answer.status_code == 200
-        length = _length(answer)
         if size is not None and length is not None and length != size:
             raise _wrong_size(url, length, size)
         if whole and (at or (end is not None and end != length)):

@@ -1,35 +1,36 @@
-"""Shards without a manifest: drawn with replacement, each read through from its first byte.
+"""Shards without a manifest: drawn with replacement, each read to its end.
 
-What a lane delivers follows from seed, epoch and lane alone: draw n of a lane is one shard, its
-samples pass the lane's shuffling buffer in their order. Nothing tells beforehand where a sample
-lies, so going on in mid-epoch reads the epoch's part before it again, without decoding it.
+What a lane delivers follows from seed, epoch and lane alone. Draw n of a lane is one shard, whose
+samples pass the lane's shuffling buffer in their order; an epoch begins somewhere in the first of
+them, so that every sample has the same chance, however short an epoch is. Nothing tells beforehand
+where a sample lies, so going on in mid-epoch reads the epoch's part before it again, without
+decoding it.
 """
 
 import random
-import tarfile
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Generator, Iterator
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import accumulate, count, islice
-from pathlib import Path
-from typing import IO, cast
 
 from mmscale.config.schema import DataConfig
 from mmscale.data.lanes import seeded
-from mmscale.data.reader import DamagedSampleError, Drawn, Sample, sample_of, wanted_name
-from mmscale.data.remote import CHUNK, Web, is_pipe, is_web, piped, shown
-from mmscale.data.shards import Place, ShardSet
-from mmscale.data.tar_header import SoundHeader
+from mmscale.data.reader import Drawn
+from mmscale.data.remote import Web, is_web, shown
+from mmscale.data.shards import AT_ONCE, Place, ShardSet
+from mmscale.data.tar_stream import read_from, read_through, size_of
 from mmscale.errors import DataError
 
 # Delivered samples that a lane remembers, to stand in for a damaged one.
 _REMEMBERED = 32
 # Draws in a row without a sample after which a lane gives up.
 _MOST_EMPTY = 100
-# A larger member is no photograph.
-_MEMBER_BYTES = 2**28
+# Samples that are passed over at most before an epoch begins.
+_ON = 16
+# A server is asked for the sizes of so many shards; asking for more would delay the start.
+_MOST_ASKED = 2_000
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,15 @@ class Resampling:
         paths: Where they lie.
         weights: How often each is drawn, against the others.
         epoch_samples: Images that count as an epoch.
+        sizes: Bytes of each. An epoch begins in a shard in proportion to them, because a larger one
+            has more samples to begin with; none: all count as equally large.
     """
 
     paths: tuple[Place, ...]
     weights: tuple[float, ...]
     epoch_samples: int
+    sizes: tuple[float, ...] = ()
+    _counts: dict[Place, int] = field(default_factory=dict, compare=False, repr=False)
 
     def lanes(
         self, count: int, length: int, buffer: int, seed: int, epoch: int
@@ -59,16 +64,35 @@ def plan_resampling(data: DataConfig, shards: ShardSet) -> Resampling:
     """What is drawn, and how long an epoch is.
 
     Raises:
-        DataError: The first shard, which tells the length where nothing else does, is not a tar.
+        DataError: A shard is not there, or the first, which tells the length where nothing else
+            does, is not a tar.
     """
     weights = tuple(weight for count, weight in shards.sources for _ in range(count))
     samples = data.epoch_samples
+    web = Web()
     if samples is None:
-        web = Web()
-        first = sum(1 for _ in read_through(shards.paths[0], web))
-        web.close()
-        samples = first * len(shards.paths)
-    return Resampling(shards.paths, weights, samples)
+        samples = len(shards.paths) * sum(1 for _ in read_through(shards.paths[0], web))
+    sizes = _sizes(shards.paths, web)
+    web.close()
+    return Resampling(shards.paths, weights, samples, sizes)
+
+
+def _sizes(paths: Sequence[Place], web: Web) -> tuple[float, ...]:
+    """Bytes of each shard, the mean of the others where nobody tells; none where nobody tells any.
+
+    Raises:
+        DataError: One is not there.
+    """
+    asks = sum(map(is_web, paths)) <= _MOST_ASKED
+
+    def size(path: Place) -> int | None:
+        return size_of(path, web) if asks or not is_web(path) else None
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        found = list(pool.map(size, paths))
+    known = [size for size in found if size is not None]
+    mean = sum(known) / max(1, len(known))
+    return tuple(mean if size is None else float(size) for size in found) if mean else ()
 
 
 class SequentialLane:
@@ -123,26 +147,41 @@ class SequentialLane:
             yield self._next[offset]
 
     def _shuffled(self) -> Iterator[Drawn]:
+        """The epoch's items, then, for whoever looks for a stand-in, the ones that follow.
+
+        The pool is full before the first leaves it, else the first batches would be made of
+        neighbours, and it is emptied at the end: what is read is what is delivered.
+        """
         draw = random.Random(self._seed).random
-        source = self._read()
-        pool: list[Drawn] = []
-        # It fills by one sample a delivery, so that the first batch does not wait for all of it.
-        for size in count(self._buffer // 8 + 1):
-            pool += islice(source, min(size, self._buffer) - len(pool))
+        # A place in bytes lies in a large sample more often than in a small one: a few samples on,
+        # the one that it leads to no longer depends on that.
+        source = islice(self._read(), seeded(self._seed, "on") % _ON, None)
+        pool = list(islice(source, self._buffer))
+        for entering in islice(source, self._length - self._buffer):
+            slot = int(draw() * len(pool))
+            leaving, pool[slot] = pool[slot], entering
+            yield leaving
+        while pool:
             slot = int(draw() * len(pool))
             pool[slot], pool[-1] = pool[-1], pool[slot]
             yield pool.pop()
+        yield from source
 
     def _read(self) -> Iterator[Drawn]:
-        """Every sample of the drawn shards, endlessly."""
-        paths, edges = self._resampling.paths, list(accumulate(self._resampling.weights))
+        """Every sample of the drawn shards, endlessly, from some place in the first on."""
+        plan = self._resampling
+        paths, edges = plan.paths, list(accumulate(plan.weights))
         web, empty = Web(), 0
         for number in count():
-            # 53 bits: as many as a float can tell apart below 1.
-            drawn = (seeded(self._seed, number) >> 10) / 2**53 * edges[-1]
-            shard = min(bisect_right(edges, drawn), len(paths) - 1)
             turn, empty = number * self._count + self._index, empty + 1
-            for sample, content in enumerate(read_through(paths[shard], web)):
+            if number == 0:
+                shard = self._draw(list(accumulate(self._beginnings())), number)
+                part = _fraction(self._seed, "part")
+                samples = read_from(paths[shard], web, part, plan._counts)
+            else:
+                shard = self._draw(edges, number)
+                samples = read_through(paths[shard], web)
+            for sample, content in enumerate(samples):
                 empty = 0
                 yield Drawn(shard, sample, turn, turn, content)
             if empty >= _MOST_EMPTY:
@@ -151,91 +190,17 @@ class SequentialLane:
                     "check data.train"
                 )
 
+    def _beginnings(self) -> list[float]:
+        """How often an epoch begins in each shard, against the others."""
+        plan = self._resampling
+        if not plan.sizes:
+            return list(plan.weights)
+        return [weight * size for weight, size in zip(plan.weights, plan.sizes, strict=True)]
 
-def read_through(where: Place, web: Web) -> Iterator[Sample | str]:
-    """Samples of a tar from its first to its last; a text for each that cannot be used.
-
-    Args:
-        where: A file, URL or command.
-        web: What URLs are read with.
-
-    Raises:
-        DataError: It cannot be read at all.
-    """
-    name = _short_name(where)
-    key: str | None = None
-    members: dict[str, bytes] = {}
-    with closing(_chunks(where, web)) as chunks:
-        try:
-            with tarfile.open(
-                fileobj=cast(IO[bytes], _Flow(chunks)), mode="r|*", bufsize=CHUNK, tarinfo=_Header
-            ) as tar:
-                while (member := tar.next()) is not None:
-                    # Else every header of the shard stays in memory.
-                    tar.members.clear()  # type: ignore[attr-defined]
-                    base, suffix = wanted_name(member)
-                    if base is None or member.size > _MEMBER_BYTES:
-                        continue
-                    if key is not None and base != key:
-                        yield _sample(key, members, name)
-                        members = {}
-                    file = tar.extractfile(member)
-                    assert file is not None, "a regular member has content"
-                    key, members[suffix] = base, file.read()
-        except DataError:
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever damaged bytes make tarfile raise
-            yield f"{name}: is not a whole tar ({error})"
-            return
-    if key is not None:
-        yield _sample(key, members, name)
+    def _draw(self, edges: Sequence[float], number: int) -> int:
+        return min(bisect_right(edges, _fraction(self._seed, number) * edges[-1]), len(edges) - 1)
 
 
-def _sample(key: str, members: dict[str, bytes], name: str) -> Sample | str:
-    try:
-        return sample_of(key, members, name)
-    except DamagedSampleError as error:
-        return str(error)
-
-
-def _short_name(where: Place) -> str:
-    return str(where) if is_pipe(where) else shown(where).rpartition("/")[2]
-
-
-def _chunks(where: Place, web: Web) -> Generator[bytes, None, None]:
-    if is_pipe(where):
-        yield from piped(str(where))
-    elif is_web(where):
-        yield from web.chunks(str(where))
-    else:
-        try:
-            with Path(where).open("rb") as file:
-                while chunk := file.read(CHUNK):
-                    yield chunk
-        except OSError as error:
-            raise DataError(f"{where}: cannot be read ({error.strerror}); restore it") from error
-
-
-class _Flow:
-    """Chunks as the file that tarfile wants; it only reads forward."""
-
-    def __init__(self, chunks: Iterator[bytes]):
-        self._chunks, self._rest = chunks, b""
-
-    def read(self, size: int) -> bytes:
-        content = self._rest or next(self._chunks, b"")
-        self._rest = content[size:]
-        return content[:size]
-
-
-class _Header(SoundHeader):
-    """A tar header; a damaged one is an error, where tarfile takes it for the end."""
-
-    @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> "_Header":
-        try:
-            return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(str(error)) from error
+def _fraction(*seed: object) -> float:
+    # 53 bits: as many as a float can tell apart below 1.
+    return (seeded(*seed) >> 10) / 2**53

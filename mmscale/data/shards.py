@@ -27,7 +27,7 @@ _TAR_NAME = re.compile(r"[^\s/'\"=:]+\.tar")
 # Stands for the file name in a command; a command cannot hold it.
 _MARK = "\0"
 # Sizes are asked of a file server many at a time.
-_STATS_AT_ONCE = 16
+AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -266,8 +266,8 @@ def _on_disk(pattern: str) -> list[Path]:
 
 
 def _check_sizes(picked: list[tuple[Path, Shard]]) -> None:
-    with ThreadPoolExecutor(_STATS_AT_ONCE) as pool:
-        parts = [picked[start::_STATS_AT_ONCE] for start in range(_STATS_AT_ONCE)]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        parts = [picked[start::AT_ONCE] for start in range(AT_ONCE)]
         for _ in pool.map(_check_part, parts):
             pass
 

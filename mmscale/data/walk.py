@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mmscale.data.members import IMAGE_SUFFIXES, TEXT_BYTES, Description, describe_members
+from mmscale.data.members import IMAGE_SUFFIXES, Description, describe_members, largest_member
 from mmscale.data.tar_header import SoundHeader
 
 _TAR_BLOCK = 512
 _CHUNK = 2**20
-# A larger member is no photograph.
-_IMAGE_BYTES = 2**28
 
 
 class DamagedShardError(Exception):
@@ -62,8 +60,8 @@ def walk_shard(path: Path) -> Iterator[FoundSample]:
             sample = FoundSample(key, member.offset)
         suffix = suffix.lower()
         sample.suffixes.append(suffix)
-        limit = TEXT_BYTES if suffix in ("txt", "json") else _IMAGE_BYTES
-        if suffix in ("txt", "json", *IMAGE_SUFFIXES) and member.size <= limit:
+        wanted = suffix in ("txt", "json", *IMAGE_SUFFIXES)
+        if wanted and member.size <= largest_member(suffix):
             sample.members[suffix] = read(member)
     if sample is not None:
         yield sample

@@ -5,12 +5,15 @@ from typing import Any
 
 from mmscale.assembly import Training
 from mmscale.checkpoint.state import Progress
+from mmscale.config.schema import DataConfig
 from mmscale.contracts import Batch
 from mmscale.dist.device import memory_peak
 from mmscale.engine.step import Update
 from mmscale.report.chance import chance_loss
 from mmscale.report.rates import rates_table
 
+# A first batch with fewer distinct images than this share of its images is warned of.
+_FEW = 0.75
 # What a balancer of the towers reports, where one is at work.
 BALANCE = ("balance", "update_vision", "update_text")
 
@@ -92,3 +95,21 @@ def first_batch_line(batch: Batch) -> str:
     spread = f"image mean {image.mean():.3f}, deviation {image.std():.3f}"
     ids = f"{len(batch.image_ids.unique())} distinct images, {batch.cut} captions cut"
     return f"first batch: {shapes}, {spread}, {ids}; {batch.keys[0]}: {batch.captions[0]}"
+
+
+def repeats_warning(batch: Batch, data: DataConfig) -> str | None:
+    """What to say of a first batch in which images repeat more often than a sound order lets them.
+
+    Args:
+        batch: This rank's rows.
+        data: Says how many rows an image gives to a batch.
+    """
+    images = len(batch.image_ids) // data.rows_per_item
+    distinct = len(batch.image_ids.unique())
+    if images < 2 or distinct >= _FEW * images:
+        return None
+    return (
+        f"only {distinct} of the {images} images of the first batch are distinct, and another "
+        "caption of the same image is no negative; give data.train more images, lower "
+        "train.global_batch_size, or look for ids that samples share"
+    )

@@ -3,18 +3,24 @@
 import collections
 import dataclasses
 import gzip
+import io
+import math
 import os
+import random
+import tarfile
 from itertools import islice
 
 import pytest
 
+from mmscale.config.load import load_config
 from mmscale.contracts import Position
 from mmscale.data import remote
 from mmscale.data.reader import DamagedSampleError, SampleReader
 from mmscale.data.remote import Web
-from mmscale.data.resampled import Resampling, plan_resampling, read_through
+from mmscale.data.resampled import Resampling, plan_resampling
 from mmscale.data.schedule import Schedule
-from mmscale.data.shards import list_shards
+from mmscale.data.shards import ShardSet, list_shards
+from mmscale.data.tar_stream import read_from, read_through
 from mmscale.errors import DataError
 from tests.unit.data.tars import write_shards
 from tests.unit.data.web_server import serving
@@ -87,6 +93,107 @@ def test_shards_are_drawn_as_often_as_their_weights_say(tmp_path):
     assert shares == pytest.approx([0.25, 0.25, 0.5, 0], abs=0.03)
 
 
+UNEVEN = [40, 6, 25, 1]
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uneven") / "shards"
+    return tars(write_shards(folder, UNEVEN, 20_000, manifest=False))
+
+
+def counted(resampling, lanes, buffer, epochs):
+    """How often each key came in some epochs."""
+    length = resampling.epoch_samples // lanes
+    return collections.Counter(
+        item.content.key
+        for epoch in range(epochs)
+        for lane in resampling.lanes(lanes, length, buffer, 0, epoch)
+        for item in lane.items()
+    )
+
+
+def planned(paths, samples, weights=None):
+    """As `plan_resampling` puts it together, so with the files' sizes."""
+    sources = tuple((1, weight) for weight in weights or [1.0] * len(paths))
+    shards = ShardSet((), tuple(paths), "", sources)
+    data = load_config(["demo", "data.train=x", f"data.epoch_samples={samples}",
+                        "data.resampled=true"]).data  # fmt: skip
+    return plan_resampling(data, shards)
+
+
+@pytest.mark.parametrize(("lanes", "samples", "buffer"), [(1, 30, 8), (8, 72, 1), (4, 16, 8)])
+def test_every_sample_has_the_same_chance(uneven, lanes, samples, buffer):
+    """Also where a lane's part of an epoch is far shorter than a shard."""
+    epochs = 25 * sum(UNEVEN) // samples
+    seen = counted(planned(uneven, samples), lanes, buffer, epochs)
+    assert len(seen) == sum(UNEVEN)
+    mean = seen.total() / sum(UNEVEN)
+    # 25 times each: five deviations of a Poisson count, and somewhat less for a whole shard.
+    assert all(abs(number - mean) < 5 * mean**0.5 for number in seen.values())
+    for shard, size in enumerate(UNEVEN):
+        of_shard = sum(n for key, n in seen.items() if key.startswith(f"{shard:02d}"))
+        assert abs(of_shard / size - mean) < 3.5 * mean**0.5
+
+
+def test_weights_are_chances_of_a_sample_whatever_its_shard_holds(uneven):
+    seen = counted(planned(uneven[:2], 46, [1.0, 3.0]), 4, 4, 50)
+    shares = [
+        sum(n for key, n in seen.items() if key.startswith(f"0{shard}")) / UNEVEN[shard]
+        for shard in (0, 1)
+    ]
+    assert shares[1] / shares[0] == pytest.approx(3, rel=0.2)
+
+
+@pytest.mark.parametrize(("lanes", "samples"), [(1, 72), (16, 64), (4, 16)])
+def test_everything_is_seen_within_the_expected_number_of_epochs(uneven, lanes, samples):
+    """What draws with replacement need: the logarithm of their number, and a little for luck."""
+    total = sum(UNEVEN)
+    laps = math.log(total) + 4
+    assert len(counted(planned(uneven, samples), lanes, 8, math.ceil(laps * total / samples))) == (
+        total
+    )
+
+
+def test_the_first_batch_is_drawn_from_full_pools(tmp_path):
+    """As many distinct images as draws with replacement give, also with fewer shards than lanes."""
+    paths = tars(write_shards(tmp_path, [200, 200], 100, manifest=False))
+    lanes = planned(paths, 400).lanes(64, 6, 128, 0, 0)
+    first = {next(lane.items()).content.key for lane in lanes}
+    expected = 400 * (1 - (1 - 1 / 400) ** 64)
+    assert len(first) > expected - 10
+
+
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("length", [10, 130])
+def test_a_tar_is_entered_at_any_place(tmp_path, name, length):
+    """Only whole samples follow: those behind the place, under their whole names."""
+    path = tmp_path / "a.tar"
+    noise = random.Random(0)
+    with tarfile.open(path, "w", format=FORMATS[name]) as tar:
+        for number in range(8):
+            # Python's own pax headers come with times that are no whole seconds.
+            folder = "folder/" * (length // 8)
+            for ending, size in (("jpg", 3000 + 700 * number), ("json", 0), ("txt", 10)):
+                info = tarfile.TarInfo(f"{folder}{number:03d}.{ending}")
+                content = noise.randbytes(size) if size > 10 else b"{}" if not size else b"a" * 10
+                info.size, info.mtime = len(content), 1.5
+                tar.addfile(info, io.BytesIO(content))
+    wanted = everything(path)
+    assert len(wanted) == 8
+    begins = collections.Counter()
+    for place in range(200):
+        got = list(read_from(path, Web(), place / 200, {}))
+        assert got == wanted[len(wanted) - len(got) :]
+        begins[len(got)] += 1
+    # In proportion to the size of the sample before it; none is left behind the last.
+    assert set(begins) == set(range(8))
+    assert begins[7] < begins[0]
+
+
 def test_a_sample_drawn_again_takes_another_turn(folder):
     """Turns choose captions and crops: no two draws of an epoch share one."""
     plan = schedule(tars(folder), samples=600)
@@ -117,13 +224,36 @@ def test_epoch_length_comes_from_the_first_shard_unless_told(folder, synthetic_d
 
 @pytest.fixture
 def synthetic_data_config():
-    from mmscale.config.load import load_config
-
     return load_config(["demo", "data.train=x", "data.resampled=true"]).data
 
 
 def everything(where):
     return list(read_through(where, Web()))
+
+
+def test_what_has_only_a_beginning_is_counted_once(folder, tmp_path):
+    """Commands and compressed tars: a place in them is a number of samples."""
+    path = tars(folder)[2]
+    packed = tmp_path / "a.tar"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    wanted, counts = everything(path), {}
+    for where in (f"pipe:cat '{path}'", packed):
+        for place in range(12):
+            part = (place + 0.5) / 12
+            assert list(read_from(where, Web(), part, counts)) == wanted[place:]
+    assert list(counts.values()) == [12, 12]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_servers_shards_are_entered_like_files(folder, monkeypatch, ranges):
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.005)
+    with serving(folder) as server:
+        server.ranges = ranges
+        urls = [f"{server.url}/{path.name}" for path in tars(folder)]
+        assert planned(urls, 60).sizes == planned(tars(folder), 60).sizes
+        for part in (0.0, 0.3, 0.6, 0.99):
+            of_file = list(read_from(tars(folder)[2], Web(), part, {}))
+            assert list(read_from(urls[2], Web(), part, {})) == of_file
 
 
 @pytest.mark.parametrize("ranges", [True, False])
