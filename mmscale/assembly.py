@@ -49,7 +49,7 @@ from mmscale.model.scale import with_scale_fitted
 from mmscale.model.selection import check_patterns, select
 from mmscale.model.two_tower import TwoTower
 from mmscale.model.unseen import unseen_line
-from mmscale.preflight import require_room, require_same_everywhere
+from mmscale.preflight import require_outputs, require_room, require_same_everywhere
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,8 @@ def assemble(segment: Segment, world: World, tell: Tell) -> Training:
     _share_cores(policy, world)
     join(world, policy.backend, run.engine.timeout, alone_too=kind == "deepspeed")
     peers = connect(world)
+    if segment.origin is None:
+        require_outputs(run, world)
     shards = open_train(run.data)
     if segment.origin is None:
         require_same_everywhere(run, shards.digest, world)

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from mmscale.errors import CheckpointError, ConfigError, explained, printable
+from mmscale.options import file_out, folder_out, reading
+from mmscale.outputs import file_output, require_file, require_folder, write_output, writing
 
 app = typer.Typer(
     help="Distributed trainer for image-text dual encoders.",
@@ -16,10 +18,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-Run = Annotated[Path, typer.Argument(help="A run folder or one of its checkpoints.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
+Run = Annotated[
+    Path, typer.Argument(help="A run folder or one of its checkpoints.", callback=reading)
+]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", help="Write the figures to this file.", callback=file_out),
+]
 Workers = Annotated[int, typer.Option(help="Processes.", min=1)]
-Data = Annotated[str, typer.Option("--data", help="A packed folder, or shard globs.")]
+Data = Annotated[
+    str, typer.Option("--data", help="A packed folder, or shard globs.", callback=reading)
+]
 
 
 def main() -> None:
@@ -48,7 +57,9 @@ def _invoke() -> int:
 
 @app.command()
 def synth(
-    out: Annotated[Path, typer.Option(help="Folder to write, in Flickr30k's layout.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder to write, in Flickr30k's layout.", callback=folder_out)
+    ],
     images: Annotated[int, typer.Option(help="Images in all.", min=3)] = 6000,
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
     size: Annotated[int, typer.Option(help="Side of an image, pixels.", min=32)] = 96,
@@ -67,7 +78,7 @@ def synth(
     from mmscale.data.synth import render
     from mmscale.report.progress import progress_of
 
-    with progress_of("rendered") as progress:
+    with progress_of("rendered") as progress, writing("--out", out):
         render(
             out,
             images,
@@ -85,8 +96,11 @@ def synth(
 
 @app.command()
 def pack(
-    source: Annotated[Path, typer.Argument(help="A data set's folder, or a recipe from shards/.")],
-    out: Annotated[Path, typer.Option(help="Folder for the shards.")],
+    source: Annotated[
+        Path,
+        typer.Argument(help="A data set's folder, or a recipe from shards/.", callback=reading),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the shards.", callback=folder_out)],
     split: Annotated[str | None, typer.Option(help="Only this split, into OUT itself.")] = None,
     samples_per_shard: Annotated[int, typer.Option(help="Images a shard.", min=1)] = 1000,
     resize: Annotated[
@@ -139,7 +153,10 @@ def pack(
 
 @app.command()
 def index(
-    shards: Annotated[list[Path], typer.Argument(help="Tars in one folder (img2dataset layout).")],
+    shards: Annotated[
+        list[Path],
+        typer.Argument(help="Tars in one folder (img2dataset layout).", callback=reading),
+    ],
     workers: Workers = 2,
 ) -> int:
     """Write a manifest for shards made elsewhere; samples that cannot be used are named."""
@@ -156,7 +173,7 @@ def index(
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A packed folder.")],
+    folder: Annotated[Path, typer.Argument(help="A packed folder.", callback=reading)],
     workers: Workers = 2,
     json_file: Json = None,
 ) -> int:
@@ -171,8 +188,8 @@ def verify(
         faults = verify_all(folder, workers, progress)
     for fault in faults:
         _say(fault)
-    _write(json_file, {"faults": faults})
     _say(f"{len(faults)} faults" if faults else "every shard is what its manifest says")
+    _write(json_file, {"faults": faults})
     return 4 if faults else 0
 
 
@@ -213,22 +230,31 @@ def evaluate(run: Run, data: Data, json_file: Json = None) -> int:
 
 @app.command()
 def embed(
-    run: Run, data: Data, out: Annotated[Path, typer.Option(help="The npz to write.")]
+    run: Run,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="The npz to write.", callback=file_out)],
 ) -> int:
     """Write the embeddings of a set: image, text, image_ids, text_ids, backbone features."""
     from mmscale.diagnostics.pairs import save_npz
 
     pairs = _pairs(run, data)
-    save_npz(out, pairs)
+    with file_output("--out", out) as aside:
+        save_npz(aside, pairs)
     _say(f"{len(pairs.image):,} images and {len(pairs.text):,} captions in {out}")
     return 0
 
 
 @app.command()
 def doctor(
-    subject: Annotated[Path, typer.Argument(help="A run, a checkpoint, or an npz of embeddings.")],
+    subject: Annotated[
+        Path,
+        typer.Argument(help="A run, a checkpoint, or an npz of embeddings.", callback=reading),
+    ],
     data: Annotated[
-        str | None, typer.Option("--data", help="Held-out pairs; default the run's data.eval.")
+        str | None,
+        typer.Option(
+            "--data", help="Held-out pairs; default the run's data.eval.", callback=reading
+        ),
     ] = None,
     json_file: Json = None,
 ) -> int:
@@ -242,7 +268,6 @@ def doctor(
     log = subject / "metrics.jsonl"
     own = InTraining.last_of(read_metrics(log)) if log.exists() else None
     diagnosis = diagnose(pairs, own).to_json()
-    _write(json_file, diagnosis)
     _say(f"verdict: {diagnosis['verdict']} (confidence {diagnosis['confidence']:.2f})")
     for title in ("also", "evidence", "causes", "remedies"):
         entries = diagnosis[title]
@@ -252,6 +277,7 @@ def doctor(
             _say(f"{title}:")
         for entry in entries:
             _say(f"  {entry}")
+    _write(json_file, diagnosis)
     return 0 if diagnosis["verdict"] == "healthy" else 3
 
 
@@ -266,9 +292,14 @@ def plan(
         int | None, typer.Option(help="Tokens of captions; default the tower's most.", min=1)
     ] = None,
     cluster: Annotated[
-        str, typer.Option(help="a100, h100, or a YAML file as config/clusters/a100.yaml.")
+        str,
+        typer.Option(
+            help="a100, h100, or a YAML file as config/clusters/a100.yaml.", callback=reading
+        ),
     ] = "a100",
-    plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG).")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write a picture (PNG).", callback=file_out)
+    ] = None,
     json_file: Json = None,
 ) -> int:
     """Predict what CONFIG key=value ... needs, without training: memory, traffic, efficiency.
@@ -281,12 +312,12 @@ def plan(
     from mmscale.report.forecast import as_json, tables
 
     planned = forecast(load_config(context.args), world, read_cluster(cluster), samples, tokens)
-    _write(json_file, as_json(planned))
     _say(tables(planned))
+    _write(json_file, as_json(planned))
     if plot is not None:
         from mmscale.report.forecast_plot import draw_forecast
 
-        draw_forecast(planned, plot)
+        write_output("--plot", plot, draw_forecast(planned))
         _say(f"picture: {plot}")
     return 0
 
@@ -294,7 +325,10 @@ def plan(
 @app.command()
 def models(
     name: Annotated[
-        str | None, typer.Argument(help="A model, or timm:NAME, hf:NAME_OR_PATH, openclip:NAME.")
+        str | None,
+        typer.Argument(
+            help="A model, or timm:NAME, hf:NAME_OR_PATH, openclip:NAME.", callback=reading
+        ),
     ] = None,
     json_file: Json = None,
 ) -> int:
@@ -304,8 +338,8 @@ def models(
     from mmscale.model.registry_table import as_json, describe, overview
 
     if name is None:
-        _write(json_file, [as_json(entry, FAILING_TOWERS) for entry in entries().values()])
         _say(overview(FAILING_TOWERS))
+        _write(json_file, [as_json(entry, FAILING_TOWERS) for entry in entries().values()])
         return 0
     known = find(name)
     if known is None and name.partition(":")[0] not in ("timm", "hf", "openclip"):
@@ -316,8 +350,8 @@ def models(
         found = measure(name)
     else:
         found = [known]
-    _write(json_file, [as_json(entry, FAILING_TOWERS) for entry in found])
     _say("\n\n".join(describe(entry, FAILING_TOWERS) for entry in found))
+    _write(json_file, [as_json(entry, FAILING_TOWERS) for entry in found])
     return 0
 
 
@@ -325,23 +359,26 @@ def models(
 def export(
     run: Run,
     to: Annotated[str, typer.Option(help="open_clip, hf or onnx.")],
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.", callback=folder_out)],
 ) -> int:
     """Write a trained model in the format of OpenCLIP, Hugging Face or ONNX."""
     from mmscale.checkpoint.export import Exported
     from mmscale.checkpoint.export import export as write
     from mmscale.loading import load_on_cpu
 
-    write(Exported(*load_on_cpu(run), out), to)
+    exported = Exported(*load_on_cpu(run), out)
+    with writing("--out", out):
+        write(exported, to)
     _say(f"{to} files in {out}")
     return 0
 
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.", callback=reading)],
     out: Annotated[
-        Path | None, typer.Option(help="Write a page (.html) or a picture (.png).")
+        Path | None,
+        typer.Option(help="Write a page (.html) or a picture (.png).", callback=file_out),
     ] = None,
     json_file: Json = None,
 ) -> int:
@@ -353,22 +390,24 @@ def compare(
     if out is not None:
         require_kind(out)
     comparison = read(runs)
-    _write(json_file, as_json(comparison))
     _say(table(comparison))
+    _write(json_file, as_json(comparison))
     if out is not None:
-        write_comparison(out, comparison)
+        with writing("--out", out):
+            write_comparison(out, comparison)
         _say(f"comparison: {out}")
     return 0
 
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: Annotated[Path, typer.Argument(help="A run folder.", callback=reading)],
     layout: Annotated[
         str | None, typer.Option("--map", help="pca, tsne or umap; default the run's log.map.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option("--data", help="Search these shards for suspicious pairs.")
+        str | None,
+        typer.Option("--data", help="Search these shards for suspicious pairs.", callback=reading),
     ] = None,
 ) -> int:
     """Write a run's report.html again, from its folder alone.
@@ -377,10 +416,12 @@ def report(
     captions that hardly fit and for images and captions that repeat.
     """
     from mmscale.diagnostics.layout import require_layout
-    from mmscale.report.page import write_page
+    from mmscale.report.page import REPORT_NAME, write_page
 
     if layout is not None:
         require_layout(layout)
+    if run.is_dir():
+        require_file("", run / REPORT_NAME)
     if data is not None:
         _search_for_suspects(run, data)
     _say(f"report: {write_page(run, layout).path}")
@@ -389,9 +430,12 @@ def report(
 
 @app.command()
 def sweep(
-    space: Annotated[Path, typer.Argument(help="The search, a YAML file (docs/sweep.md).")],
+    space: Annotated[
+        Path, typer.Argument(help="The search, a YAML file (docs/sweep.md).", callback=reading)
+    ],
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the search; default runs/sweep/SPACE.")
+        Path | None,
+        typer.Option(help="Folder of the search; default runs/sweep/SPACE.", callback=folder_out),
     ] = None,
     workers: Annotated[int, typer.Option(help="Trainings at once.", min=1)] = 1,
     json_file: Json = None,
@@ -404,13 +448,15 @@ def sweep(
     from mmscale.sweep.workers import as_json, prepare, run_workers, trials_of
 
     folder = out or Path("runs/sweep") / space.stem
-    search = prepare(space, folder)
-    if code := run_workers(folder, workers):
-        return code
-    trials = trials_of(search, folder)
-    _write(json_file, as_json(search, trials))
-    _say(table(search, trials))
-    _say(f"page: {write_page(folder, search, trials)}")
+    require_folder("--out", folder)
+    with writing("--out", folder):
+        search = prepare(space, folder)
+        if code := run_workers(folder, workers):
+            return code
+        trials = trials_of(search, folder)
+        _say(table(search, trials))
+        _write(json_file, as_json(search, trials))
+        _say(f"page: {write_page(folder, search, trials)}")
     return 0
 
 
@@ -448,11 +494,16 @@ def _trained(run: Path, data: str | None) -> tuple[Any, Any]:
 
 def _write(path: Path | None, figures: Any) -> None:
     if path is not None:
-        path.write_text(json.dumps(figures, indent=1), "utf-8")
+        write_output("--json", path, json.dumps(figures, indent=1).encode())
 
 
 def _say(text: str) -> None:
-    typer.echo(printable(text))
+    try:
+        typer.echo(printable(text))
+    except BrokenPipeError as error:
+        # Whoever read the figures has what it wanted; Python would write the rest as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(141) from error
 
 
 def _tell(text: str) -> None:

@@ -4,6 +4,9 @@ A message names the setting or file, the value, the rule and the repair. User mi
 these; `assert` is for mmscale's own invariants.
 """
 
+import errno
+import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -50,6 +53,53 @@ class TerminatedError(MmscaleError):
     exit_code = 143
 
 
+# What the system says of a path or a disk, and what can be done about it.
+_STORAGE = {
+    errno.ENOENT: "there is no such file or folder",
+    errno.EACCES: "this user may not do it; change the permissions or name another place",
+    errno.EPERM: "this user may not do it; change the permissions or name another place",
+    errno.EROFS: "the disk is mounted read-only; name a place on another",
+    errno.ENOSPC: "the disk is full; free space, or name a place on another",
+    errno.EDQUOT: "the disk quota is used up; free space, or name a place on another disk",
+    errno.ENOTDIR: "a file stands where a folder is needed; name another place",
+    errno.EEXIST: "a file stands where a folder is needed; name another place",
+    errno.EISDIR: "a folder stands where a file is needed; name a file",
+    errno.ENOTEMPTY: "the folder holds something already; name another place",
+    errno.ENAMETOOLONG: "the path is too long; name a shorter one",
+    errno.ELOOP: "its symbolic links lead in a circle; mend them",
+    errno.EIO: "the disk fails (input/output error); name a place on another",
+    errno.ESTALE: "the network disk has lost the file; mount it again",
+    errno.EMFILE: "too many files are open; raise `ulimit -n`",
+    errno.ENFILE: "too many files are open on this machine",
+    errno.EFBIG: "the disk takes no file so large; name a place on another",
+    errno.EBUSY: "something else is using it",
+    errno.ETXTBSY: "something else is using it",
+    errno.EOPNOTSUPP: "nothing can be kept there; name another place",
+}
+
+
+def storage_fault(error: BaseException) -> str | None:
+    """What a path or a disk has against it, and the repair; None for any other error."""
+    if isinstance(error, OSError):
+        return _STORAGE.get(error.errno or 0)
+    # The library of tensor files writes by itself, and tells the system's number in its text.
+    found = re.search(r"os error (\d+)", str(error))
+    if found is None or type(error).__name__ != "SafetensorError":
+        return None
+    return _STORAGE.get(int(found[1]))
+
+
+def told(error: BaseException) -> MmscaleError | None:
+    """What is told of a failure in one sentence; None for a bug of our own."""
+    if isinstance(error, MmscaleError):
+        return error
+    if (fault := storage_fault(error)) is None:
+        return None
+    name = getattr(error, "filename", None)
+    where = name if isinstance(name, (str, os.PathLike)) else "a file of this command"
+    return ConfigError(f"{os.fspath(where)}: {fault}")
+
+
 def printable(text: str) -> str:
     """A text that may come from data, with all that could steer a terminal written as escapes."""
     return "".join(
@@ -64,9 +114,11 @@ def explained(action: Callable[[], int]) -> int:
     """
     try:
         return action()
-    except MmscaleError as error:
-        sys.stderr.write(f"mmscale: {printable(str(error))}\n")
-        return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("mmscale: interrupted\n")
         return 130
+    except Exception as error:
+        if (failure := told(error)) is None:
+            raise
+        sys.stderr.write(f"mmscale: {printable(str(failure))}\n")
+        return failure.exit_code

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from mmscale.config.paths import path_of
 from mmscale.config.schema import Config
 from mmscale.contracts import InputSpec
 from mmscale.data.colour import in_rgb
@@ -23,7 +24,7 @@ def load(path: str | Path) -> tuple[DualEncoder, Callable[[Image.Image], Tensor]
     Raises:
         CheckpointError: Neither, or damaged.
     """
-    trained = load_trained(Path(path))
+    trained = load_trained(Path(path_of(str(path), str(path))))
     model = DualEncoder(trained.model, trained.spec.pad_token)
     return model, Transform(trained.spec), Tokenizer(trained.spec)
 

@@ -13,6 +13,7 @@ from mmscale.config.schema import Config
 from mmscale.contracts import World
 from mmscale.dist.peers import from_all, from_main
 from mmscale.errors import ConfigError, DataError, LaunchError
+from mmscale.outputs import require_folder
 
 _PACKAGE = Path(__file__).resolve().parent
 # Of this many checkpoints: the one that is kept until the next one is whole, and that one.
@@ -56,6 +57,25 @@ def require_same_everywhere(config: Config, data_digest: str, world: World) -> N
                 f"data.train={config.data.train}: rank {rank} reads other shards than rank 0; give "
                 "every node the same files"
             )
+
+
+def require_outputs(config: Config, world: World) -> None:
+    """Refuse folders that a run is going to fill and cannot. Collective.
+
+    Raises:
+        ConfigError: Names the setting, the folder and the reason.
+    """
+    fault = None
+    try:
+        require_folder("run.dir", Path(config.run.dir))
+        cache = Path(config.data.decoded_cache or config.run.dir)
+        # One that others have filled serves without being written to.
+        if not any(cache.glob("*/*.safetensors")):
+            require_folder("data.decoded_cache", cache)
+    except ConfigError as error:
+        fault = str(error)
+    if faults := [fault for fault in from_all(world, fault) if fault]:
+        raise ConfigError(faults[0])
 
 
 def require_room(config: Config, model: nn.Module, momentum: bool, world: World) -> None:

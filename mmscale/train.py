@@ -196,12 +196,12 @@ def _advance(progress: "Progress", position: "Position", done: "Update", rows: i
 
 
 def _write_config(training: "Training") -> None:
-    from mmscale.config.yaml import write_yaml
+    from mmscale.config.yaml import as_yaml
+    from mmscale.outputs import write_output
 
     if training.world.is_main:
-        run_dir = Path(training.config.run.dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_yaml(run_dir / "config.yaml", training.run.model_dump(mode="json"))
+        path = Path(training.config.run.dir) / "config.yaml"
+        write_output("run.dir", path, as_yaml(training.run.model_dump(mode="json")).encode())
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from typing import Annotated, Literal
 
+from mmscale.config.paths import PathSetting
 from mmscale.config.ramp import Ramp, within
 from mmscale.config.section import Positive, Section
 
@@ -12,7 +13,7 @@ OWN_MODEL = "self"
 class HardBatchesConfig(Section):
     """Images that are hard to tell apart, brought into one batch."""
 
-    table: str | None = None
+    table: PathSetting | None = None
     """npz of `mmscale embed`, or npz/safetensors of `image_ids` and `neighbours`; `self`: what the
     model finds alike as the run or stage begins; null: off."""
     by: Literal["image", "text"] = "image"

@@ -1,12 +1,13 @@
 """What is wrong with a configuration, one sentence for each setting at fault."""
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from mmscale.config.loss import AnyTerm
+from mmscale.config.paths import FAULT
 from mmscale.config.schema import Config
 
 TERMS = ["loss", "terms"]
@@ -50,6 +51,7 @@ def explain(error: ValidationError) -> list[str]:
     known = dict(_paths(Config))
     rules: dict[str, tuple[Any, list[str]]] = {}
     terms: dict[str, str] = {}
+    about_paths: dict[str, str] = {}
     for fault in error.errors():
         parts = [str(part) for part in fault["loc"]]
         if parts[:2] == TERMS and len(parts) > 2:
@@ -67,9 +69,12 @@ def explain(error: ValidationError) -> list[str]:
         length = max((n for n in range(len(parts) + 1) if ".".join(parts[:n]) in known), default=0)
         tail = [part for part in parts[length:] if part.isdigit()]
         path = ".".join(parts[:length] + tail) or ".".join(parts)
+        if fault["type"] == FAULT:
+            about_paths.setdefault(path, f"{path}={fault['msg']}")
+            continue
         rules.setdefault(path, (fault["input"], []))[1].append(_rule(fault))
     found = [_sentence(path, value, found, known) for path, (value, found) in rules.items()]
-    return found + list(terms.values())
+    return found + list(about_paths.values()) + list(terms.values())
 
 
 def _about_term(parts: list[str], fault: Any) -> tuple[str, str]:
@@ -138,17 +143,23 @@ def _example(path: str, known: dict[str, Any]) -> str:
     return f"'{text}'" if " " in text and "=" not in text else choices[0] if choices else "VALUE"
 
 
+def meant_by(name: str, known: Iterable[str] | None = None) -> str | None:
+    """The setting that a name is close to, also by the words of other trainers."""
+    known = dict(_paths(Config)) if known is None else known
+    leaf = name.rsplit(".", 1)[-1]
+    if meant := FOREIGN_NAMES.get(leaf.lower()):
+        return meant
+    leaves = {path.rsplit(".", 1)[-1]: path for path in known}
+    close = difflib.get_close_matches(name, known, 1, 0.75)
+    near = difflib.get_close_matches(leaf, leaves, 1, 0.75)
+    return close[0] if close else leaves[near[0]] if near else None
+
+
 def _unknown(path: str, value: Any, known: dict[str, Any]) -> str:
-    leaf = path.rsplit(".", 1)[-1]
-    meant = FOREIGN_NAMES.get(leaf.lower())
-    if meant is None:
-        leaves = {name.rsplit(".", 1)[-1]: name for name in known}
-        close = difflib.get_close_matches(path, known, 1, 0.75)
-        near = difflib.get_close_matches(leaf, leaves, 1, 0.75)
-        meant = close[0] if close else leaves[near[0]] if near else None
+    meant = meant_by(path, known)
     if meant is None:
         return f"{path} is not a setting; remove it (docs/settings.md lists them all)"
     if meant == "train.duration" and isinstance(value, (int, float)):
-        unit = "steps" if "step" in leaf.lower() else "epochs"
+        unit = "steps" if "step" in path.rsplit(".", 1)[-1].lower() else "epochs"
         return f"{path} is not a setting; did you mean train.duration='{value} {unit}'?"
     return f"{path} is not a setting; did you mean {meant}?"

@@ -11,10 +11,11 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from mmscale.config.data_rules import data_faults
-from mmscale.config.explain import explain
+from mmscale.config.explain import explain, meant_by
 from mmscale.config.heads import head_faults
 from mmscale.config.loss_rules import fill_logit_scale, objective_faults
 from mmscale.config.needs import fusion_faults, negatives_faults
+from mmscale.config.paths import path_of
 from mmscale.config.schema import Config
 from mmscale.config.staging import expanded, stage_faults, stage_settings
 from mmscale.config.yaml import parse_scalar, read_yaml
@@ -127,7 +128,12 @@ def flatten(section: BaseModel, prefix: str = "") -> dict[str, Any]:
 
 def _read_word(word: str) -> dict[str, Any]:
     if word.startswith("-"):
-        raise ConfigError(f"{word}: train.py takes no flags; write settings as key=value")
+        meant = meant_by(word.lstrip("-").partition("=")[0].replace("-", "_"))
+        example = f", here {meant}=VALUE" if meant else ""
+        raise ConfigError(f"{word}: no such option; settings are written key=value{example}")
+    if word.startswith("~"):
+        # A file; a word key=value may hold a home folder, but does not begin with one.
+        word = path_of(word, word)
     path = Path(word)
     if _is_file(path):
         return read_yaml(path)

@@ -14,6 +14,7 @@ from mmscale.config.heads import FusionConfig, HeadConfig
 from mmscale.config.loss import LossConfig
 from mmscale.config.negatives import NegativesConfig
 from mmscale.config.optim import OptimConfig
+from mmscale.config.paths import PathSetting, PathsSetting
 from mmscale.config.ramp import Ramp
 from mmscale.config.section import Positive, Section
 from mmscale.config.sources import Sources
@@ -24,11 +25,11 @@ from mmscale.config.stopping import StopConfig
 class RunConfig(Section):
     """Where a run lives and how it starts."""
 
-    dir: str = "runs/latest"
+    dir: PathSetting = "runs/latest"
     """Folder that the run writes to."""
     seed: int = 0
     """Seed of the initial weights, the data order, the captions and the crops."""
-    resume: str = "auto"
+    resume: PathSetting = "auto"
     """`auto`: go on from the newest sound checkpoint; `never`; or a checkpoint's path."""
     overwrite: bool = False
     """With `resume=never`: replace a run that is already in the folder."""
@@ -40,7 +41,7 @@ class DataConfig(Section):
     train: Sources
     """Packed folder with its manifest, globs or brace lists of tars beside one, `http(s)://` of
     either, or a list of such; or sources with weights: `[{shards: a, weight: 2}, {shards: b}]`."""
-    eval: str | list[str] | None = None
+    eval: PathsSetting | None = None
     """Packed folder of held-out pairs; without it nothing is evaluated."""
     allow_pipe: bool = False
     """Let `pipe:COMMAND` in `data.train` run the command; what it writes is the shard."""
@@ -77,9 +78,9 @@ class DataConfig(Section):
     """Share of the image's area that a random crop keeps, from and to."""
     max_damaged: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of an epoch's rows that may be undecodable before the run ends with exit 4."""
-    feature_cache: str | None = None
+    feature_cache: PathSetting | None = None
     """Folder that keeps frozen towers' outputs; needs both towers frozen and `augment=none`."""
-    decoded_cache: str | None = None
+    decoded_cache: PathSetting | None = None
     """Folder that keeps decoded training images, shrunk as far as crops allow."""
     cache_gb: Annotated[float, Field(gt=0)] = 64.0
     """Most that each of the two caches may hold, in GB; what was used longest ago goes first."""
@@ -93,9 +94,9 @@ class DataConfig(Section):
 class TowerConfig(Section):
     """One of the two encoders."""
 
-    name: str | None = None
+    name: PathSetting | None = None
     """`timm:NAME`, `hf:NAME_OR_PATH` or `openclip:NAME`."""
-    weights: str = "pretrained"
+    weights: PathSetting = "pretrained"
     """`pretrained`, `random`, or a file (safetensors, or torch weights only)."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Passed to the tower's constructor, such as `pad_type: same`."""
@@ -147,9 +148,9 @@ class LogitScaleConfig(Section):
 class ModelConfig(Section):
     """Two towers, their heads and the logit scale."""
 
-    preset: str | None = None
+    preset: PathSetting | None = None
     """`small`, `medium`, `medium-mobilebert`, `large` or `openclip:NAME`; explicit settings win."""
-    weights: str = "random"
+    weights: PathSetting = "random"
     """For `openclip:NAME`: `random`, an OpenCLIP tag, or a file."""
     vision: VisionConfig = VisionConfig()
     """Image encoder."""
@@ -194,7 +195,7 @@ class EngineConfig(Section):
 
     kind: Literal["auto", "deepspeed", "accelerate"] = "auto"
     """`auto`: DeepSpeed if `engine.deepspeed` is set or its launcher runs, else accelerate."""
-    deepspeed: str | None = None
+    deepspeed: PathSetting | None = None
     """A DeepSpeed JSON with ZeRO choices, looked up here, then in the checkout; or its name there:
     `zero2`."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"

@@ -4,13 +4,14 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ValidationError
 
+from mmscale.config.paths import FAULT, PathsSetting, expand
 from mmscale.config.section import PositiveFloat, Section
 
 
 class SourceConfig(Section):
     """One of several sources of training pairs."""
 
-    shards: str | list[str]
+    shards: PathsSetting
     """Packed folder, globs, brace lists or URLs of tars, as for `data.train`."""
     weight: PositiveFloat = 1.0
     """How often an epoch shows each sample: the whole part in so many passes, of the fraction that
@@ -27,11 +28,15 @@ def _explained(value: Any) -> Any:
         except ValidationError as error:
             fault = error.errors()[0]
             name = ".".join(map(str, fault["loc"])) or "it"
-            rule = str(fault["msg"]).removeprefix("Input should be ").lower()
+            rule = str(fault["msg"])
+            if fault["type"] != FAULT:
+                rule = rule.removeprefix("Input should be ").lower()
             raise ValueError(
                 f"a list of {{shards: PLACE, weight: NUMBER}}; in entry {number}, {name}: {rule}"
             ) from error
     return value
 
 
-Sources = Annotated[str | list[str] | list[SourceConfig], BeforeValidator(_explained)]
+Sources = Annotated[
+    str | list[str] | list[SourceConfig], BeforeValidator(_explained), BeforeValidator(expand)
+]

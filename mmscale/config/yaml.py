@@ -76,6 +76,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_yaml(path: Path, settings: dict[str, Any]) -> None:
-    """Write settings so that `read_yaml` reads them back."""
-    path.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), "utf-8")
+def as_yaml(settings: dict[str, Any]) -> str:
+    """Settings as `read_yaml` reads them back."""
+    return str(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))

@@ -31,6 +31,7 @@ def make_room(
         if total <= limit:
             break
         if may_go(path, used):
-            path.unlink(missing_ok=True)
-            total -= length
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+                total -= length
     return total <= limit

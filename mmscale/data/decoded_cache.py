@@ -150,7 +150,11 @@ class DecodedCache:
         """Publish what is pending and find what others have published; each epoch begins so."""
         if self._pending:
             self._publish()
-        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            self._is_full = True
+            return
         for path in self._folder.glob(".*.part"):
             # What a killed process left; a living one is done with its own in seconds.
             with suppress(OSError):
@@ -190,7 +194,7 @@ class DecodedCache:
                     self._open(path)
                 else:
                     self._is_full = True
-        except OSError:
+        except (OSError, SafetensorError):
             # A full disk costs the cache, not the run.
             self._is_full = True
         finally:

@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from mmscale.contracts import World
-from mmscale.errors import LaunchError, MmscaleError
+from mmscale.errors import LaunchError, MmscaleError, told
 
 _NOTICE = "mmscale/failure"
 _READ = "mmscale/failure-read"
@@ -132,10 +132,11 @@ def _publish(world: World, error: BaseException) -> dict[str, Any] | None:
     """Post this failure unless one is posted already; return the first."""
     if _store is None or world.size == 1:
         return None
-    code = getattr(error, "exit_code", 1)
+    failure = told(error)
+    code = failure.exit_code if failure else 1
     if isinstance(error, KeyboardInterrupt):
         code = 130
-    text = str(error) if isinstance(error, MmscaleError) else f"{type(error).__name__}: {error}"
+    text = str(failure or f"{type(error).__name__}: {error}")
     if _lost_connection(error):
         code, text = LaunchError.exit_code, _LOST.format(world.rank, str(error).splitlines()[0])
     mine = _notice(world, code, text)

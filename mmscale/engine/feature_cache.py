@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,7 +18,9 @@ from mmscale.data.features import FeatureTable
 from mmscale.data.shards import ShardSet
 from mmscale.dist.peers import barrier, from_all
 from mmscale.model.two_tower import TwoTower
+from mmscale.outputs import require_folder, writing
 
+_SETTING = "data.feature_cache"
 # Cleaning, splitting and cutting that differ show in the tokens of these.
 _PROBES = ("a photograph of two dogs, running", "  A  Caf\u00c3\u00a9 &amp;amp; B's T-shirt_! ")
 
@@ -46,13 +49,18 @@ class FeatureCache:
         self._in_use.add(path)
         # Every rank must take the same way, also where one sees a shared folder late.
         if not all(from_all(peers, path.exists())):
+            if peers.rank == 0:
+                require_folder(_SETTING, self._folder)
             made = make()
             if peers.rank == 0:
-                made.save(path)
+                with writing(_SETTING, self._folder):
+                    made.save(path)
             barrier()
         table = FeatureTable.load(path)
         if peers.rank == 0:
-            os.utime(path)
+            # Its last use, for whoever has to make room; a folder to be read only keeps none.
+            with suppress(OSError):
+                os.utime(path)
             make_room(
                 self._folder,
                 "*.safetensors",

@@ -1,12 +1,10 @@
 """The picture of `mmscale plan`: efficiency over GPUs, and where a rank's memory goes."""
 
 import math
-from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
-from mmscale.durable import replace_file
 from mmscale.engine.efficiency import GPUS
 from mmscale.engine.forecast import Forecast
 from mmscale.report.figure import CHANCE_COLOUR, FULL_WIDTH, drawing, png
@@ -30,13 +28,13 @@ OTHER = "queue, momentum encoder"
 KINDS = ("weights", "gradients", "optimizer", "buckets", "activations", OTHER)
 
 
-def draw_forecast(plan: Forecast, path: Path) -> None:
-    """Write the picture as a PNG."""
+def draw_forecast(plan: Forecast) -> bytes:
+    """The picture as a PNG."""
     with drawing(FULL_WIDTH, HEIGHT) as figure:
         left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
         _efficiency(left, plan)
         _memory(right, plan)
-        replace_file(path, png(figure))
+        return png(figure)
 
 
 def _efficiency(axes: Axes, plan: Forecast) -> None:

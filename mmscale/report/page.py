@@ -18,6 +18,8 @@ from mmscale.report.space import SPACE_NAME, read_space
 from mmscale.report.template import write_html
 from mmscale.report.verdicts import describe
 
+REPORT_NAME = "report.html"
+
 
 @dataclass(frozen=True)
 class Page:
@@ -53,7 +55,7 @@ def write_page(run_dir: Path, layout: str | None = None) -> Page:
     layout = layout or (settings.get("log") or {}).get("map", "pca")
     training, space = training_pictures(lines), space_pictures(moments)
     health = [Picture(title, source) for title, source in draw_health(lines).items()]
-    page = run_dir / "report.html"
+    page = run_dir / REPORT_NAME
     write_html(
         page,
         "page.html",

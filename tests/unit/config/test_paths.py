@@ -1,0 +1,124 @@
+"""`~` and `$` in every setting that names a path."""
+
+import re
+from typing import Any, get_args
+
+import pytest
+from pydantic import BeforeValidator
+from pydantic.fields import FieldInfo
+
+from mmscale.config.load import load_config
+from mmscale.config.paths import expand, expanded
+from mmscale.config.schema import Config
+from mmscale.errors import ConfigError
+from tests.test_house import settings
+
+# Settings whose description speaks of files and which name none.
+NO_PATHS = {"checkpoint.best", "log.profile", "log.page", "data.epoch_samples", "data.cache_gb"}
+ABOUT_PATHS = re.compile(r"\b(file|folder|path|npz|JSON|tars?)\b|hf:|openclip:", re.IGNORECASE)
+
+
+@pytest.fixture(autouse=True)
+def _home(monkeypatch):
+    monkeypatch.setenv("HOME", "/h")
+
+
+EXPANDED = {
+    "~": "/h",
+    "~/a/b": "/h/a/b",
+    "~root/x": None,
+    "hf:~/m": "hf:/h/m",
+    "openclip:local-dir:~/m": "openclip:local-dir:/h/m",
+    "~/a-{000..003}.tar": "/h/a-{000..003}.tar",
+    "{~/a,b,~/c}/*.tar": "{/h/a,b,/h/c}/*.tar",
+    "a~/b~1/file~": "a~/b~1/file~",
+    "https://host/~me/$x": "https://host/~me/$x",
+    "s3://bucket/~/a": "s3://bucket/~/a",
+    "pipe:cat ~/$X": "pipe:cat ~/$X",
+    "price$.tar": "price$.tar",
+    "pretrained": "pretrained",
+}
+
+
+@pytest.mark.parametrize("text", EXPANDED)
+def test_paths(text):
+    wanted = EXPANDED[text]
+    assert not expanded(text).startswith("~") if wanted is None else expanded(text) == wanted
+    assert expanded(expanded(text)) == expanded(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["$HOME/a", "a/${B}/c", "${B", "a$(pwd)", "~no-such-user/x", "a/~/b", "./~", "{a,~}/x/~"],
+)
+def test_what_nothing_stands_for_is_refused(text):
+    with pytest.raises(ValueError, match="write the path out"):
+        expanded(text)
+
+
+def test_without_a_home_the_tilde_is_refused(monkeypatch):
+    monkeypatch.delenv("HOME")
+    # A user whom the machine's list does not name, as in many containers.
+    monkeypatch.setattr("os.getuid", lambda: 4_000_000_000)
+    with pytest.raises(ValueError, match="HOME is not set"):
+        expanded("~/x")
+
+
+def is_path(field: FieldInfo) -> bool:
+    marks = [*field.metadata, *_marks(field.annotation)]
+    return any(isinstance(mark, BeforeValidator) and mark.func is expand for mark in marks)
+
+
+def _marks(annotation: Any) -> list[Any]:
+    inner = get_args(annotation)
+    return list(getattr(annotation, "__metadata__", ())) + [m for a in inner for m in _marks(a)]
+
+
+def _holds_text(annotation: Any) -> bool:
+    return annotation is str or any(_holds_text(inner) for inner in get_args(annotation))
+
+
+def test_every_setting_that_names_a_path_has_the_type_of_one():
+    paths = {name for name, field in settings(Config) if is_path(field)}
+    assert {"run.dir", "data.train", "data.train.shards", "engine.deepspeed"} <= paths
+    spoken_of = {
+        name
+        for name, field in settings(Config)
+        if _holds_text(field.annotation) and ABOUT_PATHS.search(field.description or "")
+    }
+    assert spoken_of - paths - NO_PATHS == set()
+
+
+WORDS = [
+    "run.dir={}",
+    "run.resume={}",
+    "data.train={}",
+    "data.train=[a, {}]",
+    "data.train=[{{shards: {}, weight: 2}}]",
+    "data.eval=[a, {}]",
+    "data.decoded_cache={}",
+    "data.hard_batches.table={}",
+    "model.text.weights={}",
+    "model.vision.name=hf:{}",
+    "engine.deepspeed={}",
+]
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_words_of_a_command(word):
+    config = load_config(["demo", "data.train=x", word.format("~/y")])
+    assert "/h/y" in str(config)
+    with pytest.raises(ConfigError) as refused:
+        load_config(["demo", "data.train=x", word.format("$DATA/y")])
+    (sentence,) = str(refused.value).split("\n")
+    assert sentence.startswith(word.partition("=")[0])
+    assert "`$DATA` is not filled in here" in sentence
+
+
+def test_a_yaml_file_and_its_own_name(tmp_path, monkeypatch):
+    (tmp_path / "x.yaml").write_text("run: {dir: ~/runs/a}\ndata: {train: ~/pairs}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load_config(["~/x.yaml"])
+    assert (config.run.dir, config.data.train) == (f"{tmp_path}/runs/a", f"{tmp_path}/pairs")
+    with pytest.raises(ConfigError, match=r"~nobody-here/x\.yaml: .*no user is named"):
+        load_config(["~nobody-here/x.yaml"])
