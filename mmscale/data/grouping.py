@@ -8,13 +8,13 @@ import hashlib
 import sys
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 
-from mmscale.data.unread import Counts
+from mmscale.data.unread import Counts, mapped
 from mmscale.errors import DataError
 
 
@@ -57,6 +57,20 @@ class Identities:
     captions: Counts
     groups: Counts | None
     labels: Counts | None
+
+    def __xor__(self, salt: int) -> "Identities":
+        """The same with every id combined with `salt`, by exclusive or: the ids of one source."""
+        change = partial(_salted, salt)
+        groups = None if self.groups is None else mapped(self.groups, change)
+        images, captions = mapped(self.images, change), mapped(self.captions, change)
+        return replace(self, images=images, captions=captions, groups=groups)
+
+    def relabelled(self, names: Sequence[str], among: Sequence[str]) -> "Identities":
+        """The same with its classes, if they have `names`, numbered by their places in `among`."""
+        if self.labels is None or not names:
+            return self
+        numbers = tuple(among.index(name) for name in names)
+        return replace(self, labels=mapped(self.labels, partial(_renumbered, numbers)))
 
 
 @dataclass(frozen=True)
@@ -171,6 +185,19 @@ def join(traits: Sequence[Sequence[Trait]]) -> tuple[list[Identities], tuple[str
         )
         start += len(part)
     return identities, names
+
+
+def _renumbered(numbers: Sequence[int], labels: tuple[int, ...]) -> tuple[int, ...]:
+    if max(labels, default=-1) >= len(numbers):
+        raise DataError(
+            f"a manifest has the label {max(labels)} but names {len(numbers)} classes; write it "
+            "again with mmscale index"
+        )
+    return tuple(-1 if label < 0 else numbers[label] for label in labels)
+
+
+def _salted(salt: int, ids: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(value ^ salt for value in ids)
 
 
 def _class_names(traits: Sequence[Trait]) -> tuple[str, ...]:

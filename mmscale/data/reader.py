@@ -6,7 +6,7 @@ Only images, `.txt` and `.json` are looked at; every other member is passed over
 import io
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from webdataset.tariterators import base_plus_ext
 
@@ -68,7 +68,11 @@ class SampleReader:
         """
         store = self._remote if self._remote and self._is_remote[shard] else self._local
         content = store.sample(shard, sample)
-        return parse_sample(content, f"{self._set.shards[shard].name} sample {sample}")
+        found = parse_sample(content, f"{self._set.shards[shard].name} sample {sample}")
+        known = self._set.shards[shard].identities
+        if known is None:
+            return replace(found, image_id=self._set.image_id(shard, found.image_id))
+        return replace(found, image_id=known.images[sample])
 
     def take(self, item: Item) -> Sample:
         """The sample whose turn it is.

@@ -206,6 +206,11 @@ def plan_schedule(
     identities = [shard.identities for shard in shards.shards]
     schedule = replace(schedule, marks=read_marks(config.data.match, identities))
     if "classification" in term_kinds(config) and not config.data.resampled:
+        if shards.labels_clash:
+            raise DataError(
+                "data.train: labels have names in one source and are bare numbers in another, so "
+                "that nothing tells which are the same; label all sources in one way"
+            )
         _require_labels(schedule.marks, config.model.fusion.classes)
     if config.data.positive_share is None and neighbours is None:
         return schedule

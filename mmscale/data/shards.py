@@ -1,9 +1,11 @@
 """Which shards a setting names, and where they lie: folders, globs, brace lists, URLs, commands."""
 
 import glob
+import hashlib
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TypeAlias
@@ -15,6 +17,7 @@ from mmscale.config.schema import DataConfig
 from mmscale.config.sources import SourceConfig
 from mmscale.data.manifest import MANIFEST_NAME, Manifest, Shard, parse_manifest, read_manifest
 from mmscale.data.remote import NotThereError, Web, is_pipe, is_remote, is_web, piped, shown
+from mmscale.data.unread import raw
 from mmscale.errors import ConfigError, DataError
 
 Place: TypeAlias = Path | str
@@ -39,17 +42,36 @@ class ShardSet:
         paths: A file, a URL or a command each.
         digest: Changes when any byte of any shard does.
         sources: How many of the shards each source has, in their order, and its weight.
+        salts: For each shard, what the image ids in its tar are combined with, by exclusive or, to
+            give the ids that count: an id says whose image it is within one manifest only. None
+            where the ids count as they are, with a single manifest.
+        labels_clash: Whether labels have names in one manifest and are bare numbers in another.
     """
 
     shards: tuple[Shard, ...]
     paths: tuple[Place, ...]
     digest: str
     sources: tuple[tuple[int, float], ...]
+    salts: tuple[int, ...] = ()
+    labels_clash: bool = False
 
     @property
     def samples(self) -> int:
         """Images in all shards."""
         return sum(shard.samples for shard in self.shards)
+
+    @property
+    def described(self) -> str:
+        """Changes when the manifests count other samples, captions or ids in the same shards."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            digest.update(raw(shard.captions) + b";")
+            digest.update(b";" if shard.identities is None else raw(shard.identities.images))
+        return digest.hexdigest()
+
+    def image_id(self, shard: int, own: int) -> int:
+        """The identity of an image whose tar says that it is `own`."""
+        return own ^ self.salts[shard] if self.salts else own
 
 
 def open_train(data: DataConfig) -> ShardSet:
@@ -73,17 +95,43 @@ def open_shards(setting: str, where: Setting, allow_pipe: bool = False) -> Shard
         DataError: No shard matches, or there is no manifest.
     """
     finder = _Finder(setting, allow_pipe)
-    picked: list[tuple[Place, Shard]] = []
+    picked: list[tuple[Place, Shard, _Origin]] = []
     sources = []
     for patterns, weight in _sources(where):
         found = [pair for pattern in patterns for pair in finder.indexed(pattern)]
         sources.append((len(found), weight))
         picked += found
-    _check_sizes([(path, shard) for path, shard in picked if isinstance(path, Path)])
-    paths, shards = zip(*picked, strict=True)
+    _check_sizes([(path, shard) for path, shard, _ in picked if isinstance(path, Path)])
+    paths, shards, origins = zip(*picked, strict=True)
     names = ",".join(shard.sha256 for shard in shards)
     count = sum(len(patterns) for patterns, _ in _sources(where))
-    return ShardSet(shards, paths, f"{count}:{names}", tuple(sources))
+    opened = ShardSet(shards, paths, f"{count}:{names}", tuple(sources))
+    return opened if len(set(origins)) == 1 else _told_apart(opened, origins)
+
+
+def _told_apart(shards: ShardSet, origins: Sequence["_Origin"]) -> ShardSet:
+    """Shards of several manifests, with ids that no two of them share and one count of classes."""
+    labelled = {
+        origin.classes
+        for origin, shard in zip(origins, shards.shards, strict=True)
+        if shard.identities is not None and shard.identities.labels is not None
+    }
+    classes = sorted({name for names in labelled for name in names})
+    clash = () in labelled and len(labelled) > 1
+    salts = tuple(origin.salt for origin in origins)
+    records = tuple(
+        shard
+        if shard.identities is None
+        else replace(
+            shard,
+            identities=(shard.identities ^ origin.salt)
+            if clash
+            else (shard.identities ^ origin.salt).relabelled(origin.classes, classes),
+        )
+        for shard, origin in zip(shards.shards, origins, strict=True)
+    )
+    digest = f"{shards.digest}:{','.join(origin.digest for origin in origins)}"
+    return replace(shards, shards=records, digest=digest, salts=salts, labels_clash=clash)
 
 
 def list_shards(setting: str, where: Setting, allow_pipe: bool = False) -> ShardSet:
@@ -120,6 +168,24 @@ def _is_folder(pattern: str) -> bool:
         return False
 
 
+@dataclass(frozen=True)
+class _Origin:
+    """A manifest that shards come from.
+
+    Attributes:
+        digest: Of the shards that it lists: the same wherever it lies.
+        classes: Names of its labels' numbers; empty where labels are numbers.
+    """
+
+    digest: str
+    classes: tuple[str, ...]
+
+    @property
+    def salt(self) -> int:
+        """63 bits that set its ids apart from those of others."""
+        return int(self.digest[:16], 16) >> 1
+
+
 @dataclass
 class _Finder:
     """What patterns of one setting match; reads each manifest once."""
@@ -128,13 +194,15 @@ class _Finder:
     allow_pipe: bool
     _web: Web = field(default_factory=Web)
     _manifests: dict[str, dict[str, Shard]] = field(default_factory=dict)
+    _origins: dict[str, _Origin] = field(default_factory=dict)
 
-    def indexed(self, pattern: str) -> list[tuple[Place, Shard]]:
-        """Shards of a pattern with their manifest's records."""
+    def indexed(self, pattern: str) -> list[tuple[Place, Shard, _Origin]]:
+        """Shards of a pattern with their manifest's records, and which manifest that is."""
         folder = self._folder(pattern)
         if folder is not None:
             manifest = self._manifest(folder)
-            return [(_beside(folder, name), shard) for name, shard in manifest.items()]
+            origin = self._origins[str(folder)]
+            return [(_beside(folder, name), shard, origin) for name, shard in manifest.items()]
         found = []
         for path in self._tars(pattern):
             folder, name = _split(path)
@@ -144,7 +212,7 @@ class _Finder:
                     f"{shown(path)}: not in {shown(_beside(folder, MANIFEST_NAME))}; run mmscale "
                     "index on the shards"
                 )
-            found.append((path, shard))
+            found.append((path, shard, self._origins[str(folder)]))
         return found
 
     def named(self, pattern: str) -> list[Place]:
@@ -153,7 +221,7 @@ class _Finder:
         if isinstance(folder, Path):
             return self._tars(glob.escape(str(folder)) + "/*.tar")
         if folder is not None:
-            return [path for path, _ in self.indexed(pattern)]
+            return [path for path, _, _ in self.indexed(pattern)]
         return self._tars(pattern)
 
     def _folder(self, pattern: str) -> Place | None:
@@ -215,6 +283,7 @@ class _Finder:
                 else self._fetch_manifest(str(folder))
             )
             self._manifests[str(folder)] = {shard.name: shard for shard in manifest.shards}
+            self._origins[str(folder)] = _Origin(manifest.digest, manifest.classes)
         return self._manifests[str(folder)]
 
     def _fetch_manifest(self, folder: str) -> Manifest:

@@ -7,6 +7,8 @@ batch would take longer than anything else.
 import json
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from functools import partial
 from typing import Any, TypeAlias, overload
 
 _FIELDS = frozenset((b"offsets", b"captions", b"images", b"groups", b"labels"))
@@ -38,6 +40,17 @@ class Unread(Sequence):
         self._values: array[int] | None = None
         self.check: Callable[[Any], tuple[int, ...]] = tuple
 
+    @property
+    def raw(self) -> bytes:
+        """What stands between the brackets, before anything was mapped."""
+        return self._content[self._start : self._end]
+
+    def mapped(self, change: Callable[[tuple[int, ...]], tuple[int, ...]]) -> "Unread":
+        """What `change` makes of the checked numbers; as many, and read as late."""
+        other = copy(self)
+        other._values, other.check = None, partial(_checked, self.check, change)
+        return other
+
     def _read(self) -> "array[int]":
         if self._values is None:
             try:
@@ -67,7 +80,25 @@ class Unread(Sequence):
         return hash(tuple(self))
 
 
+def _checked(
+    check: Callable[[Any], tuple[int, ...]],
+    change: Callable[[tuple[int, ...]], tuple[int, ...]],
+    found: Any,
+) -> tuple[int, ...]:
+    return change(check(found))
+
+
 Counts: TypeAlias = tuple[int, ...] | Unread
+
+
+def raw(counts: Counts) -> bytes:
+    """The numbers as they are written in JSON."""
+    return counts.raw if isinstance(counts, Unread) else json.dumps(counts)[1:-1].encode()
+
+
+def mapped(counts: Counts, change: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Counts:
+    """What `change` makes of the numbers, when somebody looks into them."""
+    return counts.mapped(change) if isinstance(counts, Unread) else change(counts)
 
 
 def load_json(content: bytes) -> Any:

@@ -1,6 +1,7 @@
 """Outputs of frozen towers, computed once and kept; a stale file is never used.
 
-A file's name is a digest of the shards, the towers' weights and how they are fed.
+A file's name is a digest of the shards, of what their manifests say of the samples, of the towers'
+weights and how they are fed.
 """
 
 import hashlib
@@ -44,7 +45,8 @@ class FeatureCache:
         self, shards: ShardSet, peers: Peers, make: Callable[[], FeatureTable]
     ) -> FeatureTable:
         """The set's table, made by `make` where it is not kept yet. Collective."""
-        digest = hashlib.sha256(f"{self._towers}/{shards.digest}".encode()).hexdigest()[:32]
+        facts = f"{self._towers}/{shards.digest}/{shards.described}"
+        digest = hashlib.sha256(facts.encode()).hexdigest()[:32]
         path = self._folder / f"{digest}.safetensors"
         self._in_use.add(path)
         # Every rank must take the same way, also where one sees a shared folder late.
