@@ -257,6 +257,9 @@ def _settle_what_trains(
     require_room(config, model, needs_momentum(config), world)
     tell(f"batch: {outline.plans[stage]}")
     tell(f"device: {policy}")
+    for tower in (model.vision, model.text):
+        if tower.left_out:
+            tell(tower.left_out)
     if unseen := unseen_line(model.vision, spec.image_size):
         tell(unseen)
     if gaps := gaps_line(model, spec, policy):

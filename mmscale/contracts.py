@@ -59,6 +59,7 @@ class InputSpec:
         tokenize: Captions to token ids, untrimmed of nothing but padding: one list of ints each.
         pad_token: Id that fills rows shorter than the longest.
         context_length: Most tokens a caption may have; longer ones are cut by `tokenize`.
+        unknown_token: Id that stands for words without tokens; None where every text has some.
     """
 
     image_size: int
@@ -68,6 +69,7 @@ class InputSpec:
     tokenize: Callable[[Sequence[str]], list[list[int]]]
     pad_token: int
     context_length: int
+    unknown_token: int | None = None
 
 
 @dataclass(frozen=True)

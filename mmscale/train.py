@@ -112,11 +112,17 @@ def _loop(
     """Update until the segment ends; returns how far it came, and what follows before the end."""
     from mmscale.course.settle import Settling
     from mmscale.course.watch import plateau_factor
+    from mmscale.data.caption_text import unknown_words
     from mmscale.dist.phases import PhaseClock
     from mmscale.engine.balance import ModalityBalancer
     from mmscale.engine.schedule import rate_factor
     from mmscale.engine.step import update
-    from mmscale.report.lines import first_batch_line, repeats_warning, training_line
+    from mmscale.report.lines import (
+        first_batch_line,
+        repeats_warning,
+        rows_of,
+        training_line,
+    )
 
     config, report = training.config, run.report
     length = training.end - training.start.stage_start
@@ -133,6 +139,8 @@ def _loop(
             report.say(first_batch_line(batch))
             if told := repeats_warning(batch, config.data):
                 report.warn(told)
+            if line := unknown_words(training.spec, rows_of(batch), training.peers):
+                report.warn(line)
         step = progress.step - progress.stage_start
         factor = rate_factor(step, length, warmup, config.optim.schedule)
         factor *= plateau_factor(training, progress)

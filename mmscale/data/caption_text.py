@@ -1,11 +1,16 @@
-"""Captions on their way to the tokenizer: cleaned by name, and counted where they are cut."""
+"""Captions on their way to the tokenizer: cleaned by name, counted where cut or unknown."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mmscale.contracts import InputSpec
+from mmscale.contracts import InputSpec, Peers, World
+from mmscale.dist.peers import from_all
+from mmscale.errors import ConfigError
 
+# Shares of the captions' tokens that stand for words which the tokenizer does not know: from the
+# first on it is told, above the second the captions say next to nothing.
+TOLD_UNKNOWN, MOST_UNKNOWN = 0.05, 0.5
 Tokenize = Callable[[Sequence[str]], list[list[int]]]
 
 
@@ -56,3 +61,37 @@ def _length(spec: InputSpec, caption: str) -> int:
     """Tokens of a caption, those around it included, if nothing were cut."""
     around = len(spec.tokenize([""])[0])
     return around + sum(len(row) - around for row in spec.tokenize(caption.split() or [""]))
+
+
+def unknown_words(
+    spec: InputSpec, rows: Iterable[Sequence[int]], peers: Peers | World
+) -> str | None:
+    """What to tell of captions whose words the tokenizer does not know; None where it is little.
+
+    Args:
+        spec: What the text tower is fed.
+        rows: Token ids of this rank's captions, without padding.
+        peers: The ranks, which agree. Collective.
+
+    Raises:
+        ConfigError: Most tokens stand for unknown words.
+    """
+    if spec.unknown_token is None:
+        return None
+    around = len(spec.tokenize([""])[0])
+    mine = [(list(row).count(spec.unknown_token), max(0, len(row) - around)) for row in rows]
+    everyone = from_all(peers, (sum(n for n, _ in mine), sum(n for _, n in mine)))
+    unknown, words = (sum(counts) for counts in zip(*everyone, strict=True))
+    share = unknown / words if words else 0.0
+    if share > MOST_UNKNOWN:
+        raise ConfigError(
+            f"model.text.name: its tokenizer knows none of the words behind {share:.0%} of the "
+            f"captions' tokens; give a text tower of the captions' language, and with its own "
+            f"tokenizer's files beside it."
+        )
+    if share < TOLD_UNKNOWN:
+        return None
+    return (
+        f"{share:.0%} of the captions' tokens stand for words that the text tower's "
+        "tokenizer does not know"
+    )

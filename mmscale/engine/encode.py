@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mmscale.contracts import InputSpec, Peers
+from mmscale.data.caption_text import unknown_words
 from mmscale.data.features import FeatureTable
 from mmscale.data.lanes import sections
 from mmscale.data.samples import SampleBatch, SampleBatches
@@ -49,6 +50,7 @@ def encode(
 
     Raises:
         DataError: More samples than tolerated cannot be decoded.
+        ConfigError: The tokenizer does not know most of the captions' words.
     """
     mine = sections(shards.samples, peers.size)
     batches = SampleBatches(shards, spec, mine[peers.rank], batch_size)
@@ -61,6 +63,7 @@ def encode(
         text = _texts(call, device, batch, spec, calls, batch_size)
         parts.append((batch, image, text))
         progress(min((index + 1) * batch_size, len(mine[peers.rank])), len(mine[peers.rank]))
+    unknown_words(spec, (row for batch, _, _ in parts for row in batch.tokens), peers)
     table = _gather(parts, shards, peers)
     if len(table.damaged) > max_damaged * shards.samples:
         raise DataError(

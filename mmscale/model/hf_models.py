@@ -41,13 +41,12 @@ def model_folder(name: str, key: str) -> str:
     return name
 
 
-def read_config(name: str, key: str, part: str) -> PretrainedConfig:
-    """The model's own config; of a two-part model (CLIP), that of `part`.
+def read_config(name: str, key: str) -> PretrainedConfig:
+    """The model's own config, of a two-part model (CLIP) that of the whole.
 
     Args:
         name: Folder, or name on the hub.
         key: `model.vision` or `model.text`.
-        part: `vision_config` or `text_config`.
     """
     if read_json(name, "adapter_config.json"):
         raise ConfigError(
@@ -56,15 +55,30 @@ def read_config(name: str, key: str, part: str) -> PretrainedConfig:
         )
     read_json(name, "config.json")
     with hub_call(f"{key}.name=hf:{name}", BRING, remote=not Path(name).is_dir()):
-        config = AutoConfig.from_pretrained(name)
-    return getattr(config, part, None) or config
+        return AutoConfig.from_pretrained(name)
+
+
+def part_of(whole: PretrainedConfig, part: str) -> PretrainedConfig:
+    """The `vision_config` or `text_config` of a two-part model; any other model as it is."""
+    return getattr(whole, part, None) or whole
+
+
+def left_out_line(whole: PretrainedConfig, part: str, key: str, name: str) -> str | None:
+    """What to tell of a half whose projection into the shared space is no part of a tower."""
+    if part_of(whole, part) is whole or not getattr(whole, "projection_dim", None):
+        return None
+    return (
+        f"warning: {key}.name=hf:{name} is one half of a {whole.model_type} model: its projection "
+        f"of {whole.projection_dim} into the space shared with the other half is left out, and "
+        f"model.head starts anew"
+    )
 
 
 def read_json(folder: str, file: str) -> dict[str, Any]:
-    """A small file beside the model; empty where there is none.
+    """A small file beside the model; empty where there is none, a list's entries by their place.
 
     Raises:
-        ConfigError: It is no JSON object, or asks for more than data (`require_harmless`).
+        ConfigError: It is no JSON object or list, or asks for more than data (`require_harmless`).
     """
     with hub_call(f"{file} of hf:{folder}", BRING, remote=not Path(folder).is_dir()):
         found = cached_file(
@@ -74,6 +88,8 @@ def read_json(folder: str, file: str) -> dict[str, Any]:
             _raise_exceptions_for_connection_errors=False,
         )
         content = json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
+        if isinstance(content, list):
+            content = {str(place): entry for place, entry in enumerate(content)}
         if not isinstance(content, dict):
             raise ValueError("it holds no JSON object")
         require_harmless(content, f"{file} of hf:{folder}")

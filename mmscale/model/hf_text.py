@@ -1,7 +1,5 @@
 """Text towers of Hugging Face: `hf:NAME_OR_PATH`, the text part of a two-part model."""
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +8,6 @@ from torch import Tensor
 from transformers import (
     MODEL_FOR_TEXT_ENCODING_MAPPING,
     MODEL_MAPPING,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -19,17 +16,18 @@ from mmscale.config.schema import TextConfig
 from mmscale.errors import ConfigError
 from mmscale.model.freezing import chain
 from mmscale.model.hf_models import (
-    BRING,
     build_model,
     checkpoint_hf,
     class_for,
+    left_out_line,
     model_folder,
     override,
+    part_of,
     read_config,
     read_json,
 )
-from mmscale.model.hub import hub_call
-from mmscale.model.inputs import TextInput, agreed_context
+from mmscale.model.hf_tokens import hf_text_input
+from mmscale.model.inputs import TextInput
 from mmscale.model.pooling import Pooling
 from mmscale.model.sources import constructing
 from mmscale.model.width import Tower, look
@@ -73,28 +71,19 @@ class HfTextTower(Tower):
         return chain(self.trunk)
 
 
-class HfTokenize:
-    """Captions to ids with special tokens, cut to `context_length`; picklable."""
-
-    def __init__(self, tokenizer: Any, context_length: int):
-        self.tokenizer = tokenizer
-        self.context_length = context_length
-
-    def __call__(self, captions: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer(list(captions), truncation=True, max_length=self.context_length)[
-            "input_ids"
-        ]
-
-
 def build_hf_text(name: str, config: TextConfig) -> tuple[Tower, TextInput]:
     """`hf:NAME_OR_PATH` with its folder's or hub's weights, a file's, or random ones."""
     folder = model_folder(name, KEY)
-    model_config = read_config(folder, KEY, "text_config")
+    whole = read_config(folder, KEY)
+    model_config = part_of(whole, "text_config")
     override(model_config, config.options, KEY, name)
     trunk = build_model(text_class(model_config, name), model_config, folder, config, KEY)
     with constructing(KEY, f"hf:{name}"):
-        tower = HfTextTower(trunk, pooling_of(folder, model_config, config.pooling))
-    return tower, _text_input(folder, trunk, config)
+        pooling = pooling_of(folder, model_config, config.pooling)
+        tower = HfTextTower(trunk, pooling)
+    tower.left_out = left_out_line(whole, "text_config", KEY, name)
+    at_end = pooling == "model" and model_config.model_type in POOLED
+    return tower, hf_text_input(folder, trunk, config, max_positions(trunk), at_end)
 
 
 def text_class(config: PretrainedConfig, name: str) -> Any:
@@ -103,24 +92,6 @@ def text_class(config: PretrainedConfig, name: str) -> Any:
     if type(config) not in mapping:
         mapping = MODEL_MAPPING
     return class_for(config, mapping, name, KEY)
-
-
-def _text_input(folder: str, trunk: PreTrainedModel, config: TextConfig) -> TextInput:
-    what = f"the tokenizer of {KEY}.name=hf:{folder}"
-    read_json(folder, "tokenizer_config.json")
-    with hub_call(what, f"{BRING} and its tokenizer", remote=not Path(folder).is_dir()):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows: Any = trunk.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        raise ConfigError(
-            f"the tokenizer of hf:{folder} has {len(tokenizer)} tokens and the model embeds "
-            f"{rows}; give the tokenizer that belongs to it, or model.text.options.vocab_size."
-        )
-    longest = min(tokenizer.model_max_length, max_positions(trunk))
-    length = agreed_context(config.context_length, longest, f"hf:{folder}")
-    # The mask hides padding, so that a tokenizer without a padding token may use any.
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return TextInput(HfTokenize(tokenizer, length), pad, length)
 
 
 def max_positions(trunk: PreTrainedModel) -> int:
@@ -140,6 +111,7 @@ def pooling_of(folder: str, model_config: PretrainedConfig, asked: str) -> str:
     facts = read_json(folder, "1_Pooling/config.json")
     if not facts:
         return "model" if model_config.model_type in POOLED else "mean"
+    _require_nothing_above(folder)
     modes = {mode for mode in ("cls", "mean") if facts.get("pooling_mode") == mode}
     if facts.get("pooling_mode_cls_token"):
         modes.add("cls")
@@ -156,3 +128,14 @@ def pooling_of(folder: str, model_config: PretrainedConfig, asked: str) -> str:
         f"hf:{folder} was made for a pooling that is not offered ({', '.join(sorted(modes))}): set "
         f"model.text.pooling to cls, mean, eos or map."
     )
+
+
+def _require_nothing_above(folder: str) -> None:
+    """Refuse a sentence encoder whose projection above the pooling would be left out."""
+    for module in read_json(folder, "modules.json").values():
+        kind = str(dict(module).get("type", "")).rpartition(".")[2]
+        if kind not in ("Transformer", "Pooling", "Normalize", "Dropout"):
+            raise ConfigError(
+                f"hf:{folder} has a {kind} above its pooling (modules.json), which a tower leaves "
+                f"out: set model.text.pooling to cls, mean, eos or map to take it without."
+            )

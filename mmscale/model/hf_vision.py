@@ -15,12 +15,14 @@ from mmscale.model.hf_models import (
     build_model,
     checkpoint_hf,
     class_for,
+    left_out_line,
     model_folder,
     override,
+    part_of,
     read_config,
     read_json,
 )
-from mmscale.model.inputs import ImageInput, agreed_size, triple
+from mmscale.model.inputs import ImageInput, agreed_size, at_size, triple
 from mmscale.model.pooling import Pooling
 from mmscale.model.sources import constructing
 from mmscale.model.width import Tower, look
@@ -77,16 +79,21 @@ def build_hf_vision(
 ) -> tuple[Tower, ImageInput]:
     """`hf:NAME_OR_PATH` with its folder's or hub's weights, a file's, or random ones."""
     folder = model_folder(name, KEY)
-    model_config = read_config(folder, KEY, "vision_config")
+    whole = read_config(folder, KEY)
+    model_config = part_of(whole, "vision_config")
     size = agreed_size(image_size, config.options, "image_size")
+    own = getattr(model_config, "image_size", None)
     override(model_config, config.options, KEY, name)
     if size and hasattr(model_config, "image_size"):
         model_config.image_size = size
     model_class = class_for(model_config, MODEL_MAPPING, name, KEY)
-    trunk = build_model(model_class, model_config, folder, config, KEY)
+    with at_size(size, own, f"hf:{name}"):
+        trunk = build_model(model_class, model_config, folder, config, KEY)
     pixels = image_input(folder, config, size or getattr(model_config, "image_size", None))
     with constructing(KEY, f"hf:{name} at {pixels.image_size} pixels"):
-        return HfVisionTower(trunk, pixels.image_size, config.pooling), pixels
+        tower = HfVisionTower(trunk, pixels.image_size, config.pooling)
+    tower.left_out = left_out_line(whole, "vision_config", KEY, name)
+    return tower, pixels
 
 
 def image_input(folder: str, config: VisionConfig, size: int | None) -> ImageInput:

@@ -1,15 +1,22 @@
 """What each tower wants to be fed; together they make the `InputSpec` that `data` obeys."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mmscale.config.schema import VisionConfig
 from mmscale.contracts import InputSpec
 from mmscale.errors import ConfigError
+from mmscale.model.weights import MisfitError
 
 Triple = tuple[float, float, float]
 DEFAULT_CONTEXT = 77
+# Names of tables with a row for each place of the picture.
+_POSITIONS = re.compile(
+    r"(pos(ition(al)?)?_(embed|bias)|relative_position)\S* (is \[|has another shape)"
+)
 
 
 @dataclass(frozen=True)
@@ -30,11 +37,12 @@ class ImageInput:
 
 @dataclass(frozen=True)
 class TextInput:
-    """Tokenizer, its padding and the most tokens of a caption."""
+    """Tokenizer, its padding, the most tokens of a caption and what stands for unknown words."""
 
     tokenize: Callable[[Sequence[str]], list[list[int]]]
     pad_token: int
     context_length: int
+    unknown_token: int | None = None
 
 
 def triple(value: float | Sequence[float]) -> Triple:
@@ -53,6 +61,7 @@ def join_inputs(image: ImageInput, text: TextInput) -> InputSpec:
         tokenize=text.tokenize,
         pad_token=text.pad_token,
         context_length=text.context_length,
+        unknown_token=text.unknown_token,
     )
 
 
@@ -65,6 +74,27 @@ def agreed_size(image_size: int | None, options: dict[str, Any], option: str) ->
             f"set only data.image_size."
         )
     return image_size or chosen
+
+
+@contextmanager
+def at_size(asked: int | None, own: int | None, owner: str) -> Iterator[None]:
+    """Tell a position table that does not fit the image size asked for as that setting.
+
+    Args:
+        asked: `data.image_size`, or the option of that meaning.
+        own: The size that the model was trained with, as far as it says.
+        owner: The model.
+    """
+    try:
+        yield
+    except MisfitError as error:
+        by_size = all(_POSITIONS.search(fault) for fault in error.faults)
+        if not asked or not own or asked == own or not by_size:
+            raise
+        raise ConfigError(
+            f"data.image_size={asked}, but the weights of {owner} are for images of {own} pixels "
+            f"({'; '.join(error.faults)}): set data.image_size={own}, or leave it out."
+        ) from error
 
 
 def agreed_context(asked: int | None, longest: int, name: str) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.factory import _find_checkpoint_in_dir, load_checkpoint
+from open_clip.hf_model import HFTextEncoder
 from open_clip.pretrained import download_pretrained_from_hf
 from torch import nn
 
@@ -52,6 +53,7 @@ def build_whole_openclip(
     model = _create(name, config.weights, image_size, whole["text_cfg"])
     pixels = openclip_pixels(model.visual.image_size, open_clip.get_model_preprocess_cfg(model))
     tokens = openclip_tokens(name, config.text, whole["text_cfg"])
+    _require_same_padding(model.text, tokens, name)
     scale = LogitScale(config.logit_scale)
     if config.weights != "random":
         _take_scale(scale, model.logit_scale)
@@ -68,6 +70,16 @@ def build_whole_openclip(
         frozen,
     )
     return two_tower, pixels.override(config.vision), tokens
+
+
+def _require_same_padding(text: Any, tokens: TextInput, name: str) -> None:
+    """A text tower of Hugging Face's tells padding by its own configuration's id."""
+    if not isinstance(text, HFTextEncoder) or text.config.pad_token_id == tokens.pad_token:
+        return
+    raise ConfigError(
+        f"openclip:{name}: its tokenizer pads with {tokens.pad_token} and its text tower takes "
+        f"{text.config.pad_token_id} for padding; set pad_token_id in the tower's config.json."
+    )
 
 
 def _refuse_contradictions(config: ModelConfig, name: str, width: int) -> None:

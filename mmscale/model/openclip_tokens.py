@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-from open_clip.tokenizer import SimpleTokenizer
+from open_clip.model import CLIPTextCfg
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
+from mmscale.model.hf_tokens import require_size, require_vocabulary
 from mmscale.model.hub import hub_call
 
 
@@ -48,6 +50,10 @@ def read_tokenize(
     remote = bool(named and not Path(named).is_dir()) or "siglip" in name.lower()
     with hub_call(f"the tokenizer of openclip:{name}", "put it into the local cache", remote):
         tokenizer = open_clip.get_tokenizer(name, context_length=context_length)
+        if named and type(tokenizer) is HFTokenizer:
+            require_vocabulary(named, tokenizer.tokenizer)
+    if named and not text.get("hf_model_name"):
+        require_size(named, tokenizer.tokenizer, text.get("vocab_size", CLIPTextCfg.vocab_size))
     if isinstance(tokenizer, SimpleTokenizer) and tokenizer.reduction_fn is None:
         return ClipTokenize(tokenizer, context_length), 0
     inner = getattr(tokenizer, "tokenizer", None)

@@ -26,7 +26,14 @@ from mmscale.errors import ConfigError
 from mmscale.model.freezing import chain
 from mmscale.model.hf_models import checkpoint_hf
 from mmscale.model.hub import hub_call
-from mmscale.model.inputs import ImageInput, TextInput, agreed_context, agreed_size, triple
+from mmscale.model.inputs import (
+    ImageInput,
+    TextInput,
+    agreed_context,
+    agreed_size,
+    at_size,
+    triple,
+)
 from mmscale.model.openclip_folder import is_on_hub, require_own_parts
 from mmscale.model.openclip_tokens import read_tokenize
 from mmscale.model.sources import check_options, constructing, did_you_mean
@@ -145,7 +152,8 @@ def build_openclip_vision(
         trunk = _build_vision_tower(whole["embed_dim"], vision, whole.get("quick_gelu", False))
     if isinstance(trunk, VisionTransformer):
         trunk.proj = None
-    _fill(trunk, config, key, "visual.")
+    with at_size(size, whole["vision_cfg"].get("image_size"), f"openclip:{name}"):
+        _fill(trunk, config, key, "visual.")
     pixels = openclip_pixels(vision.image_size)
     return OpenClipVision(trunk, pixels.image_size), pixels
 
@@ -206,7 +214,8 @@ def openclip_tokens(name: str, config: TextConfig, text: Mapping[str, Any]) -> T
     longest = text.get("context_length", CLIPTextCfg.context_length)
     length = agreed_context(config.context_length, longest, f"openclip:{name}")
     tokenize, pad_token = read_tokenize(name, length, text)
-    return TextInput(tokenize, pad_token, length)
+    library = getattr(getattr(tokenize, "tokenizer", None), "tokenizer", None)
+    return TextInput(tokenize, pad_token, length, getattr(library, "unk_token_id", None))
 
 
 def _settings(

@@ -50,10 +50,12 @@ def _described(tower: TowerConfig, part: str, folder: Path) -> TowerConfig:
         return plain
     path = folder / part
     values = {key: value for key, value in facts["config"].items() if key != "model_type"}
-    AutoConfig.for_model(facts["config"]["model_type"], **values).save_pretrained(path)
+    config = AutoConfig.for_model(facts["config"]["model_type"], **values)
+    config.save_pretrained(path)
     if "preprocessor" in facts:
         (path / "preprocessor_config.json").write_text(json.dumps(facts["preprocessor"]))
     if part == "text":
-        (path / "vocab.txt").write_text("\n".join(WORDS))
+        others = (f"word{number}" for number in range(config.vocab_size - len(WORDS)))
+        (path / "vocab.txt").write_text("\n".join((*WORDS, *others)))
         BertTokenizer(vocab=str(path / "vocab.txt")).save_pretrained(path)
     return plain.model_copy(update={"name": f"hf:{path}"})

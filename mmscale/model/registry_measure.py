@@ -84,7 +84,7 @@ def _timm_pooling(trunk: Any) -> str:
 
 
 def _hugging_face(name: str, folder: str, licence: str | None) -> list[Entry]:
-    whole = read_config(folder, "model.text", "")
+    whole = read_config(folder, "model.text")
     vision = getattr(whole, "vision_config", whole)
     text = getattr(whole, "text_config", whole)
     found = []

@@ -16,7 +16,7 @@ from mmscale.config.schema import VisionConfig
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.model.freezing import chain
 from mmscale.model.hub import hub_call
-from mmscale.model.inputs import ImageInput, agreed_size, triple
+from mmscale.model.inputs import ImageInput, agreed_size, at_size, triple
 from mmscale.model.pooling import Pooling
 from mmscale.model.sources import constructing, did_you_mean
 from mmscale.model.weights import UNREADABLE, first_line, load_strictly, read_weights, refuse
@@ -128,7 +128,8 @@ def build_timm_vision(
     if config.weights not in ("pretrained", "random"):
         origin = f"{KEY}.weights={config.weights}"
         tensors = read_weights(config.weights, f"{KEY}.weights")
-        load_strictly(trunk, tensors, origin, spare=_classifiers(facts))
+        with at_size(size, facts["input_size"][-1], f"timm:{name}"):
+            load_strictly(trunk, tensors, origin, spare=_classifiers(facts))
     pixels = ImageInput(
         image_size=size or facts["input_size"][-1],
         mean=triple(facts["mean"]),

@@ -30,6 +30,18 @@ UNREADABLE = (
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
+class MisfitError(CheckpointError):
+    """Weights are of another architecture; `faults` says what is wrong with each tensor."""
+
+    def __init__(self, faults: Sequence[str], origin: str):
+        self.faults = faults
+        super().__init__(
+            f"{origin} does not fit the model in {len(faults)} tensors: "
+            f"{'; '.join(faults[:SHOWN])}{'; ...' if len(faults) > SHOWN else ''}; "
+            f"give the weights of this architecture, or options that match them."
+        )
+
+
 def read_weights(file: str, key: str) -> dict[str, Tensor]:
     """Tensors of a safetensors file, or of a torch file that holds nothing but weights.
 
@@ -95,13 +107,9 @@ def load_strictly(
 
 
 def refuse(faults: Sequence[str], origin: str) -> None:
-    """Raise CheckpointError naming the first faults and their number, if there are any."""
+    """Raise MisfitError naming the first faults and their number, if there are any."""
     if faults:
-        raise CheckpointError(
-            f"{origin} does not fit the model in {len(faults)} tensors: "
-            f"{'; '.join(faults[:SHOWN])}{'; ...' if len(faults) > SHOWN else ''}; "
-            f"give the weights of this architecture, or options that match them."
-        )
+        raise MisfitError(faults, origin)
 
 
 def _tensors(content: object, origin: str) -> dict[str, Tensor]:

@@ -20,11 +20,13 @@ class Tower(nn.Module):
         width: Features of a pooled row.
         sequence_width: Features of each token.
         inert: Names of parameters that the pooled features do not depend on; never trained.
+        left_out: What to tell of a part of the model that the tower does not take; mostly None.
     """
 
     width: int
     sequence_width: int
     inert: frozenset[str]
+    left_out: str | None = None
 
     def __init__(self, trunk: nn.Module):
         super().__init__()

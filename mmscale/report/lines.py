@@ -113,3 +113,11 @@ def repeats_warning(batch: Batch, data: DataConfig) -> str | None:
         "caption of the same image is no negative; give data.train more images, lower "
         "train.global_batch_size, or look for ids that samples share"
     )
+
+
+def rows_of(batch: Batch) -> list[list[int]]:
+    """Token ids of the batch's captions without padding; none where it holds features."""
+    if batch.mask is None:
+        return []
+    pairs = zip(batch.tokens, batch.mask, strict=True)
+    return [tokens[mask].tolist() for tokens, mask in pairs]

@@ -1,6 +1,7 @@
 """`model.weights` of a whole OpenCLIP model: what is asked for is loaded, whatever its kind."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import open_clip
@@ -24,14 +25,17 @@ def kind(request) -> str:
 
 
 @pytest.fixture
-def name(kind, tmp_path, monkeypatch) -> str:
+def name(kind, tmp_path, monkeypatch) -> Iterator[str]:
     """An OpenCLIP model by this kind of name; a folder's and the hub's bring weights."""
     content = {"embed_dim": 16, "vision_cfg": VISION_CFG, "text_cfg": TEXT_CFG}
     if kind == "built_in":
-        (tmp_path / "configs").mkdir()
-        (tmp_path / "configs" / "tiny-weights-test.json").write_text(json.dumps(content))
-        open_clip.add_model_config(tmp_path / "configs")
-        return "openclip:tiny-weights-test"
+        file = tmp_path / "tiny-clip.json"
+        file.write_text(json.dumps(content))
+        open_clip.add_model_config(file)
+        yield "openclip:tiny-clip"
+        open_clip.factory._MODEL_CONFIG_PATHS.remove(file)
+        del open_clip.factory._MODEL_CONFIGS["tiny-clip"]
+        return
     folder = tmp_path / "folder"
     if kind == "hub":  # a local cache as the hub's client keeps it
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -45,7 +49,7 @@ def name(kind, tmp_path, monkeypatch) -> str:
         json.dumps({"model_cfg": content, "preprocess_cfg": {"mean": [0.5] * 3}})
     )
     save_file(constant(OWN), folder / "open_clip_model.safetensors")
-    return "openclip:hf-hub:who/clip" if kind == "hub" else f"openclip:local-dir:{folder}"
+    yield "openclip:hf-hub:who/clip" if kind == "hub" else f"openclip:local-dir:{folder}"
 
 
 def constant(value: float) -> dict[str, torch.Tensor]:
