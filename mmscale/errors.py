@@ -78,6 +78,12 @@ _STORAGE = {
 }
 
 
+# What torch raises, at any place, when one of its loader's processes is gone.
+_LOST_WORKER = re.compile(
+    r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal|exited unexpectedly)"
+)
+
+
 def storage_fault(error: BaseException) -> str | None:
     """What a path or a disk has against it, and the repair; None for any other error."""
     if isinstance(error, OSError):
@@ -93,11 +99,27 @@ def told(error: BaseException) -> MmscaleError | None:
     """What is told of a failure in one sentence; None for a bug of our own."""
     if isinstance(error, MmscaleError):
         return error
+    if (killed := _LOST_WORKER.search(str(error))) and isinstance(error, RuntimeError):
+        return LaunchError(
+            f"a decoding process (pid {killed[1]}) was ended from outside{_end_of(str(error))}; "
+            "start the command again, a run goes on from its last checkpoint"
+        )
     if (fault := storage_fault(error)) is None:
         return None
     name = getattr(error, "filename", None)
     where = name if isinstance(name, (str, os.PathLike)) else "a file of this command"
     return ConfigError(f"{os.fspath(where)}: {fault}")
+
+
+def _end_of(text: str) -> str:
+    """How a decoding process ended, and what helps against that."""
+    if "Bus error" in text or "shared memory" in text:
+        return " (no shared memory was left): enlarge /dev/shm, or lower data.workers"
+    if "Alarm clock" in text:
+        return ": the job was told to end and this rank did not within its time"
+    said = re.search(r"by signal: ([\w ]+)", text)
+    name = f" ({said[1]})" if said else ""
+    return f"{name}, mostly for lack of memory: lower data.workers or data.shuffle_buffer"
 
 
 def printable(text: str) -> str:

@@ -1,6 +1,7 @@
 """Every image of a set once, with its captions, in manifest order: for evaluation and caches."""
 
 import bisect
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -15,6 +16,7 @@ from mmscale.data.reader import DamagedSampleError, SampleReader
 from mmscale.data.shards import ShardSet
 from mmscale.data.transform import eval_transform, stack_rows
 from mmscale.dist.signals import outlive_termination
+from mmscale.errors import DataError
 
 
 @dataclass
@@ -78,12 +80,36 @@ class SampleBatches(Dataset):
         batch.cut = are_cut(self._spec, texts, batch.tokens)
         return batch
 
-    def loader(self, workers: int) -> DataLoader:
-        """Batches in order, decoded by `workers` processes."""
-        return DataLoader(
-            self,
+    def loader(self, workers: int) -> Iterator[SampleBatch]:
+        """Batches in order, decoded by `workers` processes.
+
+        Raises:
+            DataError: A shard cannot be read.
+        """
+        loader = DataLoader(
+            _Told(self),
             batch_size=None,
             num_workers=workers,
             generator=torch.Generator(),
             worker_init_fn=outlive_termination,
         )
+        for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+
+
+class _Told(Dataset):
+    """The batches; an error is handed over as a value, a loader would bury it in a traceback."""
+
+    def __init__(self, batches: SampleBatches):
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: int) -> SampleBatch | DataError:
+        try:
+            return self._batches[index]
+        except DataError as error:
+            return error

@@ -56,7 +56,7 @@ def encode(
     batches = SampleBatches(shards, spec, mine[peers.rank], batch_size)
     text_calls = _text_calls(shards, mine, batch_size)
     parts: list[tuple[SampleBatch, Tensor, Tensor]] = []
-    loader = iter(batches.loader(workers))
+    loader = batches.loader(workers)
     for index, calls in enumerate(text_calls):
         batch = next(loader) if index < len(batches) else SampleBatch(None)
         image = _images(call, device, batch, spec)

@@ -49,7 +49,7 @@ def match_scores(
     mine = sections(shards.samples, peers.size)
     slices = [_slices(places, part, batch_size, shards.samples) for part in mine]
     batches = SampleBatches(shards, spec, mine[peers.rank], batch_size)
-    loader = iter(batches.loader(workers))
+    loader = batches.loader(workers)
     found: list[tuple[Tensor, Tensor]] = []
     for index in range(max(len(part) for part in slices)):
         batch = next(loader) if index < len(batches) else SampleBatch(None)

@@ -108,6 +108,21 @@ def test_a_killed_rank_ends_all_of_them_with_the_cause_told_last(
     assert "killed" in last
 
 
+def test_a_killed_decoding_process_ends_the_run_with_6_and_a_sentence(settings, tmp_path):
+    folder = tmp_path / "run"
+    with launched([*ALONE, *settings, ENDLESS, f"run.dir={folder}"]) as launch:
+        _wait(launch, lambda: _steps(folder) >= 2, "steps")
+        (worker,) = launch.children(launch.process.pid)
+        os.kill(worker, signal.SIGKILL)
+        _, stderr = launch.process.communicate(timeout=60)
+        assert launch.process.returncode == 6, stderr
+        assert (
+            f"mmscale: a decoding process (pid {worker}) was ended from outside (Killed)" in stderr
+        )
+        assert "Traceback" not in stderr
+        assert not launch.left_after(SECONDS)
+
+
 def test_a_batch_that_never_comes_ends_the_run_and_says_where_it_stood(settings, tmp_path):
     """The decoding process is stopped: it neither ends nor answers."""
     folder = tmp_path / "run"
