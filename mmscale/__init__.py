@@ -11,15 +11,18 @@ from typing import Any
 __version__ = "0.1.0"
 
 
-def load(path: str | PathLike[str]) -> Any:
+def load(path: str | PathLike[str], *words: str) -> Any:
     """The model, its evaluation transform and its tokenizer, of a run or checkpoint.
 
     `model.encode_image(pixels)` and `model.encode_text(tokens)` give embeddings as OpenCLIP's do.
 
     Args:
         path: A run folder or one of its checkpoints.
+        words: `key=value`, where a tower that the run names lies elsewhere now:
+            `model.text.name=hf:FOLDER`, or where it shall run: `engine.device=cpu`.
 
     Raises:
         CheckpointError: Neither, or damaged.
+        ConfigError: A word would make it another model.
     """
-    return import_module("mmscale.loading").load(path)
+    return import_module("mmscale.loading").load(path, *words)

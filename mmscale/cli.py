@@ -25,6 +25,19 @@ Json = Annotated[
     Path | None,
     typer.Option("--json", help="Write the figures to this file.", callback=file_out),
 ]
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="CONFIG KEY=VALUE", help="YAML files or presets, then settings; the later one wins."
+    ),
+]
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Where what the run names lies now, such as model.text.name=hf:FOLDER.",
+    ),
+]
 Workers = Annotated[int, typer.Option(help="Processes.", min=1)]
 Data = Annotated[
     str, typer.Option("--data", help="A packed folder, or shard globs.", callback=reading)
@@ -193,16 +206,17 @@ def verify(
     return 4 if faults else 0
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def train(context: typer.Context) -> int:
-    """Train: CONFIG key=value ..., as mmscale/train.py.
+@app.command(context_settings={"ignore_unknown_options": True})
+def train(settings: Settings = None) -> int:
+    """Train, as `python mmscale/train.py` does.
 
-    CONFIG is a YAML file or a preset (demo, flickr8k, flickr30k); docs/settings.md lists what
-    can be set, and mmscale schema prints it for editors.
+    For example: mmscale train demo run.dir=runs/a optim.lr=1e-3. CONFIG is a YAML file or a preset;
+    without one the presets are listed. docs/settings.md lists what can be set, and mmscale schema
+    prints it for editors.
     """
     from mmscale.train import main as run
 
-    return run(context.args)
+    return run(settings or [])
 
 
 @app.command()
@@ -215,12 +229,12 @@ def schema() -> int:
 
 
 @app.command("eval")
-def evaluate(run: Run, data: Data, json_file: Json = None) -> int:
+def evaluate(run: Run, data: Data, words: Words = None, json_file: Json = None) -> int:
     """Recall of both directions on held-out pairs (Karpathy's protocol)."""
     from mmscale.dist.peers import Alone
     from mmscale.evaluation import evaluate_set
 
-    figures = evaluate_set(*_trained(run, data), Alone())
+    figures = evaluate_set(*_trained(run, data, words), Alone())
     width = max(map(len, figures))
     for name, value in figures.items():
         _say(f"{name:>{width}} {value:,.2f}" if "_r" in name else f"{name:>{width}} {value:,.0f}")
@@ -233,11 +247,12 @@ def embed(
     run: Run,
     data: Data,
     out: Annotated[Path, typer.Option(help="The npz to write.", callback=file_out)],
+    words: Words = None,
 ) -> int:
     """Write the embeddings of a set: image, text, image_ids, text_ids, backbone features."""
     from mmscale.diagnostics.pairs import save_npz
 
-    pairs = _pairs(run, data)
+    pairs = _pairs(run, data, words)
     with file_output("--out", out) as aside:
         save_npz(aside, pairs)
     _say(f"{len(pairs.image):,} images and {len(pairs.text):,} captions in {out}")
@@ -256,15 +271,18 @@ def doctor(
             "--data", help="Held-out pairs; default the run's data.eval.", callback=reading
         ),
     ] = None,
+    words: Words = None,
     json_file: Json = None,
 ) -> int:
     """Name what is wrong with an embedding space; exit 0 if healthy, 3 if not."""
+    if subject.is_file() and words:
+        raise ConfigError(f"{words[0]}: {subject} holds embeddings, which no setting changes")
     from mmscale.diagnostics.doctor import diagnose
     from mmscale.diagnostics.in_training import InTraining
     from mmscale.diagnostics.pairs import load_npz
     from mmscale.report.metrics import read_metrics
 
-    pairs = load_npz(subject) if subject.is_file() else _pairs(subject, data)
+    pairs = load_npz(subject) if subject.is_file() else _pairs(subject, data, words)
     log = subject / "metrics.jsonl"
     own = InTraining.last_of(read_metrics(log)) if log.exists() else None
     diagnosis = diagnose(pairs, own).to_json()
@@ -281,9 +299,9 @@ def doctor(
     return 0 if diagnosis["verdict"] == "healthy" else 3
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings={"ignore_unknown_options": True})
 def plan(
-    context: typer.Context,
+    settings: Settings = None,
     world: Annotated[int, typer.Option(help="Ranks to plan for.", min=1)] = 1,
     samples: Annotated[
         int | None, typer.Option(help="Images an epoch, where the data is not there yet.", min=1)
@@ -302,7 +320,7 @@ def plan(
     ] = None,
     json_file: Json = None,
 ) -> int:
-    """Predict what CONFIG key=value ... needs, without training: memory, traffic, efficiency.
+    """Predict memory, traffic and efficiency of a run, without training.
 
     Every figure is predicted and stands beside its formula. What could not run is refused.
     """
@@ -311,7 +329,7 @@ def plan(
     from mmscale.engine.forecast import forecast
     from mmscale.report.forecast import as_json, tables
 
-    planned = forecast(load_config(context.args), world, read_cluster(cluster), samples, tokens)
+    planned = forecast(load_config(settings or []), world, read_cluster(cluster), samples, tokens)
     _say(tables(planned))
     _write(json_file, as_json(planned))
     if plot is not None:
@@ -360,13 +378,14 @@ def export(
     run: Run,
     to: Annotated[str, typer.Option(help="open_clip, hf or onnx.")],
     out: Annotated[Path, typer.Option(help="Folder to write.", callback=folder_out)],
+    words: Words = None,
 ) -> int:
     """Write a trained model in the format of OpenCLIP, Hugging Face or ONNX."""
     from mmscale.checkpoint.export import Exported
     from mmscale.checkpoint.export import export as write
     from mmscale.loading import load_on_cpu
 
-    exported = Exported(*load_on_cpu(run), out)
+    exported = Exported(*load_on_cpu(run, words or ()), out)
     with writing("--out", out):
         write(exported, to)
     _say(f"{to} files in {out}")
@@ -409,12 +428,15 @@ def report(
         str | None,
         typer.Option("--data", help="Search these shards for suspicious pairs.", callback=reading),
     ] = None,
+    words: Words = None,
 ) -> int:
     """Write a run's report.html again, from its folder alone.
 
     With --data the run's model looks through that set, such as the one it was trained on, for
     captions that hardly fit and for images and captions that repeat.
     """
+    if words and data is None:
+        raise ConfigError(f"{words[0]}: the model is used with --data only; name the pairs")
     from mmscale.diagnostics.layout import require_layout
     from mmscale.report.page import REPORT_NAME, write_page
 
@@ -423,7 +445,7 @@ def report(
     if run.is_dir():
         require_file("", run / REPORT_NAME)
     if data is not None:
-        _search_for_suspects(run, data)
+        _search_for_suspects(run, data, words)
     _say(f"report: {write_page(run, layout).path}")
     return 0
 
@@ -460,32 +482,32 @@ def sweep(
     return 0
 
 
-def _search_for_suspects(run: Path, data: str) -> None:
+def _search_for_suspects(run: Path, data: str, words: list[str] | None) -> None:
     from mmscale.dist.peers import Alone
     from mmscale.evaluation import embed_set
     from mmscale.report.choosing import choose_suspects
     from mmscale.report.examples import Examples
 
-    trained, shards = _trained(run, data)
+    trained, shards = _trained(run, data, words)
     found = choose_suspects(embed_set(trained, shards, Alone()), shards, data, _tell)
     Examples.read(run).with_suspects_of(found).write(run)
 
 
-def _pairs(run: Path, data: str | None) -> Any:
+def _pairs(run: Path, data: str | None, words: list[str] | None) -> Any:
     from mmscale.dist.peers import Alone
     from mmscale.evaluation import embed_set
 
-    return embed_set(*_trained(run, data), Alone())
+    return embed_set(*_trained(run, data, words), Alone())
 
 
-def _trained(run: Path, data: str | None) -> tuple[Any, Any]:
+def _trained(run: Path, data: str | None, words: list[str] | None) -> tuple[Any, Any]:
     """The model of a run or checkpoint, and the pairs to look at."""
     from mmscale.data.shards import open_shards
     from mmscale.evaluation import load_trained
 
     if not run.exists():
         raise CheckpointError(f"{run}: no such run, checkpoint or npz; check the path")
-    trained = load_trained(run)
+    trained = load_trained(run, words or ())
     where = data or trained.config.data.eval
     if where is None:
         raise ConfigError(f"{run} was trained without data.eval; name the pairs with --data")

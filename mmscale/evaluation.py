@@ -1,6 +1,6 @@
 """A model on held-out pairs: while it trains, and afterwards from its checkpoint."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -10,7 +10,7 @@ import torch
 from mmscale.assembly import Training, without_weights
 from mmscale.checkpoint.files import Checkpoint
 from mmscale.checkpoint.resume import open_trained
-from mmscale.config.load import stage_config
+from mmscale.config.load import overridden, stage_config
 from mmscale.config.schema import Config
 from mmscale.contracts import InputSpec, Peers
 from mmscale.data.caption_text import with_cleaning
@@ -41,14 +41,19 @@ class Trained:
     checkpoint: Checkpoint
 
 
-def load_trained(path: Path) -> Trained:
+def load_trained(path: Path, words: Sequence[str] = ()) -> Trained:
     """The model of a run or checkpoint.
+
+    Args:
+        path: The run or checkpoint.
+        words: `key=value`: where what it names lies now (`config.load.overridden`).
 
     Raises:
         CheckpointError: Neither, or damaged.
+        ConfigError: A word would make it another model.
     """
     checkpoint = open_trained(path)
-    run, stage = checkpoint.config, checkpoint.progress.stage
+    run, stage = overridden(checkpoint.config, words), checkpoint.progress.stage
     config = stage_config(run, stage)
     model, spec = build_model(
         without_weights(config.model), config.data.image_size, config.run.seed

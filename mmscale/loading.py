@@ -1,6 +1,6 @@
 """`mmscale.load`: a trained run as a model, a transform and a tokenizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,24 +18,33 @@ from mmscale.evaluation import load_trained
 from mmscale.model.dual_encoder import DualEncoder, Tokenizer
 
 
-def load(path: str | Path) -> tuple[DualEncoder, Callable[[Image.Image], Tensor], Tokenizer]:
+def load(
+    path: str | Path, *words: str
+) -> tuple[DualEncoder, Callable[[Image.Image], Tensor], Tokenizer]:
     """The model of a run or checkpoint on its device, its evaluation transform and tokenizer.
+
+    Args:
+        path: The run or checkpoint.
+        words: `key=value`, where a tower that the run names lies elsewhere now:
+            `model.text.name=hf:FOLDER`, or where it shall run: `engine.device=cpu`.
 
     Raises:
         CheckpointError: Neither, or damaged.
+        ConfigError: A word would make it another model.
     """
-    trained = load_trained(Path(path_of(str(path), str(path))))
+    trained = load_trained(Path(path_of(str(path), str(path))), words)
     model = DualEncoder(trained.model, trained.spec.pad_token)
     return model, Transform(trained.spec), Tokenizer(trained.spec)
 
 
-def load_on_cpu(path: Path) -> tuple[Config, DualEncoder, InputSpec]:
+def load_on_cpu(path: Path, words: Sequence[str] = ()) -> tuple[Config, DualEncoder, InputSpec]:
     """The model of a run or checkpoint in fp32, with the run's configuration.
 
     Raises:
         CheckpointError: Neither, or damaged.
+        ConfigError: A word would make it another model.
     """
-    trained = load_trained(path)
+    trained = load_trained(path, words)
     return (
         trained.config,
         DualEncoder(trained.model.cpu().float(), trained.spec.pad_token),

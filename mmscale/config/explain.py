@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from mmscale.config.loss import AnyTerm
 from mmscale.config.paths import FAULT
@@ -38,7 +39,12 @@ FOREIGN_NAMES = {
 }
 
 
-def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def known_settings() -> dict[str, FieldInfo]:
+    """Dotted path and field of every setting."""
+    return dict(_paths(Config))
+
+
+def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     for name, field in model.model_fields.items():
         yield prefix + name, field
         annotation = field.annotation
@@ -48,7 +54,7 @@ def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]
 
 def explain(error: ValidationError) -> list[str]:
     """One sentence for each setting at fault, its unions' alternatives put together."""
-    known = dict(_paths(Config))
+    known = known_settings()
     rules: dict[str, tuple[Any, list[str]]] = {}
     terms: dict[str, str] = {}
     about_paths: dict[str, str] = {}
@@ -145,7 +151,7 @@ def _example(path: str, known: dict[str, Any]) -> str:
 
 def meant_by(name: str, known: Iterable[str] | None = None) -> str | None:
     """The setting that a name is close to, also by the words of other trainers."""
-    known = dict(_paths(Config)) if known is None else known
+    known = known_settings() if known is None else known
     leaf = name.rsplit(".", 1)[-1]
     if meant := FOREIGN_NAMES.get(leaf.lower()):
         return meant

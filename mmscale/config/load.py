@@ -11,17 +11,25 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from mmscale.config.data_rules import data_faults
-from mmscale.config.explain import explain, meant_by
+from mmscale.config.explain import explain, known_settings, meant_by
 from mmscale.config.heads import head_faults
 from mmscale.config.loss_rules import fill_logit_scale, objective_faults
 from mmscale.config.needs import fusion_faults, negatives_faults
-from mmscale.config.paths import path_of
+from mmscale.config.paths import is_path, path_of
 from mmscale.config.schema import Config
 from mmscale.config.staging import expanded, stage_faults, stage_settings
 from mmscale.config.yaml import parse_scalar, read_yaml
 from mmscale.errors import ConfigError
 
 PRESETS = Path(__file__).parent / "presets"
+# What a trained model does not depend on: the machine that it runs on now.
+_HOW_IT_RUNS = (
+    "engine.device",
+    "engine.precision",
+    "eval.batch_size",
+    "data.workers",
+    "data.max_damaged",
+)
 
 
 def preset_names() -> list[str]:
@@ -114,6 +122,37 @@ def with_words(config: Config, words: Sequence[str]) -> Config:
     return validate(settings)
 
 
+def overridden(config: Config, words: Sequence[str]) -> Config:
+    """The configuration of a trained run, told where its towers and data lie now.
+
+    Args:
+        config: As the run stored it.
+        words: `key=value`: a path or name of a tower or of data, or what only decides how the model
+            is run here.
+
+    Raises:
+        ConfigError: A word would make it another model, or is none.
+    """
+    settings = config.model_dump(mode="json")
+    for word in words:
+        key, equals, _ = word.partition("=")
+        if not equals:
+            raise ConfigError(f"{word}: not of the form key=value, as in model.text.name=hf:FOLDER")
+        if key not in (allowed := _overridable()):
+            raise ConfigError(
+                f"{key} cannot be said anew of a trained model; what can is {', '.join(allowed)}"
+            )
+        _merge(settings, _assigned(word))
+    return validate(settings)
+
+
+def _overridable() -> list[str]:
+    """Where things are, and how the model is run; the weights are those of the checkpoint."""
+    places = [name for name, field in known_settings().items() if is_path(field)]
+    kept = [name for name in places if not name.startswith(("run.", "engine."))]
+    return [*(name for name in kept if not name.endswith(".weights")), *_HOW_IT_RUNS]
+
+
 def flatten(section: BaseModel, prefix: str = "") -> dict[str, Any]:
     """Dotted path -> value of every setting."""
     flat: dict[str, Any] = {}
@@ -138,16 +177,21 @@ def _read_word(word: str) -> dict[str, Any]:
     if _is_file(path):
         return read_yaml(path)
     if "=" in word:
-        key, value = word.split("=", 1)
-        nested: Any = parse_scalar(value)
-        for part in reversed(key.split(".")):
-            nested = {part: nested}
-        return dict(nested)
+        return _assigned(word)
     if word in preset_names():
         return read_yaml(PRESETS / f"{word}.yaml")
     close = difflib.get_close_matches(word, preset_names(), 1)
     hint = f"did you mean {close[0]}?" if close else "check the name"
     raise ConfigError(f"{word}: neither a file nor a preset ({', '.join(preset_names())}); {hint}")
+
+
+def _assigned(word: str) -> dict[str, Any]:
+    """Nested settings of a word `key=value`."""
+    key, value = word.split("=", 1)
+    nested: Any = parse_scalar(value)
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    return dict(nested)
 
 
 def _is_file(path: Path) -> bool:

@@ -6,9 +6,10 @@ removes it.
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import BeforeValidator
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from mmscale.errors import ConfigError
@@ -89,6 +90,17 @@ def expand(value: Any) -> Any:
         raise PydanticCustomError(
             FAULT, "{given}: {fault}", {"given": value, "fault": str(error)}
         ) from error
+
+
+def is_path(field: FieldInfo) -> bool:
+    """Whether a setting has the type of one path or several."""
+    marks = [*field.metadata, *_marks(field.annotation)]
+    return any(isinstance(mark, BeforeValidator) and mark.func is expand for mark in marks)
+
+
+def _marks(annotation: Any) -> list[Any]:
+    own = getattr(annotation, "__metadata__", ())
+    return [*own, *(mark for inner in get_args(annotation) for mark in _marks(inner))]
 
 
 PathSetting = Annotated[str, BeforeValidator(expand)]

@@ -1,13 +1,15 @@
 """A wrong word is one sentence with the path, the rule and the repair."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from mmscale.config.deepspeed import fill, read_deepspeed
 from mmscale.config.duration import Duration
-from mmscale.config.load import load_config, validate
+from mmscale.config.load import load_config, overridden, validate
 from mmscale.config.yaml import parse_scalar
 from mmscale.errors import ConfigError
 
@@ -131,3 +133,37 @@ def test_deepspeed_file_is_found_in_the_checkout(tmp_path, monkeypatch):
     bad.write_text('{"zero_optimization": {"stage": 0}}')
     with pytest.raises(ConfigError, match="must be 1, 2 or 3"):
         read_deepspeed(str(bad))
+
+
+def test_a_trained_run_is_told_where_things_are_and_nothing_else():
+    run = load_config(["demo", "data.train=a", "data.eval=b", "data.feature_cache=null"])
+    told = overridden(
+        run, ["model.text.name=hf:~/m", "data.eval=[c, d]", "engine.device=cpu", "data.workers=0"]
+    )
+    assert told.model.text.name == f"hf:{Path.home()}/m"
+    assert (told.data.eval, told.engine.device, told.data.workers) == (["c", "d"], "cpu", 0)
+    assert overridden(run, []) == run
+    for word in (
+        "model.embed_dim=3",
+        "model.text.weights=x",
+        "model={text: {name: x}}",
+        "data={eval: x}",
+        "data.allow_pipe=true",
+        "run.dir=x",
+        "optim.lr=3",
+        "demo",
+        "--lr",
+    ):
+        with pytest.raises(ConfigError, match=re.escape(word.partition("=")[0])):
+            overridden(run, [word])
+    with pytest.raises(ConfigError, match=r"engine\.device='tpu'"):
+        overridden(run, ["engine.device=tpu"])
+
+
+@pytest.mark.parametrize(
+    ("word", "setting"),
+    [("--lr", "optim.lr"), ("--train-data", "data.train"), ("--epochs=3", "train.duration")],
+)
+def test_options_of_other_trainers_name_the_setting(word, setting):
+    with pytest.raises(ConfigError, match=f"^{word}: no such option; .* {setting}=VALUE"):
+        load_config(["demo", word])

@@ -4,11 +4,9 @@ import re
 from typing import Any, get_args
 
 import pytest
-from pydantic import BeforeValidator
-from pydantic.fields import FieldInfo
 
 from mmscale.config.load import load_config
-from mmscale.config.paths import expand, expanded
+from mmscale.config.paths import expanded, is_path
 from mmscale.config.schema import Config
 from mmscale.errors import ConfigError
 from tests.test_house import settings
@@ -62,16 +60,6 @@ def test_without_a_home_the_tilde_is_refused(monkeypatch):
     monkeypatch.setattr("os.getuid", lambda: 4_000_000_000)
     with pytest.raises(ValueError, match="HOME is not set"):
         expanded("~/x")
-
-
-def is_path(field: FieldInfo) -> bool:
-    marks = [*field.metadata, *_marks(field.annotation)]
-    return any(isinstance(mark, BeforeValidator) and mark.func is expand for mark in marks)
-
-
-def _marks(annotation: Any) -> list[Any]:
-    inner = get_args(annotation)
-    return list(getattr(annotation, "__metadata__", ())) + [m for a in inner for m in _marks(a)]
 
 
 def _holds_text(annotation: Any) -> bool:
