@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from safetensors import SafetensorError
 
@@ -15,6 +16,9 @@ from mmscale.contracts import World
 from mmscale.dist.peers import from_all
 from mmscale.errors import CheckpointError
 
+# Whether the checkpoint of a step is one of those that `checkpoint.keep` counts.
+Counts: TypeAlias = Callable[[int], bool]
+
 
 @dataclass(frozen=True)
 class _Flight:
@@ -22,6 +26,7 @@ class _Flight:
 
     folder: Path
     snapshot: Snapshot
+    counts: Counts
     written: "Future[None]"
 
     @property
@@ -62,8 +67,13 @@ class Saver:
         """This rank has done its part of the checkpoint in flight, or failed to."""
         return self._flight is not None and self._flight.written.done()
 
-    def save(self, snapshot: Snapshot) -> None:
+    def save(self, snapshot: Snapshot, counts: Counts = lambda step: True) -> None:
         """Start to write; the one in flight is brought to its end first. Collective.
+
+        Args:
+            snapshot: What is written.
+            counts: Those that count are kept whatever is written between them, so that a run which
+                was stopped has them when the same run without a stop would.
 
         Raises:
             CheckpointError: As `settle`.
@@ -75,7 +85,7 @@ class Saver:
             self._failed(folder, fault)
             return
         task = self._thread.submit(write_share, snapshot, folder.with_suffix(PARTIAL))
-        self._flight = _Flight(folder, snapshot, task)
+        self._flight = _Flight(folder, snapshot, counts, task)
 
     def settle(self) -> None:
         """Wait until the checkpoint in flight is written everywhere, and publish it. Collective.
@@ -130,12 +140,12 @@ class Saver:
             return f"rank 0: {error}"
         progress = flight.snapshot.progress
         best = None if progress.best is None else progress.best.step
-        self._thread.submit(self._prune, progress.step, best)
+        self._thread.submit(self._prune, progress.step, flight.counts, best)
         return None
 
-    def _prune(self, step: int, best_step: int | None) -> None:
+    def _prune(self, step: int, counts: Counts, best_step: int | None) -> None:
         try:
-            prune(self._run_dir, step, self._settings.keep, best_step)
+            prune(self._run_dir, step, self._settings.keep, counts, best_step)
         except OSError as error:
             self._warn(f"an old checkpoint could not be removed ({error})")
 

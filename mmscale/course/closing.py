@@ -53,7 +53,7 @@ def finish(training: Training, run: Run, progress: Progress) -> None:
     """The last evaluation, checkpoint, diagnosis and page. Collective."""
     progress, pairs = evaluated(training, run, progress)
     if progress.step > training.start.step:
-        run.saver.save(snapshot(training, progress))
+        run.saver.save(snapshot(training, progress), training.is_kept)
     run.saver.finish()
     if not training.world.is_main:
         return
