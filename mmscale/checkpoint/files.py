@@ -34,11 +34,6 @@ def step_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
-def step_of(folder: Path) -> int:
-    """The step of a checkpoint folder."""
-    return int(folder.name.removeprefix("step-"))
-
-
 def step_folders(run_dir: Path) -> list[Path]:
     """Finished checkpoint folders of a run, newest first."""
     return sorted((run_dir / "checkpoints").glob("step-" + "[0-9]" * 8), reverse=True)
@@ -243,10 +238,7 @@ def _warn(text: str) -> None:
 
 
 def newest_sound(
-    run_dir: Path,
-    world: World,
-    warn: Callable[[str], None] = _warn,
-    wanted: Callable[[int], bool] = lambda step: True,
+    run_dir: Path, world: World, warn: Callable[[str], None] = _warn, before: int | None = None
 ) -> Checkpoint | None:
     """The newest checkpoint that verifies, agreed by all ranks; None without any. Collective.
 
@@ -254,13 +246,15 @@ def newest_sound(
         run_dir: The run's folder.
         world: The ranks; which checkpoints there are is what rank 0 sees.
         warn: Takes a line about each one that is passed over.
-        wanted: Whether that of a step will do.
+        before: Only those of earlier steps.
 
     Raises:
         CheckpointError: There are checkpoints, and none can be used.
     """
     found = step_folders(run_dir) if world.is_main else []
-    names = from_main(world, [str(path) for path in found if wanted(step_of(path))])
+    names = from_main(world, [str(path) for path in found])
+    if before is not None:
+        names = [name for name in names if Path(name) < step_folder(run_dir, before)]
     fault = None
     for name in names:
         try:

@@ -151,7 +151,8 @@ class ModelConfig(Section):
     preset: PathSetting | None = None
     """`small`, `medium`, `medium-mobilebert`, `large` or `openclip:NAME`; explicit settings win."""
     weights: PathSetting = "random"
-    """For `openclip:NAME`: `random`, an OpenCLIP tag, or a file."""
+    """A run or checkpoint whose weights the run begins with. For `openclip:NAME` also `random`, an
+    OpenCLIP tag, or a file."""
     vision: VisionConfig = VisionConfig()
     """Image encoder."""
     text: TextConfig = TextConfig()
@@ -225,7 +226,7 @@ class CheckpointConfig(Section):
     every: Duration | None = Duration(1, "epochs")
     """How often; null: only at the end."""
     keep: Positive = 2
-    """How many of the newest that were due are kept; one that a stop left is kept besides."""
+    """How many of the newest are kept."""
     best: str | None = None
     """Metric of the evaluations, such as `eval/i2t_r1`: its best checkpoint is kept besides."""
     best_is: Literal["max", "min"] = "max"

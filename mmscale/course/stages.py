@@ -28,10 +28,9 @@ def next_stage(training: Training, progress: Progress) -> Segment | None:
         position=_start(training.config, config, progress.position),
         over="",
         watched={},
-        parts={},
         scaler={},
     )
-    return Segment(training.run, Carried(training.engine.tensors(), start))
+    return Segment(training.run, Carried(training.engine.tensors(), start), kept=training.kept)
 
 
 def _start(before: Config, after: Config, position: Position) -> Position:
