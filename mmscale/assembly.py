@@ -45,6 +45,7 @@ from mmscale.engine.stages import stage_lengths
 from mmscale.loss.objective import Objective
 from mmscale.model.batch_norm import connect_batch_norms
 from mmscale.model.build import build_model
+from mmscale.model.kept import kept_towers, tower_files
 from mmscale.model.presets import fill_preset, stand_in_line
 from mmscale.model.scale import with_scale_fitted
 from mmscale.model.selection import check_patterns, select
@@ -155,7 +156,10 @@ def assemble(segment: Segment, world: World, tell: Tell) -> Training:
     is_first = start.stage == 0 and table is None
     schedule = first if is_first else _schedule(config, plan, shards, table, tell)
     begun = origin or first_weights(config.model)
-    model, spec = _model(config, shards, begun)
+    towers = _towers(config, begun)
+    if segment.kept is None and world.is_main:
+        kept = replace(kept, attached=tower_files(towers))
+    model, spec = _model(config, towers, shards, begun)
     if isinstance(origin, Checkpoint) and segment.origin is None:
         require_same_run(origin, run, kept.contents, outline.lanes)
     _settle_what_trains(model, spec, outline, start.stage, tell)
@@ -287,12 +291,20 @@ def _settle_what_trains(
         tell(gaps)
 
 
-def _model(config: Config, shards: ShardSet, origin: Origin | None) -> tuple[TwoTower, InputSpec]:
+def _towers(config: Config, origin: Origin | None) -> ModelConfig:
+    """`model`, its towers read from a checkpoint that the run goes on from, where it keeps them."""
+    if not isinstance(origin, Checkpoint):
+        return config.model
+    return kept_towers(config.model, origin.config.model, origin.folder, origin.files)
+
+
+def _model(
+    config: Config, towers: ModelConfig, shards: ShardSet, origin: Origin | None
+) -> tuple[TwoTower, InputSpec]:
     """The model with its first weights or the origin's, and what it is fed."""
     # An origin holds every weight: none is fetched for a model that it fills.
-    wanted = config.model if origin is None else without_weights(config.model)
-    wanted = with_scale_fitted(wanted, shards.samples)
-    model, spec = build_model(wanted, config.data.image_size, config.run.seed)
+    wanted = with_scale_fitted(towers, shards.samples)
+    model, spec = build_model(wanted, config.data.image_size, config.run.seed, fill=origin is None)
     if origin is not None:
         origin.load_weights(model)
     return model, with_cleaning(spec, config.data.caption_cleaning)
@@ -314,15 +326,6 @@ def _restore(
         engine.restore(origin.moments, trained, origin.progress.scaler)
         if random := origin.random(world.rank):
             set_rng_state(policy.device, random)
-
-
-def without_weights(model: ModelConfig) -> ModelConfig:
-    """The same architecture without pretrained weights."""
-    towers = {
-        "vision": model.vision.model_copy(update={"weights": "random"}),
-        "text": model.text.model_copy(update={"weights": "random"}),
-    }
-    return model.model_copy(update={"weights": "random", **towers})
 
 
 def engine_kind(config: Config, world: World) -> str:
