@@ -167,17 +167,50 @@ def pack(
 @app.command()
 def index(
     shards: Annotated[
-        list[Path],
-        typer.Argument(help="Tars in one folder (img2dataset layout).", callback=reading),
+        list[str],
+        typer.Argument(
+            help="A folder of tars, or tars of one folder; globs and brace lists too.",
+            callback=reading,
+        ),
     ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the manifest, where the shards' own cannot be written.",
+            callback=folder_out,
+        ),
+    ] = None,
+    max_left_out: Annotated[
+        float, typer.Option(help="Share of samples that may be left out.", min=0, max=1)
+    ] = 0.5,
     workers: Workers = 2,
 ) -> int:
-    """Write a manifest for shards made elsewhere; samples that cannot be used are named."""
+    """Write a manifest for shards made elsewhere (img2dataset layout).
+
+    Samples that cannot be used are named and left out. With --out, data.train takes that folder.
+    """
     from mmscale.data.index import index as run
+    from mmscale.data.shards import local_tars
     from mmscale.report.progress import progress_of
 
-    with progress_of("indexed") as progress:
-        manifest = run(shards, workers, skipped=_tell, progress=progress)
+    tars = local_tars(shards)
+    target = out or tars[0].parent
+    try:
+        # What cannot be read is told first.
+        if os.access(tars[0], os.R_OK, effective_ids=True):
+            require_folder("", target)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; name a folder for the manifest with --out") from error
+    with progress_of("indexed") as progress, writing("", target):
+        manifest = run(
+            tars,
+            workers,
+            skipped=_tell,
+            progress=progress,
+            tell=_tell,
+            out=out,
+            most_left_out=max_left_out,
+        )
     skipped = sum(shard.skipped for shard in manifest.shards)
     left_out = f", {skipped:,} samples left out" if skipped else ""
     _say(f"manifest of {len(manifest.shards)} shards, {manifest.samples:,} images{left_out}")

@@ -40,8 +40,12 @@ def warnings_named(where: str) -> Iterator[None]:
             )
             continue
         text = " ".join(str(warning.message).split())
-        kind = re.sub(r"\d+", "0", text)
-        if kind not in _told:
-            _told.add(kind)
-            line = f"mmscale: {where}: {text} (told once; other images may have it too)\n"
-            sys.stderr.write(printable(line))
+        tell_once(re.sub(r"\d+", "0", text), f"{where}: {text}")
+
+
+def tell_once(kind: str, line: str) -> None:
+    """Write a line to stderr unless this process has written one of its kind."""
+    if kind not in _told:
+        _told.add(kind)
+        told = f"mmscale: {line} (told once; there may be others like it)\n"
+        sys.stderr.write(printable(told))

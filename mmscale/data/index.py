@@ -1,16 +1,27 @@
 """Manifests of tars that are there already: what each holds, and what in it nobody can use."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mmscale.data.grouping import Trait, group_of, joints_of
+from mmscale.data.grouping import Trait, copies_line, group_of, joints_of
 from mmscale.data.manifest import Manifest, Shard, read_manifest, with_identities, write_manifest
-from mmscale.data.members import image_of
+from mmscale.data.members import IMAGE_SUFFIXES, Description, describe_members, image_of
 from mmscale.data.pool import map_ordered
+from mmscale.data.shared_ids import Bearer, settle
 from mmscale.data.walk import DamagedShardError, FoundSample, walk_shard
 from mmscale.errors import DataError
+
+# Lines of one kind that are told; of more only their number.
+_TOLD = 5
+# Above this share of samples that cannot be used something is wrong with all of them, unless they
+# are a handful.
+MOST_LEFT_OUT = 0.5
+_HANDFUL = 8
+_TWICE = "its key occurs twice"
+_NEIGHBOURS = "members of a sample must be neighbours: pack the tar again with tar --sort=name"
 
 
 @dataclass(frozen=True)
@@ -19,15 +30,20 @@ class Described:
 
     Attributes:
         shard: The manifest's record of it, without identities.
-        keys: Key of each of its samples.
-        traits: What its samples are joined by.
+        bearers: Its samples, by what they are called and joined.
         faults: A line for each sample that cannot be used and is left out.
+        texts: How its texts of several lines were read; empty without any.
     """
 
     shard: Shard
-    keys: tuple[str, ...]
-    traits: tuple[Trait, ...]
+    bearers: tuple[Bearer, ...]
     faults: tuple[str, ...]
+    texts: str = ""
+
+    @property
+    def traits(self) -> tuple[Trait, ...]:
+        """What its samples are joined by."""
+        return tuple(bearer.trait for bearer in self.bearers)
 
 
 def index(
@@ -35,17 +51,27 @@ def index(
     workers: int = 1,
     skipped: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    tell: Callable[[str], None] | None = None,
+    out: Path | None = None,
+    most_left_out: float = MOST_LEFT_OUT,
 ) -> Manifest:
     """Write the manifest of shards made elsewhere into their folder.
 
     Args:
         shards: Tars, all in one folder.
         workers: Processes that read them.
-        skipped: Called with one line for each sample that cannot be used and is left out.
+        skipped: Called with a line for each sample that cannot be used and is left out; of many
+            alike with a few, and their number.
         progress: Called with shards done and shards in all.
+        tell: Called with a line for what else should be known.
+        out: Folder of the manifest, where the shards' own cannot be written.
+        most_left_out: Share of the samples that may be left out.
 
     Raises:
-        DataError: No shards, shards in several folders, damaged ones, or none with a sample.
+        OSError: The manifest cannot be written.
+        DataError: No shards, shards in several folders, damaged ones, none with a sample, or too
+            many samples that cannot be used.
     """
     paths = sorted({Path(path) for path in shards})
     if not paths:
@@ -53,31 +79,109 @@ def index(
     folder = paths[0].parent
     if other := next((path for path in paths if path.parent != folder), None):
         raise DataError(f"{other}: is not in {folder}; index the tars of one folder at a time")
+    target = Path(out) if out is not None else folder
     found, damaged = [], []
-    owners: dict[str, str] = {}
     for done, described in enumerate(map_ordered(_describe, paths, workers), start=1):
         if isinstance(described, str):
             damaged.append(described)
         else:
-            own = _without_keys(described, owners)
-            owners |= dict.fromkeys(own.keys, own.shard.name)
-            found.append(own)
-            if skipped:
-                for fault in own.faults:
-                    skipped(fault)
+            found.append(described)
         if progress:
             progress(done, len(paths))
     if damaged:
         more = f" ({len(damaged) - 1} more shards like it)" if len(damaged) > 1 else ""
         raise DataError(f"{damaged[0]}{more}")
-    records = [described.shard for described in found]
-    if not any(record.samples for record in records):
-        raise DataError(f"{folder}: no shard holds a sample with an image and a caption")
-    known = _as_it_was(folder, records) or Manifest(None, folder.resolve().name, ())
-    identified, names = with_identities(records, [described.traits for described in found])
-    manifest = replace(known, shards=identified, classes=names or known.classes)
-    write_manifest(folder, manifest)
+    manifest, lines = _manifest_of(folder, target, found, most_left_out, skipped)
+    for line in lines if tell else ():
+        tell(line)
+    target.mkdir(parents=True, exist_ok=True)
+    write_manifest(target, manifest)
     return manifest
+
+
+def _manifest_of(
+    folder: Path,
+    target: Path,
+    found: Sequence[Described],
+    most_left_out: float,
+    skipped: Callable[[str], None] | None,
+) -> tuple[Manifest, list[str]]:
+    """What described shards are together, and lines on how that was settled."""
+    names = [described.shard.name for described in found]
+    settled = settle(names, [described.bearers for described in found])
+    own = [_without(*pair) for pair in zip(found, settled.repeats, strict=True)]
+    faults = [fault for described in own for fault in described.faults]
+    for line in _few_of_each(faults) if skipped else ():
+        skipped(line)
+    _require_most(folder, own, faults, most_left_out)
+    records = [described.shard for described in own]
+    traits = [
+        [trait for place, trait in enumerate(part) if place not in left_out]
+        for part, left_out in zip(settled.traits, settled.repeats, strict=True)
+    ]
+    known = _as_it_was(target, records) or Manifest(None, folder.resolve().name, ())
+    identified, classes = with_identities(records, traits)
+    apart = None if target.resolve() == folder.resolve() else str(folder.resolve())
+    manifest = replace(known, shards=identified, classes=classes or known.classes, shards_in=apart)
+    lines = _counted_texts(own)
+    if any(fault.endswith(_TWICE) for fault in faults):
+        lines.append(f"{folder}: {_NEIGHBOURS}")
+    if settled.renamed:
+        lines.append(
+            f"{settled.renamed:,} samples bear the key or id of another image in another shard; "
+            "each counts as an image of its own, named by its shard too"
+        )
+    if line := copies_line(str(folder), manifest.copies, manifest.samples):
+        lines.append(line)
+    return manifest, lines
+
+
+def _require_most(
+    folder: Path, found: Sequence[Described], faults: Sequence[str], most: float
+) -> None:
+    """Refuse a folder of which too little can be used, with the fault that says why."""
+    samples = sum(described.shard.samples for described in found)
+    # Members that lie apart make samples without image or caption out of themselves.
+    apart = [f"{fault}; {_NEIGHBOURS}" for fault in faults if fault.endswith(_TWICE)]
+    first = f": {(apart or faults)[0]}" if faults else ""
+    if not samples:
+        raise DataError(f"{folder}: no shard holds a sample with an image and a caption{first}")
+    if len(faults) >= _HANDFUL and len(faults) > most * (samples + len(faults)):
+        raise DataError(
+            f"{folder}: {len(faults):,} of {samples + len(faults):,} samples cannot be used, more "
+            f"than --max-left-out {most:g} allows{first}"
+        )
+
+
+def _few_of_each(faults: Sequence[str]) -> list[str]:
+    """A few lines of each kind of fault, and how many more there are."""
+    counts: dict[str, int] = {}
+    lines = []
+    for fault in faults:
+        _, _, reason = fault.partition(": sample ")
+        # What differs from one sample to the next: its key, numbers, names in quotes.
+        kind = re.sub(r"\d+|`[^`]*`", "", reason.partition(" ")[2])
+        counts[kind] = counts.get(kind, 0) + 1
+        if counts[kind] <= _TOLD:
+            lines.append(fault)
+        elif counts[kind] == _TOLD + 1:
+            lines.append(kind)
+    return [
+        f"{counts[line] - _TOLD:,} more samples like it: {line.strip()}" if line in counts else line
+        for line in lines
+    ]
+
+
+def _counted_texts(found: Sequence[Described]) -> list[str]:
+    """How texts of several lines were read, a line for each way."""
+    places: dict[str, list[str]] = {}
+    for described in found:
+        if described.texts:
+            places.setdefault(described.texts, []).append(described.shard.name)
+    return [
+        f"{', '.join(names[:3])}{f' and {len(names) - 3:,} more' if len(names) > 3 else ''}: {how}"
+        for how, names in places.items()
+    ]
 
 
 def _as_it_was(folder: Path, shards: list[Shard]) -> Manifest | None:
@@ -98,59 +202,121 @@ def _describe(path: Path) -> Described | str:
         return str(error)
 
 
+@dataclass
+class _Candidate:
+    """A sample in which nothing is wrong yet but what its captions may be.
+
+    Attributes:
+        offset: Of its first header.
+        whole: What it is when its text is one caption.
+        by_line: What it is when each line of its text is one; None where it has one line.
+    """
+
+    key: str
+    offset: int
+    has_text: bool
+    whole: Bearer | str
+    captions: int
+    by_line: Bearer | str | None = None
+    lines: int = 0
+
+
 def describe_shard(path: Path) -> Described:
     """Look at every sample of a tar, short of decoding its image.
 
     Raises:
         DataError: It is not a whole, uncompressed tar.
     """
-    good: list[FoundSample] = []
-    traits, captions, faults = [], [], []
+    candidates: list[_Candidate | str] = []
     seen: set[str] = set()
     try:
         for sample in walk_shard(path):
-            fault = "its key occurs twice" if sample.key in seen else fault_of(sample)
+            fault = _TWICE if sample.key in seen else _unfit(sample)
             seen.add(sample.key)
-            if fault:
-                faults.append(f"{path}: sample {sample.key} {fault}")
-                continue
-            captions.append(len(sample.description.captions))
-            traits.append(trait_of(sample))
-            sample.members.clear()
-            good.append(sample)
+            candidates.append(f"sample {sample.key} {fault}" if fault else _candidate(sample))
         size, digest = digest_of(path)
     except (OSError, DamagedShardError) as error:
-        raise DataError(f"{path}: {error}; fetch or pack the shard again") from error
-    offsets = tuple(sample.offset for sample in good)
-    shard = Shard(path.name, size, digest, len(good), offsets, tuple(captions), skipped=len(faults))
-    return Described(shard, tuple(sample.key for sample in good), tuple(traits), tuple(faults))
+        repair = getattr(error, "repair", "fetch or pack the shard again")
+        raise DataError(f"{path}: {error}; {repair}") from error
+    texts = [one for one in candidates if isinstance(one, _Candidate) and one.has_text]
+    several = sum(one.by_line is not None for one in texts)
+    by_line = bool(several) and several == len(texts)
+    offsets, captions, bearers, faults = [], [], [], []
+    for one in candidates:
+        if isinstance(one, str):
+            faults.append(f"{path}: {one}")
+            continue
+        lined = one.by_line if by_line and one.by_line is not None else None
+        chosen = one.whole if lined is None else lined
+        if isinstance(chosen, str):
+            faults.append(f"{path}: sample {one.key} {chosen}")
+            continue
+        offsets.append(one.offset)
+        captions.append(one.captions if lined is None else one.lines)
+        bearers.append(chosen)
+    shard = Shard(
+        path.name, size, digest, len(bearers), tuple(offsets), tuple(captions), skipped=len(faults)
+    )
+    return Described(shard, tuple(bearers), tuple(faults), _texts_line(by_line, several))
 
 
-def _without_keys(described: Described, owners: dict[str, str]) -> Described:
-    """Without the samples whose key a shard before has: whose image they are, nobody could tell."""
-    shard, keys = described.shard, described.keys
-    twice = [place for place, key in enumerate(keys) if key in owners]
-    if not twice:
+def _texts_line(by_line: bool, several: int) -> str:
+    if by_line:
+        return "every txt has several lines; each line was taken as a caption"
+    if several:
+        return (
+            "some txt have several lines and some have one; each was taken as one caption: write a "
+            "JSON list into txt where lines are captions"
+        )
+    return ""
+
+
+def _candidate(sample: FoundSample) -> _Candidate:
+    whole = sample.description
+    found = _Candidate(
+        sample.key, sample.offset, whole.lines > 0, _bearer(sample, whole), len(whole.captions)
+    )
+    if whole.lines > 1:
+        lined = describe_members(sample.key, sample.members, whole.lines)
+        found.by_line, found.lines = _bearer(sample, lined), whole.lines
+    return found
+
+
+def _bearer(sample: FoundSample, description: Description) -> Bearer | str:
+    """The sample as its description has it, or what is wrong with that."""
+    if description.fault:
+        return description.fault
+    return Bearer(sample.key, trait_of(sample, description), description.source)
+
+
+def _without(described: Described, repeats: dict[int, str]) -> Described:
+    """Without the samples that a shard before has, captions and all."""
+    if not repeats:
         return described
-    kept = sorted(set(range(len(keys))) - set(twice))
-    faults = [f"{shard.name}: sample {keys[p]} its key is in {owners[keys[p]]} too" for p in twice]
-    return Described(
-        replace(
+    shard, bearers = described.shard, described.bearers
+    kept = [place for place in range(len(bearers)) if place not in repeats]
+    faults = [
+        f"{shard.name}: sample {bearers[place].key} its key is in {owner} too, with the same "
+        "image and captions"
+        for place, owner in repeats.items()
+    ]
+    return replace(
+        described,
+        shard=replace(
             shard,
             samples=len(kept),
             offsets=tuple(shard.offsets[place] for place in kept),
             captions=tuple(shard.captions[place] for place in kept),
-            skipped=shard.skipped + len(twice),
+            skipped=shard.skipped + len(repeats),
         ),
-        tuple(keys[place] for place in kept),
-        tuple(described.traits[place] for place in kept),
-        (*described.faults, *faults),
+        bearers=tuple(bearers[place] for place in kept),
+        faults=(*described.faults, *faults),
     )
 
 
-def trait_of(sample: FoundSample) -> Trait:
+def trait_of(sample: FoundSample, description: Description | None = None) -> Trait:
     """What a sample without faults is joined by."""
-    description, image = sample.description, image_of(sample.members)
+    description, image = description or sample.description, image_of(sample.members)
     assert image is not None, "a sample without faults has an image"
     group = None if description.group is None else group_of(description.group)
     joints = joints_of(image, description.captions)
@@ -159,11 +325,21 @@ def trait_of(sample: FoundSample) -> Trait:
 
 def fault_of(sample: FoundSample) -> str | None:
     """What makes a sample useless, short of decoding its image."""
+    return _unfit(sample) or sample.description.fault
+
+
+def _unfit(sample: FoundSample) -> str | None:
     if image_of(sample.members) is None:
+        dotted = next((s for s in sample.suffixes if s.rpartition(".")[2] in IMAGE_SUFFIXES), None)
+        if dotted and "." in dotted:
+            return (
+                f"has no image: keys end at the first dot of a name, so that `{dotted}` is taken "
+                "for an ending; leave no dot in names but the last"
+            )
         return "has no image"
     if len(set(sample.suffixes)) < len(sample.suffixes):
         return "has a member twice"
-    return sample.description.fault
+    return None
 
 
 def digest_of(path: Path) -> tuple[int, str]:

@@ -58,6 +58,7 @@ class Manifest:
         shards: The tars.
         settings: Digest of what `pack` was asked for; None for shards made elsewhere.
         classes: Names of the labels' numbers, where the labels had names.
+        shards_in: Folder of the tars, where they do not lie beside the manifest.
     """
 
     split: str | None
@@ -65,6 +66,7 @@ class Manifest:
     shards: tuple[Shard, ...]
     settings: str | None = None
     classes: tuple[str, ...] = ()
+    shards_in: str | None = None
 
     @property
     def samples(self) -> int:
@@ -75,6 +77,15 @@ class Manifest:
     def captions(self) -> int:
         """Captions in all shards."""
         return sum(sum(shard.captions) for shard in self.shards)
+
+    @property
+    def copies(self) -> int:
+        """Images that have the bytes of another."""
+        return sum(shard.identities.copies for shard in self.shards if shard.identities)
+
+    def beside(self, folder: Path) -> Path:
+        """Where the tars are of a manifest that lies in a folder."""
+        return folder if self.shards_in is None else folder / self.shards_in
 
     @property
     def digest(self) -> str:
@@ -145,10 +156,12 @@ def _parse(path: Path | str, content: Any) -> Manifest:
         raise _malformed(path, f'is not a manifest (no "format": "{_FORMAT}")')
     if content.get("version") != _VERSION:
         raise _malformed(path, f"has version {content.get('version')!r}, not {_VERSION}")
-    split, source, settings = (content.get(name) for name in ("split", "source", "settings"))
+    split, source, settings, shards_in = (
+        content.get(name) for name in ("split", "source", "settings", "shards_in")
+    )
     if not isinstance(source, str):
         raise _malformed(path, f"source={source!r} is not a text")
-    for name, value in (("split", split), ("settings", settings)):
+    for name, value in (("split", split), ("settings", settings), ("shards_in", shards_in)):
         if value is not None and not isinstance(value, str):
             raise _malformed(path, f"{name}={value!r} is neither null nor a text")
     entries = content.get("shards")
@@ -160,7 +173,7 @@ def _parse(path: Path | str, content: Any) -> Manifest:
     classes = content.get("classes", [])
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise _malformed(path, "classes is not a list of names")
-    return Manifest(split, source, shards, settings, tuple(classes))
+    return Manifest(split, source, shards, settings, tuple(classes), shards_in)
 
 
 def parse_shard(path: Path | str, place: int, entry: Any) -> Shard:
@@ -202,7 +215,8 @@ def _identities(path: Path | str, where: str, entry: Any, samples: int) -> Ident
     for values in (images, captions, groups, labels):
         if values is not None and len(values) != samples:
             raise _malformed(path, f"{where}: {len(values)} identities for {samples} samples")
-    return Identities(images, captions, groups, labels)
+    copies = _count(path, where, {"copies": 0, **entry}, "copies")
+    return Identities(images, captions, groups, labels, copies)
 
 
 def _is_plain(name: str) -> bool:

@@ -10,6 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from mmscale.data.caption_lists import (
+    CAPTION_NAMES,
+    MOST_CAPTIONS,
+    captions_in,
+    lines_of,
+    listed,
+    named_captions,
+)
+
 # In order of preference, where a sample holds several.
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 # A text or description longer than this is passed over unread.
@@ -25,11 +34,13 @@ class Description:
     """What the text and json of a sample say.
 
     Attributes:
-        captions: Those of the json, else the text; none where one is empty or not a text.
+        captions: Those of the json, else of the text; none where one is empty or not a text.
         image_id: That of the json, else one made from its source and the key.
         label: Class, a number or a name; None without one.
         group: The user's group; None without one.
         fault: What makes them useless, or None.
+        lines: Lines of the text where the captions are the text's and it is no list; else 0.
+        source: What the json calls the set in which its id counts; None where the id was made.
     """
 
     captions: tuple[str, ...]
@@ -37,6 +48,8 @@ class Description:
     label: int | str | None
     group: int | str | None
     fault: str | None
+    lines: int = 0
+    source: str | None = None
 
 
 def largest_member(suffix: str) -> int:
@@ -49,21 +62,31 @@ def image_of(members: Mapping[str, Any]) -> bytes | None:
     return next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
 
 
-def describe_members(key: str, members: Mapping[str, Any]) -> Description:
-    """Captions and identity of a sample, given as the content of its members by ending."""
+def describe_members(
+    key: str, members: Mapping[str, Any], counted: int | None = None
+) -> Description:
+    """Captions and identity of a sample.
+
+    Args:
+        key: Its name.
+        members: Content of its members by ending.
+        counted: How many captions its manifest counted. A text of so many lines is read line by
+            line, which only a look at the whole shard can decide; any other is one caption.
+    """
     text, description = (_text(members, suffix) for suffix in ("txt", "json"))
     parsed = {} if description is None else _parse(description)
     fields = parsed or {}
-    captions, fault = _captions(fields.get("captions"), text)
+    captions, fault, lines = _captions(fields, text, counted)
     if parsed is None:
         fault = "has a json that is not an object"
     elif not _is_unicode(key):
         fault = "has a name that is not UTF-8"
-    image_id = fields.get("image_id")
-    if not _is_id(image_id):
-        image_id = image_id_of(fields.get("source", ""), key)
+    image_id, source = fields.get("image_id"), str(fields.get("source", ""))
+    is_own = _is_id(image_id)
+    if not is_own:
+        image_id = image_id_of(source, key)
     label, group = (_number_or_name(fields.get(name)) for name in ("label", "group"))
-    return Description(captions, image_id, label, group, fault)
+    return Description(captions, image_id, label, group, fault, lines, source if is_own else None)
 
 
 def image_id_of(source: str, key: str) -> int:
@@ -95,15 +118,30 @@ def _parse(description: bytes) -> dict[str, Any] | None:
     return fields if isinstance(fields, dict) else None
 
 
-def _captions(captions: Any, text: bytes | None) -> tuple[tuple[str, ...], str | None]:
-    """The captions, or none and what is wrong with one of them."""
-    if not captions and text is not None:
-        try:
-            captions = [text.decode()]
-        except UnicodeDecodeError:
-            return (), "has a caption that is not UTF-8"
-    if not isinstance(captions, list) or not captions:
-        return (), "has an empty caption or none"
+def _captions(
+    fields: dict[str, Any], text: bytes | None, counted: int | None
+) -> tuple[tuple[str, ...], str | None, int]:
+    """The captions, or none and what is wrong with one of them; lines of the text they are."""
+    named = named_captions(fields)
+    # One caption beside a text is that text again, or says less than it.
+    if text is None or len(named) > 1 or captions_in(fields.get("captions")):
+        return *_sound(named, fields), 0
+    try:
+        words = text.decode()
+    except UnicodeDecodeError:
+        return (), "has a caption that is not UTF-8", 0
+    if found := listed(words):
+        return *_sound(found, fields), 0
+    lines = lines_of(words)
+    by_line = len(lines) > 1 and len(lines) == counted
+    return *_sound(lines if by_line else [words], fields), len(lines)
+
+
+def _sound(captions: list[Any], fields: dict[str, Any]) -> tuple[tuple[str, ...], str | None]:
+    if not captions:
+        return (), f"has an empty caption or none{_known_instead(fields)}"
+    if len(captions) > MOST_CAPTIONS:
+        return (), f"has more than {MOST_CAPTIONS} captions"
     for caption in captions:
         if not isinstance(caption, str) or not caption.strip():
             return (), "has an empty caption or none"
@@ -112,6 +150,13 @@ def _captions(captions: Any, text: bytes | None) -> tuple[tuple[str, ...], str |
         if not _is_unicode(caption):
             return (), "has a caption that is not Unicode"
     return tuple(captions), None
+
+
+def _known_instead(fields: dict[str, Any]) -> str:
+    if not fields:
+        return ""
+    names = ", ".join(map(str, fields))[:200]
+    return f": its json has {names}; name it {', '.join(CAPTION_NAMES)}"
 
 
 def _is_unicode(text: str) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from webdataset.tariterators import base_plus_ext
 
+from mmscale.data.complaints import tell_once
 from mmscale.data.lanes import Item
 from mmscale.data.members import IMAGE_SUFFIXES, describe_members, image_of
 from mmscale.data.plain_tar import plain_members
@@ -27,13 +28,18 @@ class DamagedSampleError(Exception):
 
 @dataclass(frozen=True)
 class Sample:
-    """One image as it lies in a shard, undecoded, with its captions."""
+    """One image as it lies in a shard, undecoded, with its captions.
+
+    Attributes:
+        is_keyed: Whether the id was made from the key, because the sample brings none.
+    """
 
     key: str
     image: bytes
     captions: tuple[str, ...]
     image_id: int
     label: int = -1
+    is_keyed: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,9 +73,10 @@ class SampleReader:
             DataError: The shard cannot be read at all.
         """
         store = self._remote if self._remote and self._is_remote[shard] else self._local
-        content = store.sample(shard, sample)
-        found = parse_sample(content, f"{self._set.shards[shard].name} sample {sample}")
-        known = self._set.shards[shard].identities
+        content, record = store.sample(shard, sample), self._set.shards[shard]
+        where = f"{record.name} sample {sample}"
+        found = parse_sample(content, where, record.captions[sample])
+        known = record.identities
         if known is None:
             return replace(found, image_id=self._set.image_id(shard, found.image_id))
         return replace(found, image_id=known.images[sample])
@@ -98,8 +105,8 @@ class SampleReader:
             self._remote.close()
 
 
-def parse_sample(content: bytes, where: str) -> Sample:
-    """A sample from its members' bytes.
+def parse_sample(content: bytes, where: str, counted: int | None = None) -> Sample:
+    """A sample from its members' bytes; `counted` as in `describe_members`.
 
     Raises:
         DamagedSampleError: Not a tar, no image, no caption, or a wrong description.
@@ -121,7 +128,7 @@ def parse_sample(content: bytes, where: str) -> Sample:
         raise DamagedSampleError(f"{where}: not a tar member ({error})") from error
     if key is None:
         raise DamagedSampleError(f"{where}: holds no image, txt or json member")
-    return sample_of(key, members, where)
+    return sample_of(key, members, where, counted)
 
 
 def _members(content: bytes) -> Iterator[tuple[str | None, str, int, int]]:
@@ -151,8 +158,10 @@ def _key_and_ending(name: str) -> tuple[str | None, str]:
     return (key, suffix) if suffix in _WANTED else (None, "")
 
 
-def sample_of(key: str, members: dict[str, bytes], where: str) -> Sample:
-    """A sample from the content of its members by ending.
+def sample_of(
+    key: str, members: dict[str, bytes], where: str, counted: int | None = None
+) -> Sample:
+    """A sample from the content of its members by ending; `counted` as in `describe_members`.
 
     Raises:
         DamagedSampleError: No image, no caption, or a wrong description.
@@ -160,9 +169,16 @@ def sample_of(key: str, members: dict[str, bytes], where: str) -> Sample:
     image = image_of(members)
     if image is None:
         raise DamagedSampleError(f"{where} {key}: has no image")
-    description = describe_members(key, members)
+    description = describe_members(key, members, counted)
     if description.fault:
         raise DamagedSampleError(f"{where} {key}: {description.fault}")
+    if counted is None and description.lines > 1:
+        tell_once(
+            "lines",
+            f"{where} {key}: its txt has several lines and is one caption; a manifest (mmscale "
+            "index) lets each line be one",
+        )
     # Names are numbered where a manifest is made; without one only numbers can be used.
     label = description.label if isinstance(description.label, int) else -1
-    return Sample(key, image, description.captions, description.image_id, label)
+    is_keyed = description.source is None
+    return Sample(key, image, description.captions, description.image_id, label, is_keyed)

@@ -12,12 +12,13 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, count, islice
 
 from mmscale.config.schema import DataConfig
 from mmscale.data.lanes import seeded
-from mmscale.data.reader import Drawn
+from mmscale.data.members import image_id_of
+from mmscale.data.reader import Drawn, Sample
 from mmscale.data.remote import Web, is_web, shown
 from mmscale.data.shards import AT_ONCE, Place, ShardSet
 from mmscale.data.tar_stream import read_from, read_through, size_of
@@ -183,7 +184,7 @@ class SequentialLane:
                 samples = read_through(paths[shard], web)
             for sample, content in enumerate(samples):
                 empty = 0
-                yield Drawn(shard, sample, turn, turn, content)
+                yield Drawn(shard, sample, turn, turn, _of_shard(paths[shard], content))
             if empty >= _MOST_EMPTY:
                 raise DataError(
                     f"{shown(paths[shard])}: holds no sample, like {empty - 1} drawn before it; "
@@ -199,6 +200,13 @@ class SequentialLane:
 
     def _draw(self, edges: Sequence[float], number: int) -> int:
         return min(bisect_right(edges, _fraction(self._seed, number) * edges[-1]), len(edges) - 1)
+
+
+def _of_shard(path: Place, content: Sample | str) -> Sample | str:
+    """A sample whose id says whose image it is in any shard: others may use the same keys."""
+    if isinstance(content, str) or not content.is_keyed:
+        return content
+    return replace(content, image_id=image_id_of(str(path), content.key))
 
 
 def _fraction(*seed: object) -> float:

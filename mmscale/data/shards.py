@@ -146,6 +146,28 @@ def list_shards(setting: str, where: Setting, allow_pipe: bool = False) -> Shard
     return ShardSet((), tuple(paths), "", tuple(sources))
 
 
+def local_tars(words: Sequence[str]) -> list[Path]:
+    """The tars of this machine that words name: files, folders, globs or brace lists.
+
+    Raises:
+        ConfigError: A word is an address or a command.
+        DataError: A word matches nothing.
+    """
+    found: list[Path] = []
+    for word in words:
+        if is_remote(word):
+            raise ConfigError(
+                f"{word}: is not on this machine; fetch the shards and index them here"
+            )
+        path = Path(word)
+        # A name may hold what means something in a pattern.
+        if path.exists() and (path.suffix == ".tar" or not path.is_dir()):
+            found.append(path)
+        else:
+            found += map(Path, list_shards("SHARDS", word).paths)
+    return found
+
+
 def _sources(where: Setting) -> list[tuple[list[str], float]]:
     """Patterns and weight of each source."""
     if isinstance(where, str):
@@ -195,6 +217,7 @@ class _Finder:
     _web: Web = field(default_factory=Web)
     _manifests: dict[str, dict[str, Shard]] = field(default_factory=dict)
     _origins: dict[str, _Origin] = field(default_factory=dict)
+    _shards_in: dict[str, Path] = field(default_factory=dict)
 
     def indexed(self, pattern: str) -> list[tuple[Place, Shard, _Origin]]:
         """Shards of a pattern with their manifest's records, and which manifest that is."""
@@ -202,7 +225,8 @@ class _Finder:
         if folder is not None:
             manifest = self._manifest(folder)
             origin = self._origins[str(folder)]
-            return [(_beside(folder, name), shard, origin) for name, shard in manifest.items()]
+            place = self._shards_in.get(str(folder), folder)
+            return [(_beside(place, name), shard, origin) for name, shard in manifest.items()]
         found = []
         for path in self._tars(pattern):
             folder, name = _split(path)
@@ -284,7 +308,24 @@ class _Finder:
             )
             self._manifests[str(folder)] = {shard.name: shard for shard in manifest.shards}
             self._origins[str(folder)] = _Origin(manifest.digest, manifest.classes)
+            if manifest.shards_in is not None:
+                self._shards_in[str(folder)] = self._elsewhere(folder, manifest)
         return self._manifests[str(folder)]
+
+    def _elsewhere(self, folder: Place, manifest: Manifest) -> Path:
+        """The folder that a manifest names for its tars: one of this machine, by its path."""
+        if not isinstance(folder, Path):
+            raise DataError(
+                f"{self.setting}={shown(folder)}: its manifest names the folder "
+                f"{manifest.shards_in} for its shards; one that is fetched must lie beside them"
+            )
+        place = manifest.beside(folder)
+        if not place.is_dir():
+            raise DataError(
+                f"{folder / MANIFEST_NAME}: its shards lie in {place}, which is no folder here; "
+                "mount it, or run mmscale index with --out on the shards where they are now"
+            )
+        return place
 
     def _fetch_manifest(self, folder: str) -> Manifest:
         where = str(_beside(folder, MANIFEST_NAME))

@@ -3,18 +3,19 @@
 import io
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
 from mmscale.data.complaints import reason_of
-from mmscale.data.grouping import Trait
+from mmscale.data.grouping import Identities, Trait
 from mmscale.data.index import digest_of, fault_of, trait_of
 from mmscale.data.manifest import MANIFEST_NAME, Manifest, Shard, read_manifest, with_identities
 from mmscale.data.members import image_of
 from mmscale.data.pool import map_ordered
+from mmscale.data.shared_ids import Bearer, settle
 from mmscale.data.walk import DamagedShardError, walk_shard
 from mmscale.errors import DataError
 
@@ -48,24 +49,27 @@ def verify(
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    folder = manifest.beside(folder)
     listed = {shard.name for shard in manifest.shards}
     faults = [
         f"{path}: is not in {MANIFEST_NAME}; remove it, or run mmscale index on the shards"
         for path in sorted(folder.glob("*.tar"))
         if path.name not in listed
     ]
-    keys: dict[str, str] = {}
-    traits: list[list[Trait]] = []
+    bearers: list[list[Bearer]] = []
     check = partial(_check_shard, folder)
-    for done, (shard, found) in enumerate(map_ordered(check, manifest.shards, workers), start=1):
+    for done, found in enumerate(map_ordered(check, manifest.shards, workers), start=1):
         faults += found.faults
-        traits.append(found.traits)
-        for key in found.keys:
-            if keys.setdefault(key, shard) != shard:
-                faults.append(f"{folder / shard}: sample {key} is in {keys[key]} too")
+        bearers.append(found.bearers)
         if progress:
             progress(done, len(manifest.shards))
-    return faults or _identity_faults(folder, manifest, traits)
+    settled = settle([shard.name for shard in manifest.shards], bearers)
+    faults += [
+        f"{folder / shard.name}: sample {found[place].key} is in {owner} too"
+        for shard, found, repeats in zip(manifest.shards, bearers, settled.repeats, strict=True)
+        for place, owner in repeats.items()
+    ]
+    return faults or _identity_faults(folder, manifest, settled.traits)
 
 
 def _identity_faults(folder: Path, manifest: Manifest, traits: list[list[Trait]]) -> list[str]:
@@ -75,8 +79,13 @@ def _identity_faults(folder: Path, manifest: Manifest, traits: list[list[Trait]]
         f"{folder / shard.name}: the manifest's identities are not those of its samples; write it "
         "again with mmscale index"
         for shard, actual in zip(manifest.shards, true, strict=True)
-        if shard.identities not in (None, actual.identities)
+        if not _are(shard.identities, actual.identities)
     ]
+
+
+def _are(claimed: Identities | None, true: Identities | None) -> bool:
+    """Whether a manifest claims nothing or the truth; copies were not counted at first."""
+    return claimed is None or (true is not None and replace(claimed, copies=true.copies) == true)
 
 
 def image_fault(content: bytes) -> str | None:
@@ -101,36 +110,37 @@ class _Found:
     keys: list[str] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     captions: list[int] = field(default_factory=list)
-    traits: list[Trait] = field(default_factory=list)
+    bearers: list[Bearer] = field(default_factory=list)
     unlisted: int = 0
 
 
-def _check_shard(folder: Path, shard: Shard) -> tuple[str, _Found]:
+def _check_shard(folder: Path, shard: Shard) -> _Found:
     found = _Found()
     path = folder / shard.name
     if not path.is_file():
         found.faults.append(f"{path}: is missing, or not a file; restore it or pack again")
-        return shard.name, found
+        return found
     try:
         size, digest = digest_of(path)
         if size != shard.bytes:
             found.faults.append(f"{path}: has {size} bytes, the manifest says {shard.bytes}")
         if digest != shard.sha256:
             found.faults.append(f"{path}: sha256 is {digest}, the manifest says {shard.sha256}")
-        _check_samples(path, set(shard.offsets), found)
+        _check_samples(path, dict(zip(shard.offsets, shard.captions, strict=True)), found)
     except (OSError, DamagedShardError) as error:
         found.faults.append(f"{path}: {error}; restore it or pack again")
     _compare(path, shard, found)
-    return shard.name, found
+    return found
 
 
-def _check_samples(path: Path, listed: set[int], found: _Found) -> None:
+def _check_samples(path: Path, listed: dict[int, int], found: _Found) -> None:
     seen: set[str] = set()
     for sample in walk_shard(path):
         # What index left out is not in the manifest, so nobody reads it.
         if sample.offset not in listed:
             found.unlisted += 1
             continue
+        sample.counted = listed[sample.offset]
         fault = "occurs twice" if sample.key in seen else fault_of(sample)
         seen.add(sample.key)
         if fault is None and (image := image_of(sample.members)) is not None:
@@ -138,7 +148,7 @@ def _check_samples(path: Path, listed: set[int], found: _Found) -> None:
         if fault:
             found.faults.append(f"{path}: sample {sample.key} {fault}")
         else:
-            found.traits.append(trait_of(sample))
+            found.bearers.append(Bearer(sample.key, trait_of(sample), sample.description.source))
         found.keys.append(sample.key)
         found.offsets.append(sample.offset)
         found.captions.append(len(sample.description.captions))

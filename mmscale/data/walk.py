@@ -15,8 +15,27 @@ _TAR_BLOCK = 512
 _CHUNK = 2**20
 
 
+# What other files than tars begin with, what they are, and what makes a tar of them.
+_PACKED = (
+    (b"\x1f\x8b", "gzip", "gunzip it"),
+    (b"\x28\xb5\x2f\xfd", "zstd", "unpack it with zstd -d"),
+    (b"BZh", "bzip2", "bunzip2 it"),
+    (b"\xfd7zXZ", "xz", "unxz it"),
+    (b"PK\x03\x04", "zip", "unzip it and pack a tar"),
+)
+
+
 class DamagedShardError(Exception):
-    """A file that cannot be walked as a tar to its end."""
+    """A file that cannot be walked as a tar to its end.
+
+    Args:
+        fault: What is wrong with it.
+        repair: What to do.
+    """
+
+    def __init__(self, fault: str, repair: str = "fetch or pack the shard again"):
+        super().__init__(fault)
+        self.repair = repair
 
 
 @dataclass
@@ -28,17 +47,19 @@ class FoundSample:
         offset: Byte offset of its first tar header.
         suffixes: Endings of its members, in their order.
         members: Content of its images, `.txt` and `.json`, by ending.
+        counted: How many captions its manifest counted; None before there is one.
     """
 
     key: str
     offset: int
     suffixes: list[str] = field(default_factory=list)
     members: dict[str, bytes] = field(default_factory=dict)
+    counted: int | None = None
 
     @property
     def description(self) -> Description:
         """What its text and json say."""
-        return describe_members(self.key, self.members)
+        return describe_members(self.key, self.members, self.counted)
 
 
 def walk_shard(path: Path) -> Iterator[FoundSample]:
@@ -74,6 +95,7 @@ def _walk_members(
     if not path.is_file():
         # A pipe in its place would never be opened.
         raise DamagedShardError("is missing, or not a file")
+    _refuse_packed(path)
     with _open(path) as tar:
 
         def read(member: tarfile.TarInfo) -> bytes:
@@ -89,6 +111,14 @@ def _walk_members(
             tar.members.clear()  # type: ignore[attr-defined]
         end = tar.offset
     _check_end(path, end)
+
+
+def _refuse_packed(path: Path) -> None:
+    with path.open("rb") as file:
+        begins = file.read(8)
+    for magic, form, repair in _PACKED:
+        if begins.startswith(magic):
+            raise DamagedShardError(f"is compressed by {form}, not a plain tar", repair)
 
 
 def _open(path: Path) -> tarfile.TarFile:

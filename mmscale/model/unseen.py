@@ -38,7 +38,8 @@ def _met_by_pixels(tower: Tower, image_size: int) -> list[tuple[nn.Conv2d, int]]
     hooks = [
         module.register_forward_pre_hook(note)
         for module in tower.modules()
-        if isinstance(module, nn.Conv2d) and module.in_channels == 3
+        # Kinds of it may pad their input by themselves.
+        if type(module) is nn.Conv2d and module.in_channels == 3
     ]
     if not hooks:
         return met

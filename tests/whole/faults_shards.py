@@ -197,9 +197,7 @@ FOREIGN = [
     foreign(
         "captions that are numbers", described("m", captions=[1, 2]), ("m has an empty caption",)
     ),
-    foreign(
-        "captions that are a text", described("m", captions="A dog"), ("m has an empty caption",)
-    ),
+    foreign("captions that are a text", described("m", captions="A dog"), extra="m"),
     foreign(
         "a sparse member",
         pax(**{"GNU.sparse.size": str(2**40), "GNU.sparse.map": f"0,0,{2**40},0"}) + sample("m"),
@@ -262,8 +260,8 @@ IMAGES = [
 LONE = [
     lone("a file of zero bytes", shard(b""), "not a whole, plain tar"),
     lone("a text", shard(b"no tar at all" * 100), "not a whole, plain tar"),
-    lone("a compressed tar", shard(gzip.compress(sample("m") + END)), "not a whole, plain tar"),
-    lone("a gzip bomb", shard(gzip_bomb()), "not a whole, plain tar"),
+    lone("a compressed tar", shard(gzip.compress(sample("m") + END)), "by gzip", "gunzip it"),
+    lone("a gzip bomb", shard(gzip_bomb()), "by gzip"),
     lone("a cut tar", shard(sample("m")[:2000]), "is not a whole, plain tar"),
     lone("a folder", lambda place: (place.folder / "y.tar").mkdir(), "not a file"),
     lone("a pipe", lambda place: os.mkfifo(place.folder / "y.tar"), "not a file"),
@@ -290,7 +288,7 @@ LONE = [
         "no shard at all",
         lambda place: None,
         (
-            ("index", 4, ("is missing",)),
+            ("index", 4, ("no shard matches",)),
             ("verify", 4, ("mmscale index",)),
             ("stream", 4, ("mmscale index",)),
         ),

@@ -28,13 +28,13 @@ SAMPLES = {
     "large": {"txt": b"a", "json": json.dumps({"image_id": 2**63}).encode()},
     "empty_list": {"txt": b"a", "json": b'{"captions": []}'},
     "surrogate": {"txt": b"a", "json": b'{"source": "\\ud800"}'},
+    "a_text": {"txt": b"a", "json": b'{"captions": "a text"}'},
     "too_long": {"txt": b"a", "json": b" " * TEXT_BYTES + b'{"captions": ["b", "c"]}'},
 }
 USELESS = {
     "nothing": {},
     "blank": {"txt": b"  "},
     "not_utf8": {"txt": b"\xff"},
-    "not_a_list": {"txt": b"a", "json": b'{"captions": "a text"}'},
     "not_texts": {"txt": b"a", "json": b'{"captions": ["a", 3]}'},
     "not_an_object": {"txt": b"a", "json": b"[]"},
     "not_json": {"txt": b"a", "json": b"{"},
