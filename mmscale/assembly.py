@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from mmscale.checkpoint.files import Checkpoint, Origin
-from mmscale.checkpoint.resume import require_same_run, starting_point
+from mmscale.checkpoint.lock import RunLock
+from mmscale.checkpoint.resume import first_weights, require_same_run
 from mmscale.checkpoint.state import Progress
 from mmscale.checkpoint.write import Kept, Snapshot, take_snapshot
 from mmscale.config.batches import OWN_MODEL, HardBatchesConfig
@@ -44,12 +45,18 @@ from mmscale.engine.stages import stage_lengths
 from mmscale.loss.objective import Objective
 from mmscale.model.batch_norm import connect_batch_norms
 from mmscale.model.build import build_model
+from mmscale.model.kept import kept_towers, tower_files
 from mmscale.model.presets import fill_preset, stand_in_line
 from mmscale.model.scale import with_scale_fitted
 from mmscale.model.selection import check_patterns, select
 from mmscale.model.two_tower import TwoTower
 from mmscale.model.unseen import unseen_line
-from mmscale.preflight import require_outputs, require_room, require_same_everywhere
+from mmscale.preflight import (
+    begin,
+    checkpoints_ahead,
+    require_outputs,
+    require_room,
+)
 
 
 @dataclass(frozen=True)
@@ -60,11 +67,15 @@ class Segment:
         config: The run's.
         origin: What it goes on from; None: as `run.resume` says.
         start: Where it goes on, if not where the origin stands.
+        kept: What the run's checkpoints hold alike; None where that is to be found out.
+        lock: Taken before a run that starts looks into its folder.
     """
 
     config: Config
     origin: Origin | None = None
     start: Progress | None = None
+    kept: Kept | None = None
+    lock: RunLock | None = None
 
 
 @dataclass(frozen=True)
@@ -73,12 +84,14 @@ class Training:
 
     Attributes:
         run: The whole run's configuration.
+        kept: What all of its checkpoints hold.
         config: That of the stage which trains now.
         end: `Progress.step` at which the stage ends.
         total_steps: The same of the run.
     """
 
     run: Config
+    kept: Kept
     config: Config
     world: World
     peers: Peers
@@ -131,20 +144,32 @@ def assemble(segment: Segment, world: World, tell: Tell) -> Training:
     if segment.origin is None:
         require_outputs(run, world)
     shards = open_train(run.data)
-    if segment.origin is None:
-        require_same_everywhere(run, shards.digest, world)
+    origin, kept = segment.origin, segment.kept
+    if origin is None:
+        origin, kept = begin(run, outline.lanes, shards, segment.lock, world, tell)
+    assert kept is not None, "a segment that goes on from another holds what its checkpoints keep"
     first = plan_schedule(outline.stages[0], shards, outline.plans[0].lanes)
     lengths = stage_lengths(run, outline.stages, first.items)
-    origin = segment.origin or starting_point(run, world, tell)
     start = segment.start or (origin.progress if origin else Progress())
     config, plan = outline.stages[start.stage], outline.plans[start.stage]
     table = _neighbours(config.data.hard_batches, world, origin)
     is_first = start.stage == 0 and table is None
     schedule = first if is_first else _schedule(config, plan, shards, table, tell)
-    model, spec = _model(config, shards, origin)
+    begun = origin or first_weights(config.model)
+    towers = _towers(config, begun)
+    if segment.kept is None and world.is_main:
+        kept = replace(kept, attached=tower_files(towers))
+    model, spec = _model(config, towers, shards, begun)
     if isinstance(origin, Checkpoint) and segment.origin is None:
-        require_same_run(origin, run, plan.lanes)
-    _settle_what_trains(model, spec, outline, start.stage, world, tell)
+        require_same_run(origin, run, kept.contents, outline.lanes)
+    _settle_what_trains(model, spec, outline, start.stage, tell)
+    steps_of = partial(
+        Duration.steps, steps_per_epoch=schedule.steps, global_batch_size=plan.global_rows
+    )
+    end = start.step if start.over else start.stage_start + lengths[start.stage]
+    total_steps = end + (0 if start.over == "run" else sum(lengths[start.stage + 1 :]))
+    ahead = checkpoints_ahead(config, total_steps - start.step, steps_of)
+    require_room(config, model, ahead, needs_momentum(config), world)
     inference = Inference(model, policy)
     features, held_out = encoded_sets(config, model, spec, inference, peers, shards, tell)
     stream: TrainStream | CachedStream = (
@@ -152,16 +177,13 @@ def assemble(segment: Segment, world: World, tell: Tell) -> Training:
         if features is None
         else CachedStream(schedule, shards, features, world)
     )
-    if origin is None:
+    if begun is None:
         fit_heads(model, inference, stream, peers, plan.micro_rows, spec)
     if config.data.hard_batches.table == OWN_MODEL and table is None:
         tell("hard batches: neighbours by the model as it is now")
         table = found_alike(config, inference, features, shards, spec, world, peers, tell)
         stream.schedule = plan_schedule(config, shards, plan.lanes, table)
     connect_batch_norms(model, peers)
-    steps_of = partial(
-        Duration.steps, steps_per_epoch=schedule.steps, global_batch_size=plan.global_rows
-    )
     model.scale.follow(steps_of)
     follower = _follower(config, kind, model, origin)
     # Cached features do not pass the towers.
@@ -180,9 +202,9 @@ def assemble(segment: Segment, world: World, tell: Tell) -> Training:
         None if origin is None else origin.companions,
     )
     _restore(engine, origin, config.run.seed, start.stage, world, policy)
-    end = start.step if start.over else start.stage_start + lengths[start.stage]
     return Training(
         run=run,
+        kept=kept,
         config=config,
         world=world,
         peers=peers,
@@ -197,7 +219,7 @@ def assemble(segment: Segment, world: World, tell: Tell) -> Training:
         flops=flops,
         start=replace(start, lanes=plan.lanes),
         end=end,
-        total_steps=end + (0 if start.over == "run" else sum(lengths[start.stage + 1 :])),
+        total_steps=total_steps,
     )
 
 
@@ -217,6 +239,11 @@ class _Outline:
     stages: list[Config]
     plans: list[BatchPlan]
     kind: str
+
+    @property
+    def lanes(self) -> list[int]:
+        """Lanes of the data in each stage."""
+        return [plan.lanes for plan in self.plans]
 
 
 def _outline(config: Config, world: World, tell: Tell) -> _Outline:
@@ -247,31 +274,37 @@ def _schedule(
 
 
 def _settle_what_trains(
-    model: TwoTower, spec: InputSpec, outline: _Outline, stage: int, world: World, tell: Tell
+    model: TwoTower, spec: InputSpec, outline: _Outline, stage: int, tell: Tell
 ) -> None:
-    """Freeze what the stage does not train, and see that the rest fits; says what is built."""
-    config, policy = outline.stages[stage], outline.policy
+    """Freeze what the stage does not train, and say what is built."""
     check_patterns(model, outline.run)
     for line in select(model, outline.run, stage):
         tell(line)
-    require_room(config, model, needs_momentum(config), world)
     tell(f"batch: {outline.plans[stage]}")
-    tell(f"device: {policy}")
+    tell(f"device: {outline.policy}")
     for tower in (model.vision, model.text):
         if tower.left_out:
             tell(tower.left_out)
     if unseen := unseen_line(model.vision, spec.image_size):
         tell(unseen)
-    if gaps := gaps_line(model, spec, policy):
+    if gaps := gaps_line(model, spec, outline.policy):
         tell(gaps)
 
 
-def _model(config: Config, shards: ShardSet, origin: Origin | None) -> tuple[TwoTower, InputSpec]:
+def _towers(config: Config, origin: Origin | None) -> ModelConfig:
+    """`model`, its towers read from a checkpoint that the run goes on from, where it keeps them."""
+    if not isinstance(origin, Checkpoint):
+        return config.model
+    return kept_towers(config.model, origin.config.model, origin.folder, origin.files)
+
+
+def _model(
+    config: Config, towers: ModelConfig, shards: ShardSet, origin: Origin | None
+) -> tuple[TwoTower, InputSpec]:
     """The model with its first weights or the origin's, and what it is fed."""
     # An origin holds every weight: none is fetched for a model that it fills.
-    wanted = config.model if origin is None else without_weights(config.model)
-    wanted = with_scale_fitted(wanted, shards.samples)
-    model, spec = build_model(wanted, config.data.image_size, config.run.seed)
+    wanted = with_scale_fitted(towers, shards.samples)
+    model, spec = build_model(wanted, config.data.image_size, config.run.seed, fill=origin is None)
     if origin is not None:
         origin.load_weights(model)
     return model, with_cleaning(spec, config.data.caption_cleaning)
@@ -293,15 +326,6 @@ def _restore(
         engine.restore(origin.moments, trained, origin.progress.scaler)
         if random := origin.random(world.rank):
             set_rng_state(policy.device, random)
-
-
-def without_weights(model: ModelConfig) -> ModelConfig:
-    """The same architecture without pretrained weights."""
-    towers = {
-        "vision": model.vision.model_copy(update={"weights": "random"}),
-        "text": model.text.model_copy(update={"weights": "random"}),
-    }
-    return model.model_copy(update={"weights": "random", **towers})
 
 
 def engine_kind(config: Config, world: World) -> str:
@@ -364,7 +388,7 @@ def snapshot(training: Training, progress: Progress) -> Snapshot:
     """What a checkpoint of a run in training holds. Collective."""
     return take_snapshot(
         replace(progress, scaler=training.engine.scaler()),
-        Kept(training.run.model_dump(mode="json")),
+        training.kept,
         chain(
             training.engine.tensors(),
             training.companions.tensors(),

@@ -1,5 +1,6 @@
 """A model on held-out pairs: while it trains, and afterwards from its checkpoint."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,11 +8,11 @@ from statistics import fmean
 
 import torch
 
-from mmscale.assembly import Training, without_weights
+from mmscale.assembly import Training
 from mmscale.checkpoint.files import Checkpoint
 from mmscale.checkpoint.resume import open_trained
 from mmscale.config.load import overridden, stage_config
-from mmscale.config.schema import Config
+from mmscale.config.schema import Config, ModelConfig
 from mmscale.contracts import InputSpec, Peers
 from mmscale.data.caption_text import with_cleaning
 from mmscale.data.features import FeatureTable
@@ -25,7 +26,10 @@ from mmscale.engine.encode import Call
 from mmscale.engine.inference import Inference
 from mmscale.engine.momentum import averaged
 from mmscale.engine.rerank import match_scores
+from mmscale.errors import printable
 from mmscale.model.build import build_model
+from mmscale.model.hub import fetching_only
+from mmscale.model.kept import kept_towers, opened_lines
 from mmscale.model.selection import select
 from mmscale.model.two_tower import TwoTower
 
@@ -55,15 +59,29 @@ def load_trained(path: Path, words: Sequence[str] = ()) -> Trained:
     checkpoint = open_trained(path)
     run, stage = overridden(checkpoint.config, words), checkpoint.progress.stage
     config = stage_config(run, stage)
-    model, spec = build_model(
-        without_weights(config.model), config.data.image_size, config.run.seed
-    )
+    config = config.model_copy(update={"model": _kept(checkpoint, config.model)})
+    named = {str(config.model.vision.name), str(config.model.text.name)}
+    with fetching_only(named - _names(checkpoint.config.model)):
+        model, spec = build_model(config.model, config.data.image_size, config.run.seed, fill=False)
     select(model, run, stage)
     spec = with_cleaning(spec, config.data.caption_cleaning)
     checkpoint.load_weights(model)
     if config.eval.weights == "ema":
         checkpoint.load_momentum(averaged(model, model))
     return Trained(config, model, spec, Inference(model, choose(config.engine)), checkpoint)
+
+
+def _kept(checkpoint: Checkpoint, model: ModelConfig) -> ModelConfig:
+    """The model, its towers read from the checkpoint as far as that keeps them."""
+    stored = checkpoint.config.model
+    kept = kept_towers(model, stored, checkpoint.folder, checkpoint.files)
+    for line in opened_lines(model, stored, kept):
+        sys.stderr.write(f"mmscale: {printable(line)}\n")
+    return kept
+
+
+def _names(model: ModelConfig) -> set[str]:
+    return {str(model.vision.name), str(model.text.name)}
 
 
 def embed_set(trained: Trained, shards: ShardSet, peers: Peers) -> Pairs:

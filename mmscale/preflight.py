@@ -1,24 +1,62 @@
 """Before the first step: every rank runs the same, and there is room for what the run writes."""
 
 import hashlib
+import math
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from mmscale.checkpoint.files import step_folders
+from mmscale.checkpoint.contents import contents_of
+from mmscale.checkpoint.files import Checkpoint, step_folders
+from mmscale.checkpoint.lock import RunLock
+from mmscale.checkpoint.resume import require_same_run, starting_point
+from mmscale.checkpoint.write import Kept
+from mmscale.config.duration import Duration
 from mmscale.config.load import flatten
 from mmscale.config.schema import Config
 from mmscale.contracts import World
+from mmscale.data.shards import ShardSet
 from mmscale.dist.peers import from_all, from_main
 from mmscale.errors import ConfigError, DataError, LaunchError
 from mmscale.outputs import require_folder
 
 _PACKAGE = Path(__file__).resolve().parent
-# Of this many checkpoints: the one that is kept until the next one is whole, and that one.
-_CHECKPOINTS = 2
 _MOMENTS = 2
+
+
+def begin(
+    run: Config,
+    lanes: Sequence[int],
+    shards: ShardSet,
+    lock: RunLock | None,
+    world: World,
+    tell: Callable[[str], None],
+) -> tuple[Checkpoint | None, Kept]:
+    """What a run goes on from, if anything, and what its checkpoints hold. Collective.
+
+    Whether it is the same run is decided here, by the user's words and what they name, before any
+    of it is built; only another model is told by its tensors, when it is there.
+
+    Args:
+        run: The user's configuration, presets filled.
+        lanes: Lanes of the data in each stage.
+        shards: What `data.train` names.
+        lock: Taken before anything looks into the run's folder.
+        world: The ranks.
+        tell: Takes a line about what is passed over or waited for.
+    """
+    require_same_everywhere(run, shards.digest, world)
+    if lock is not None:
+        lock.take(world, tell)
+    origin = starting_point(run, world, tell)
+    before = None if origin is None else (origin.config, origin.contents)
+    contents = contents_of(run, shards, world, before)
+    if origin is not None:
+        require_same_run(origin, run, contents, lanes, but="model.")
+    return origin, Kept(run.model_dump(mode="json"), contents)
 
 
 def require_same_everywhere(config: Config, data_digest: str, world: World) -> None:
@@ -78,12 +116,17 @@ def require_outputs(config: Config, world: World) -> None:
         raise ConfigError(faults[0])
 
 
-def require_room(config: Config, model: nn.Module, momentum: bool, world: World) -> None:
-    """Refuse to start where two checkpoints have no room. Collective.
+def require_room(
+    config: Config, model: nn.Module, ahead: int, momentum: bool, world: World
+) -> None:
+    """Refuse to start where the checkpoints that are kept, and the next one, have no room.
+
+    Collective.
 
     Args:
         config: The run.
         model: Whole, before an engine takes it.
+        ahead: Checkpoints that the run is going to write.
         momentum: A running mean of the trained weights is saved too.
         world: The ranks; the disk is the one that rank 0 sees.
 
@@ -92,18 +135,28 @@ def require_room(config: Config, model: nn.Module, momentum: bool, world: World)
     """
     fault = None
     if world.is_main:
-        run_dir = Path(config.run.dir)
+        run_dir, kept = Path(config.run.dir), config.checkpoint.keep
         there = next(path for path in (run_dir, *run_dir.resolve().parents) if path.exists())
-        # What is there already is overwritten in turn.
-        missing = max(1, _CHECKPOINTS - len(step_folders(run_dir)))
+        # The next one is whole before the oldest goes; what is there already goes in turn.
+        most = kept + 1 + (config.checkpoint.best is not None) - len(step_folders(run_dir))
+        missing = max(1, min(most, ahead))
         needed, free = missing * checkpoint_bytes(model, momentum), shutil.disk_usage(there).free
         if free < needed:
             fault = (
-                f"run.dir={run_dir}: {free / 1e6:,.1f} MB are free, and {missing} checkpoints of "
-                f"this run need {needed / 1e6:,.1f} MB; free disk space or set another run.dir"
+                f"run.dir={run_dir}: {free / 1e6:,.1f} MB are free, and {missing} "
+                f"checkpoint{'s' * (missing > 1)} of this run need {needed / 1e6:,.1f} MB "
+                f"(checkpoint.keep={kept}, and the next one before the oldest goes); free disk "
+                "space, keep fewer or set another run.dir"
             )
     if fault := from_main(world, fault):
         raise ConfigError(fault)
+
+
+def checkpoints_ahead(config: Config, steps: int, steps_of: Callable[[Duration], int]) -> int:
+    """How many checkpoints a run writes in so many steps, the one at its end included."""
+    checkpoint, evaluation = config.checkpoint, config.eval
+    due = [checkpoint.every, evaluation.every if checkpoint.best else None]
+    return max(1, sum(math.ceil(steps / max(1, steps_of(every))) for every in due if every))
 
 
 def checkpoint_bytes(model: nn.Module, momentum: bool) -> int:

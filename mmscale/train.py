@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -58,8 +58,9 @@ def _attempt(config: Config, updated: Callable[[], None]) -> int:
     from mmscale.dist.world import leave, promised_world
 
     world = promised_world()
-    with failing_together(world):
+    with failing_together(world), ExitStack() as held:
         from mmscale.assembly import Segment, assemble
+        from mmscale.checkpoint.lock import RunLock
         from mmscale.checkpoint.saver import Saver
         from mmscale.course.run import Run
         from mmscale.dist.signals import StopSignal
@@ -69,7 +70,8 @@ def _attempt(config: Config, updated: Callable[[], None]) -> int:
 
         gc.enable()
         stop = StopSignal()
-        training = assemble(Segment(config), world, early_line(world))
+        lock = held.enter_context(RunLock(Path(config.run.dir)))
+        training = assemble(Segment(config, lock=lock), world, early_line(world))
         _write_config(training)
         with Report(training.config, world, training.total_steps, training.start.step) as report:
             saver = Saver(Path(config.run.dir), world, config.checkpoint, report.warn)

@@ -1,9 +1,11 @@
 """How a run starts: fresh, from its newest checkpoint, or from a named one."""
 
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmscale.checkpoint.contents import DATA
 from mmscale.checkpoint.files import (
     Checkpoint,
     newest_sound,
@@ -13,18 +15,26 @@ from mmscale.checkpoint.files import (
 )
 from mmscale.checkpoint.state import STATE
 from mmscale.checkpoint.write import adopt_partial
-from mmscale.config.load import flatten
-from mmscale.config.schema import Config
+from mmscale.config.load import flatten, validate
+from mmscale.config.needs import needs_momentum
+from mmscale.config.schema import Config, ModelConfig
+from mmscale.config.yaml import read_yaml
 from mmscale.contracts import World
-from mmscale.dist.peers import barrier
+from mmscale.dist.peers import barrier, from_main
 from mmscale.errors import CheckpointError, ConfigError
 
 # Settings that may change between the parts of one run.
-MAY_DIFFER = ("run.", "engine.", "log.", "checkpoint.", "guard.")
+MAY_DIFFER = ("engine.", "log.", "checkpoint.", "eval.", "probe.", "guard.")
 MAY_DIFFER_EXACTLY = (
+    "run.dir",
+    "run.resume",
+    "run.overwrite",
     "train.duration",
     "train.micro_batch_size",
     "data.workers",
+    "data.eval",
+    "data.feature_cache",
+    "data.decoded_cache",
     "data.cache_gb",
 )
 RUN_FILES = (
@@ -48,8 +58,12 @@ def starting_point(config: Config, world: World, warn: Any) -> Checkpoint | None
     if config.run.resume == "auto":
         if world.is_main:
             adopt_partial(run_dir)
-        return newest_sound(run_dir, world, warn)
+        newest = newest_sound(run_dir, world, warn)
+        if newest is None:
+            _require_no_other_run(config, world)
+        return newest
     if config.run.resume != "never":
+        _require_no_other_run(config, world)
         return open_checkpoint(Path(config.run.resume), world)
     holds_run = bool(step_folders(run_dir)) or (run_dir / "metrics.jsonl").exists()
     if holds_run and not config.run.overwrite:
@@ -64,6 +78,28 @@ def starting_point(config: Config, world: World, warn: Any) -> Checkpoint | None
             (run_dir / name).unlink(missing_ok=True)
     barrier()
     return None
+
+
+def _require_no_other_run(config: Config, world: World) -> None:
+    """Refuse a folder with the log of a run of other settings, which would be lost. Collective.
+
+    One of the same settings was ended before its first checkpoint, and starts over.
+    """
+    fault, run_dir = None, Path(config.run.dir)
+    log = run_dir / "metrics.jsonl"
+    if world.is_main and log.exists() and log.stat().st_size:
+        try:
+            there = validate(read_yaml(run_dir / "config.yaml"))
+        except ConfigError as error:
+            fault = str(error).splitlines()[0]
+        else:
+            differing = _differing(there, config, {}, {})
+            fault = "; ".join(f"{key}={before} there, {now} here" for key, before, now in differing)
+    if fault := from_main(world, fault):
+        raise ConfigError(
+            f"run.dir={run_dir} holds another run ({fault}); set another run.dir, or "
+            "run.resume=never run.overwrite=true to replace it"
+        )
 
 
 def open_checkpoint(path: Path, world: World) -> Checkpoint:
@@ -96,31 +132,78 @@ def open_trained(path: Path) -> Checkpoint:
     return Checkpoint(step_folder(path, best.step))
 
 
-def require_same_run(checkpoint: Checkpoint, config: Config, lanes: int) -> None:
-    """Refuse to go on with settings that would make it another run.
+def first_weights(model: ModelConfig) -> Checkpoint | None:
+    """The run or checkpoint that `model.weights` names: another run begins with its weights.
+
+    Raises:
+        CheckpointError: The folder is neither.
+    """
+    path = Path(model.weights)
+    return open_trained(path) if path.is_dir() else None
+
+
+def require_same_run(
+    checkpoint: Checkpoint,
+    config: Config,
+    contents: Mapping[str, str],
+    lanes: Sequence[int],
+    but: str = "-",
+) -> None:
+    """Refuse to go on with settings, or with data, that would make it another run.
 
     Args:
         checkpoint: Where the run goes on from.
         config: Its settings now.
-        lanes: Lanes of the data now.
+        contents: What those that name files and folders stand for now.
+        lanes: Lanes of the data now, in each stage.
+        but: Settings that begin so are not looked at.
 
     Raises:
         ConfigError: Names each such setting with both values.
     """
-    before, now = flatten(checkpoint.config), flatten(config)
+    folder, progress = checkpoint.folder, checkpoint.progress
+    repair = "put it back, or start another run.dir"
+    if config.run.resume not in ("auto", "never"):
+        repair = (
+            "put it back, since run.resume goes on with the same run; for another run that begins "
+            f"with its weights set model.weights={config.run.resume} and leave run.resume out"
+        )
     faults = [
-        f"{key}={now[key]} differs from the {before[key]} that {checkpoint.folder} was trained "
-        "with; put it back, or start another run.dir"
-        for key in now
-        if before[key] != now[key]
-        and not key.startswith(MAY_DIFFER)
-        and key not in MAY_DIFFER_EXACTLY
+        f"{key}={now} differs from the {before} that {folder} was trained with; {repair}"
+        for key, before, now in _differing(checkpoint.config, config, checkpoint.contents, contents)
+        if not key.startswith(but)
     ]
-    if checkpoint.progress.lanes != lanes:
+    before, now = checkpoint.contents.get(DATA, ""), contents[DATA]
+    if before != now and not faults:
         faults.append(
-            f"data.lanes={lanes} differs from the {checkpoint.progress.lanes} that "
-            f"{checkpoint.folder} was trained with; use a number of ranks that divides "
-            f"{checkpoint.progress.lanes}"
+            f"{DATA}={config.data.train} holds other shards (digest {now[:12]}) than those "
+            f"({before[:12]}) that {folder} was trained on; restore them, or start another run.dir"
+        )
+    now_lanes = lanes[progress.stage] if progress.stage < len(lanes) else progress.lanes
+    if progress.lanes != now_lanes:
+        faults.append(
+            f"data.lanes={now_lanes} differs from the {progress.lanes} that {folder} was trained "
+            f"with; use a number of ranks that divides {progress.lanes}"
+        )
+    if needs_momentum(config) and not needs_momentum(checkpoint.config):
+        faults.append(
+            f"eval.weights={config.eval.weights} needs the running mean of the weights, which "
+            f"{folder} was trained without; put eval.weights=trained"
         )
     if faults:
         raise ConfigError("\n".join(faults))
+
+
+def _differing(
+    before: Config, now: Config, contents: Mapping[str, str], contents_now: Mapping[str, str]
+) -> list[tuple[str, Any, Any]]:
+    """Settings of another run: each with its value before and now."""
+    then = flatten(before)
+    return [
+        (key, then[key], value)
+        for key, value in flatten(now).items()
+        if then[key] != value
+        and not key.startswith(MAY_DIFFER)
+        and key not in MAY_DIFFER_EXACTLY
+        and (key not in contents or contents[key] != contents_now.get(key))
+    ]

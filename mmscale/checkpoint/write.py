@@ -14,7 +14,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmscale.checkpoint.files import PARTIAL, step_folders
+from mmscale.checkpoint.files import PARTIAL, step_folder, step_folders
 from mmscale.checkpoint.state import (
     DIGEST,
     FORMAT,
@@ -26,6 +26,7 @@ from mmscale.checkpoint.state import (
 )
 from mmscale.contracts import NamedTensor, World
 from mmscale.durable import publish, replace_file, sync
+from mmscale.errors import HaltError
 
 _DRAFT = "draft.json"
 # Suffix of a folder that is being removed.
@@ -69,6 +70,16 @@ class Snapshot:
     def name(self) -> str:
         """Name of this rank's file."""
         return rank_file(self.rank, self.state["world"])
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the best checkpoint so far."""
+        return None if self.progress.best is None else self.progress.best.step
+
+    @property
+    def bytes(self) -> int:
+        """Of this rank's tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 def take_snapshot(
@@ -118,7 +129,14 @@ def take_snapshot(
 
 
 def write_share(snapshot: Snapshot, aside: Path) -> None:
-    """Write this rank's file and then its note; rank 0 writes all that is not a rank's, too."""
+    """Write this rank's file and then its note; rank 0 writes all that is not a rank's, too.
+
+    Raises:
+        HaltError: Something that was trained is not finite; nothing is written.
+        OSError: The disk does not take it; so may SafetensorError say.
+    """
+    if name := _not_finite(snapshot):
+        raise HaltError(f"{name} is not finite")
     path = aside / snapshot.name
     save_file(snapshot.tensors, path)
     sync(path)
@@ -131,6 +149,18 @@ def write_share(snapshot: Snapshot, aside: Path) -> None:
         draft = {**snapshot.state, "files": files}
         replace_file(aside / _DRAFT, json.dumps(draft, indent=1).encode())
     replace_file(_note(path), FileRecord.of(path).model_dump_json().encode())
+
+
+def _not_finite(snapshot: Snapshot) -> str | None:
+    """The first tensor that holds no number, or infinity where the optimizer moves it."""
+    trained = {name for name, about in snapshot.state["tensors"].items() if about["moments"]}
+    for key, tensor in snapshot.tensors.items():
+        name = key.partition("/")[2]
+        if tensor.is_floating_point():
+            sound = tensor.isfinite() if name in trained else ~tensor.isnan()
+            if not sound.all():
+                return name
+    return None
 
 
 def publish_if_whole(aside: Path) -> Path | None:
@@ -174,6 +204,35 @@ def prune(run_dir: Path, step: int, keep: int, best_step: int | None) -> None:
         if at not in kept:
             # Renamed first: a folder that has its name is whole.
             shutil.rmtree(path.rename(path.with_suffix(_OLD)))
+
+
+def make_room(run_dir: Path, step: int, best_step: int | None, needed: int) -> list[str]:
+    """Remove the oldest checkpoints, if that makes room; never the newest up to `step` or the best.
+
+    Args:
+        run_dir: The run's folder.
+        step: Of the checkpoint that had no room.
+        best_step: Of the best one.
+        needed: Its bytes.
+
+    Returns:
+        Names of those that were removed.
+    """
+    folders = [path for path in step_folders(run_dir) if path != step_folder(run_dir, step)]
+    newest = next((path for path in folders if path < step_folder(run_dir, step)), None)
+    best = None if best_step is None else step_folder(run_dir, best_step)
+    old = [path for path in reversed(folders) if path not in (newest, best)]
+    held = {path: sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) for path in old}
+    removed: list[str] = []
+    if shutil.disk_usage(run_dir).free + sum(held.values()) < needed:
+        return removed
+    for path in old:
+        # At least one: a quota does not show in what is free.
+        if removed and shutil.disk_usage(run_dir).free >= needed:
+            break
+        shutil.rmtree(path.rename(path.with_suffix(_OLD)))
+        removed.append(path.name)
+    return removed
 
 
 def _note(path: Path) -> Path:

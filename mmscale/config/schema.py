@@ -151,7 +151,8 @@ class ModelConfig(Section):
     preset: PathSetting | None = None
     """`small`, `medium`, `medium-mobilebert`, `large` or `openclip:NAME`; explicit settings win."""
     weights: PathSetting = "random"
-    """For `openclip:NAME`: `random`, an OpenCLIP tag, or a file."""
+    """A run or checkpoint whose weights the run begins with. For `openclip:NAME` also `random`, an
+    OpenCLIP tag, or a file."""
     vision: VisionConfig = VisionConfig()
     """Image encoder."""
     text: TextConfig = TextConfig()

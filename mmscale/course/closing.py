@@ -52,7 +52,8 @@ def _best(settings: CheckpointConfig, progress: Progress, figures: dict[str, flo
 def finish(training: Training, run: Run, progress: Progress) -> None:
     """The last evaluation, checkpoint, diagnosis and page. Collective."""
     progress, pairs = evaluated(training, run, progress)
-    if progress.step > training.start.step:
+    # A run of no steps keeps what it began with.
+    if progress.step > training.start.step or progress.step == 0:
         run.saver.save(snapshot(training, progress))
     run.saver.finish()
     if not training.world.is_main:

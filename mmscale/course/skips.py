@@ -90,7 +90,7 @@ class Skips:
             stage_updates=weights.stage_updates,
             went_back=times,
         )
-        return Segment(self._training.run, good, start)
+        return Segment(self._training.run, good, start, self._training.kept)
 
     def _found(self, done: Update, batch: Batch) -> dict[str, Any]:
         """Keys of the global batch, and those whose embeddings are not finite, if not all."""

@@ -30,7 +30,7 @@ def next_stage(training: Training, progress: Progress) -> Segment | None:
         watched={},
         scaler={},
     )
-    return Segment(training.run, Carried(training.engine.tensors(), start))
+    return Segment(training.run, Carried(training.engine.tensors(), start), kept=training.kept)
 
 
 def _start(before: Config, after: Config, position: Position) -> Position:

@@ -10,7 +10,7 @@ from mmscale.errors import ConfigError
 
 # Shares of the captions' tokens that stand for words which the tokenizer does not know: from the
 # first on it is told, above the second the captions say next to nothing.
-TOLD_UNKNOWN, MOST_UNKNOWN = 0.05, 0.5
+TOLD_UNKNOWN, MOST_UNKNOWN = 0.05, 0.9
 Tokenize = Callable[[Sequence[str]], list[list[int]]]
 
 

@@ -19,7 +19,7 @@ from mmscale.model.width import Tower
 
 
 def build_model(
-    config: ModelConfig, image_size: int | None, seed: int
+    config: ModelConfig, image_size: int | None, seed: int, fill: bool = True
 ) -> tuple[TwoTower, InputSpec]:
     """The model on the CPU in fp32, equal on every rank, and what it wants to be fed.
 
@@ -28,17 +28,20 @@ def build_model(
         image_size: `data.image_size`, pixels; None takes the image tower's own.
         seed: `run.seed`. Each part draws from its own stream, so that changing one part leaves the
             first weights of the others as they were.
+        fill: With the weights that `config` asks for; without, with random ones to be replaced.
 
     Raises:
         ConfigError: A setting is wrong, or weights cannot be had.
         CheckpointError: A weights file does not fit.
     """
     config = fill_preset(config)
+    if not fill:
+        config = _without_tower_weights(config)
     if is_whole_openclip(config):
         from mmscale.model.openclip_preset import build_whole_openclip
 
         with drawing_from(seed, 0):
-            whole, pixels, tokens = build_whole_openclip(config, image_size)
+            whole, pixels, tokens = build_whole_openclip(config, image_size, fill)
         whole.fusion = _build_fusion(config, whole.vision, whole.text, seed)
         return whole, join_inputs(pixels, tokens)
     with drawing_from(seed, 0):
@@ -55,6 +58,15 @@ def build_model(
     fusion = _build_fusion(config, vision, text, seed)
     model = TwoTower(vision, text, heads, LogitScale(config.logit_scale), frozen, fusion)
     return model, join_inputs(pixels, tokens)
+
+
+def _without_tower_weights(model: ModelConfig) -> ModelConfig:
+    random = {"weights": "random"}
+    towers = {
+        "vision": model.vision.model_copy(update=random),
+        "text": model.text.model_copy(update=random),
+    }
+    return model.model_copy(update=towers)
 
 
 def _build_fusion(config: ModelConfig, vision: Tower, text: Tower, seed: int) -> Fusion | None:

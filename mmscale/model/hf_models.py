@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
@@ -74,20 +74,56 @@ def left_out_line(whole: PretrainedConfig, part: str, key: str, name: str) -> st
     )
 
 
+def small_files(folder: str, is_text: bool) -> Iterator[tuple[str, bytes]]:
+    """What a tower's folder holds besides weights and code, as far as building it needs that.
+
+    Args:
+        folder: The model's, or its name on the hub.
+        is_text: With the tokenizer.
+    """
+    names = ["config.json", "preprocessor_config.json"]
+    if is_text:
+        names = ["config.json", "1_Pooling/config.json", "modules.json", *_tokenizer_files(folder)]
+    for name in dict.fromkeys(names):
+        if (found := file_of(folder, name)) is not None:
+            yield name, found.read_bytes()
+
+
+def _tokenizer_files(folder: str) -> list[str]:
+    with hub_call(f"the tokenizer of hf:{folder}", BRING, remote=not Path(folder).is_dir()):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    own: dict[str, str] = getattr(tokenizer, "vocab_files_names", None) or {}
+    return [
+        "tokenizer_config.json",
+        "tokenizer.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        *own.values(),
+    ]
+
+
+def file_of(folder: str, file: str) -> Path | None:
+    """A file of a model's folder, or of its page on the hub; None where there is none."""
+    with hub_call(f"{file} of hf:{folder}", BRING, remote=not Path(folder).is_dir()):
+        found = cached_file(
+            folder,
+            file,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    return Path(found) if found else None
+
+
 def read_json(folder: str, file: str) -> dict[str, Any]:
     """A small file beside the model; empty where there is none, a list's entries by their place.
 
     Raises:
         ConfigError: It is no JSON object or list, or asks for more than data (`require_harmless`).
     """
-    with hub_call(f"{file} of hf:{folder}", BRING, remote=not Path(folder).is_dir()):
-        found = cached_file(
-            folder,
-            file,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        content = json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
+    found = file_of(folder, file)
+    with hub_call(f"{file} of hf:{folder}", BRING, remote=False):
+        content = json.loads(found.read_text(encoding="utf-8")) if found else {}
         if isinstance(content, list):
             content = {str(place): entry for place, entry in enumerate(content)}
         if not isinstance(content, dict):

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel
-from transformers.utils import cached_file
 
 from mmscale.config.schema import TextConfig
 from mmscale.errors import ConfigError
-from mmscale.model.hf_models import BRING, read_json
+from mmscale.model.hf_models import BRING, file_of, read_json
 from mmscale.model.hub import hub_call
 from mmscale.model.inputs import TextInput, agreed_context
 
@@ -94,15 +93,7 @@ def require_vocabulary(folder: str, tokenizer: Any) -> None:
 
 
 def _has(folder: str, file: str) -> bool:
-    return bool(
-        cached_file(
-            folder,
-            file,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    )
+    return file_of(folder, file) is not None
 
 
 def require_size(folder: str, tokenizer: Any, rows: int) -> None:

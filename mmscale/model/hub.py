@@ -4,7 +4,7 @@ Its client retries a dead network for half a minute a file. Here one short probe
 calls of the process, decides whether the hub is used or only what is already in the local cache.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 from threading import Thread
@@ -16,6 +16,8 @@ from mmscale.errors import ConfigError
 from mmscale.model.foreign import lock_libraries
 
 PROBE_SECONDS = 4.0
+# What may be fetched; None: whatever is asked for.
+_fetched: Collection[str] | None = None
 
 # Whatever builds a tower comes through here first.
 lock_libraries()
@@ -40,6 +42,21 @@ def hub_reachable() -> bool:
 
 
 @contextmanager
+def fetching_only(names: Collection[str]) -> Iterator[None]:
+    """Leave the hub alone but for these names: what a stored file names is not fetched for it."""
+    global _fetched
+    before, _fetched = _fetched, names
+    try:
+        yield
+    finally:
+        _fetched = before
+
+
+def _may_fetch(setting: str) -> bool:
+    return _fetched is None or any(name in setting for name in _fetched)
+
+
+@contextmanager
 def hub_call(setting: str, repair: str, remote: bool = True) -> Iterator[None]:
     """Run a library's loading code; its failures become one ConfigError.
 
@@ -52,12 +69,15 @@ def hub_call(setting: str, repair: str, remote: bool = True) -> Iterator[None]:
         ConfigError: Neither the hub nor the local cache gave what was asked for.
     """
     offline = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = offline or not remote or not hub_reachable()
+    may_fetch = _may_fetch(setting)
+    constants.HF_HUB_OFFLINE = offline or not remote or not may_fetch or not hub_reachable()
     try:
         yield
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())[:240].rstrip(".")
-        if remote and constants.HF_HUB_OFFLINE:
+        if remote and not may_fetch:
+            reason = "a checkpoint names it, for which nothing is fetched, and the cache lacks it"
+        elif remote and constants.HF_HUB_OFFLINE:
             reason = f"{constants.ENDPOINT} cannot be reached and the local cache lacks it"
         raise ConfigError(f"{setting} could not be loaded: {reason}; {repair}.") from error
     finally:

@@ -1,18 +1,23 @@
 """OpenCLIP models of a folder (`local-dir:`) or the hub (`hf-hub:`): what they may say."""
 
+import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import timm
-from open_clip.factory import parse_model_name
+from open_clip.factory import get_model_config, parse_model_name
+from open_clip.pretrained import download_pretrained_from_hf
 
 from mmscale.errors import ConfigError
 from mmscale.model.foreign import require_harmless, require_harmless_tokenizer
-from mmscale.model.hf_models import read_json
+from mmscale.model.hf_models import read_json, small_files
 
 # A name on the hub; anything else is a path.
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+# A path: that of the model's own folder, wherever it lies.
+OWN_FOLDER = "./"
 
 
 def is_on_hub(name: str) -> bool:
@@ -76,3 +81,36 @@ def _own(named: str, key: str, name: str, setting: str) -> str:
             f"tokenizer of that tower beside open_clip_config.json."
         )
     return str(folder)
+
+
+def openclip_files(name: str) -> Iterator[tuple[str, Any]]:
+    """What a model that OpenCLIP alone cannot build again needs besides weights, by file name.
+
+    Args:
+        name: As in `openclip:NAME`.
+    """
+    config = get_model_config(name)
+    text = config["text_cfg"]
+    tower, tokens = text.get("hf_model_name"), text.get("hf_tokenizer_name")
+    if parse_model_name(name)[0] is None and not tower and not tokens:
+        return
+    require_own_parts(config, name, f"openclip:{name}")
+    kept: dict[str, bytes] = {}
+    for source in (text.get("hf_model_name"), text.get("hf_tokenizer_name")):
+        if source:
+            kept = {**dict(small_files(source, is_text=True)), **kept}
+    if tower:
+        text["hf_model_name"] = OWN_FOLDER
+    yield "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": _preprocessing(name)}
+    yield from kept.items()
+
+
+def _preprocessing(name: str) -> dict[str, Any]:
+    """`preprocess_cfg` of a model's folder or page."""
+    source, rest = parse_model_name(name)
+    if source is None:
+        return {}
+    file = "open_clip_config.json"
+    on_hub = source == "hf-hub"
+    path = download_pretrained_from_hf(rest, filename=file) if on_hub else Path(rest, file)
+    return json.loads(Path(path).read_text("utf-8")).get("preprocess_cfg", {})

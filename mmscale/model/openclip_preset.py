@@ -39,9 +39,14 @@ from mmscale.model.weights import UNREADABLE, first_line, read_weights
 
 
 def build_whole_openclip(
-    config: ModelConfig, image_size: int | None
+    config: ModelConfig, image_size: int | None, fill: bool = True
 ) -> tuple[TwoTower, ImageInput, TextInput]:
     """The model that a filled `model.preset=openclip:NAME` asks for.
+
+    Args:
+        config: `model`.
+        image_size: `data.image_size`, pixels; None takes the model's own.
+        fill: With its weights; without, its pixels are still normalised as those want it.
 
     Raises:
         ConfigError: A setting contradicts the OpenCLIP model, or its weights cannot be had.
@@ -50,12 +55,12 @@ def build_whole_openclip(
     name = str(config.preset).removeprefix(OPENCLIP)
     whole = openclip_config(name, "model.preset")
     _refuse_contradictions(config, name, whole["embed_dim"])
-    model = _create(name, config.weights, image_size, whole["text_cfg"])
+    model = _create(name, config.weights, image_size, whole["text_cfg"], fill)
     pixels = openclip_pixels(model.visual.image_size, open_clip.get_model_preprocess_cfg(model))
     tokens = openclip_tokens(name, config.text, whole["text_cfg"])
     _require_same_padding(model.text, tokens, name)
     scale = LogitScale(config.logit_scale)
-    if config.weights != "random":
+    if fill and config.weights != "random":
         _take_scale(scale, model.logit_scale)
     vision = OpenClipVision(model.visual, pixels.image_size)
     text = OpenClipText(model.text, tokens.pad_token)
@@ -105,7 +110,9 @@ def _refuse_contradictions(config: ModelConfig, name: str, width: int) -> None:
         )
 
 
-def _create(name: str, weights: str, image_size: int | None, text: Mapping[str, Any]) -> Any:
+def _create(
+    name: str, weights: str, image_size: int | None, text: Mapping[str, Any], fill: bool
+) -> Any:
     """The model with the weights that `model.weights` asks for, and never with others.
 
     OpenCLIP ignores what it is told about the weights of a folder or a page on the hub and takes
@@ -121,11 +128,15 @@ def _create(name: str, weights: str, image_size: int | None, text: Mapping[str, 
         words["force_image_size"] = image_size
     if "hf_model_name" in text:
         words["text_cfg"] = {**text, "hf_model_pretrained": False}
+    if tag and not fill:
+        words["force_preprocess_cfg"] = open_clip.get_pretrained_cfg(name, tag)
     what, bring, remote = _asked_for(name, weights, text, tag)
     with hub_call(what, bring, remote), _quiet():
-        file = None if tag else _weights_file(name, weights)
+        file = _weights_file(name, weights) if fill and not tag else None
         try:
-            model = open_clip.create_model(name, pretrained=tag, load_weights=bool(tag), **words)
+            model = open_clip.create_model(
+                name, pretrained=tag if fill else None, load_weights=bool(tag) and fill, **words
+            )
         except (TypeError, AttributeError, LookupError, AssertionError) as error:
             raise ConfigError(
                 f"{what}: OpenCLIP cannot build it from its configuration ({first_line(error)})."

@@ -3,13 +3,15 @@
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import timm
 import torch
 from jaxtyping import Float
-from timm.models import group_parameters
+from timm.models import group_parameters, parse_model_name
+from timm.models._hub import download_from_hf, load_cfg_from_json
 from torch import Tensor, nn
 
 from mmscale.config.schema import VisionConfig
@@ -105,6 +107,18 @@ def timm_blocks(trunk: Any) -> list[list[str]]:
         ending = groups.pop()
         groups[-1] += ending
     return groups
+
+
+def timm_config(name: str) -> dict[str, Any] | None:
+    """`config.json` of a model in a folder or on the hub; None of one that timm brings itself."""
+    if not name.startswith((*HUB, LOCAL)):
+        return None
+    what = f"{KEY}.name=timm:{name}"
+    with hub_call(what, BRING, remote=name.startswith(HUB)):
+        source, rest = parse_model_name(name)
+        file = "config.json"
+        path = Path(rest, file) if source == "local-dir" else download_from_hf(rest, file)
+        return dict(load_cfg_from_json(path))
 
 
 def build_timm_vision(

@@ -1,8 +1,10 @@
-"""Ranks that were not started alike, and a disk that is too small, are refused before a step."""
+"""What is refused before a step: ranks not started alike, a folder in use, a disk too small."""
 
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,14 @@ from mmscale.data.pack import pack
 from mmscale.data.synth import render
 from tests.ranks.launch import free_port
 from tests.whole.command import ROOT, TRAIN, end, explain, run, start
-from tests.whole.small_run import ALONE, words_for, write_settings
+from tests.whole.small_run import (
+    ALONE,
+    interrupt_after,
+    succeed,
+    training_lines,
+    words_for,
+    write_settings,
+)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +94,46 @@ def test_a_rank_with_other_shards_is_refused(settings, tmp_path):
     words += [f"run.dir={tmp_path / 'run'}"]
     ends = _two_ranks([words, words], folders=(tmp_path / "one", tmp_path / "two"))
     _assert_refused(ends, 4, "data.train=train: rank 1 reads other shards than rank 0")
+
+
+def test_a_folder_with_a_run_in_it_is_refused_on_every_rank(settings, tmp_path):
+    """The first goes on as if nothing had been; its folder is free when it has ended."""
+    folder = tmp_path / "run"
+    words = [*ALONE, *settings, f"run.dir={folder}"]
+    first = start([*words, "train.duration=100000 steps"])
+    try:
+        while not (folder / "metrics.jsonl").exists():
+            assert first.poll() is None, first.communicate()[1]
+            time.sleep(0.05)
+        _assert_refused(
+            _two_ranks([words, words]),
+            2,
+            f"run.dir={folder}: another run is in this folder",
+            f"process {first.pid} on {socket.gethostname()}",
+        )
+        first.terminate()
+        _, told = first.communicate(timeout=90)
+    finally:
+        end(first)
+    assert first.returncode == 143, told
+    steps = training_lines(folder)[-1]["step"]
+    assert [line["step"] for line in training_lines(folder)] == list(range(1, steps + 1))
+    succeed([*words, f"train.duration={steps} steps"])
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_over(settings, tmp_path):
+    """By the same words, as a queue starts it again; by others it is another run."""
+    folder = tmp_path / "run"
+    words = [*ALONE, *settings, f"run.dir={folder}", "checkpoint.every=100000 steps"]
+    endless = [*words, "train.duration=100000 steps"]
+    interrupt_after(endless, folder, 2, lambda process: process.kill())
+    log = (folder / "metrics.jsonl").read_bytes()
+    done = run([*endless, "optim.lr=0.0025"])
+    assert done.returncode == 2, explain(done)
+    assert f"run.dir={folder} holds another run (optim.lr=0.001 there, 0.0025 here)" in done.stderr
+    assert (folder / "metrics.jsonl").read_bytes() == log
+    succeed([*words, "train.duration=3 steps"])
+    assert [line["step"] for line in training_lines(folder)] == [1, 2, 3]
 
 
 def test_a_disk_without_room_for_two_checkpoints_is_refused(settings, tmp_path):

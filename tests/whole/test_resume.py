@@ -4,10 +4,13 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from mmscale.checkpoint.files import Checkpoint
+from mmscale.checkpoint.state import Progress
 from tests.whole.command import explain, run
 from tests.whole.small_run import (
     ALONE,
@@ -96,11 +99,18 @@ def test_going_on_after_sigterm_is_the_uninterrupted_run_bit_for_bit(
     _assert_whole(folder)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rank-00000-of-00001.safetensors",
+        pytest.param("state.json", marks=pytest.mark.slow),
+    ],
+)
 def test_a_corrupt_newest_checkpoint_is_named_and_the_one_before_serves(
-    settings, straight, tmp_path
+    settings, straight, tmp_path, name
 ):
     folder = _copy(straight, tmp_path)
-    newest = folder / "checkpoints" / f"step-{STEPS:08d}" / "rank-00000-of-00001.safetensors"
+    newest = folder / "checkpoints" / f"step-{STEPS:08d}" / name
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
@@ -157,6 +167,22 @@ def test_a_changed_setting_is_refused_with_both_values(settings, straight):
     assert (straight / "config.yaml").read_bytes() == config
 
 
+def test_another_seed_is_another_run(settings, straight):
+    done = run([*ALONE, *settings, f"run.dir={straight}", "run.seed=5"])
+    assert done.returncode == 2, explain(done)
+    assert "run.seed=5 differs from the 0" in done.stderr
+
+
+def test_a_run_goes_on_where_its_data_have_moved_to(settings, straight, synthetic, tmp_path):
+    """By paths that are spelt otherwise, and without the held-out pairs."""
+    folder = _cut_back(straight, tmp_path, 10)
+    shutil.copytree(synthetic.train, tmp_path / "elsewhere")
+    words = ["data.train=elsewhere", "data.eval=null", "run.dir=run"]
+    succeed([*ALONE, settings[0], *words], cwd=tmp_path)
+    assert course(folder) == course(straight)
+    _assert_whole(folder)
+
+
 def test_a_checkpoint_of_another_architecture_is_refused_by_its_tensors(
     settings, straight, tmp_path
 ):
@@ -166,6 +192,25 @@ def test_a_checkpoint_of_another_architecture_is_refused_by_its_tensors(
     assert done.returncode == 5, explain(done)
     assert "[32, 64] there, [48, 64] here" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_another_run_begins_with_the_weights_of_a_run(settings, straight, tmp_path):
+    """At its own beginning and with its own settings, where the first one's would be refused."""
+    folder = tmp_path / "run"
+    words = [*ALONE, *settings, f"run.dir={folder}", f"model.weights={straight}"]
+    succeed([*words, "optim.lr=0.0025", "train.duration=0 steps"])
+    first = Checkpoint(folder / "checkpoints" / "step-00000000")
+    last = Checkpoint(straight / "checkpoints" / f"step-{STEPS:08d}")
+    assert first.progress == replace(
+        Progress(), lanes=last.progress.lanes, metrics=first.progress.metrics
+    )
+    assert set(first.tensors) == set(last.tensors)
+    for name in last.tensors:
+        assert first.read("value", name).equal(last.read("value", name)), name
+        assert first.moments(name) == {}
+    done = run([*words, "model.embed_dim=48", f"run.dir={tmp_path / 'wider'}"])
+    assert done.returncode == 5, explain(done)
+    assert "[32, 64] there, [48, 64] here" in done.stderr
 
 
 def test_ctrl_c_ends_with_130(settings, tmp_path):

@@ -1,7 +1,6 @@
 """What is on disk after a save, a kill in mid-save and a full disk; which checkpoints stay."""
 
 import os
-import subprocess
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from mmscale.checkpoint.write import Kept, adopt_partial, take_snapshot, write_s
 from mmscale.config.load import validate
 from mmscale.config.schema import CheckpointConfig
 from mmscale.contracts import NamedTensor, Position, World
-from mmscale.errors import CheckpointError
+from mmscale.errors import CheckpointError, HaltError
 
 ALONE = World()
 KEPT = Kept(validate({"data": {"train": "shards"}}).model_dump(mode="json"))
@@ -117,22 +116,6 @@ def test_ranks_verify_a_share_of_the_files_each(tmp_path):
         Checkpoint(folder)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of one megabyte."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    except OSError as error:
-        pytest.skip(f"no mount: {error}")
-    if done.returncode:
-        pytest.skip(f"a file system cannot be mounted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 def test_a_full_disk_leaves_the_checkpoint_before_and_is_borne_so_often(small_disk):
     told = []
     saver = _saver(small_disk, told.append, failures=2)
@@ -183,3 +166,22 @@ def test_files_beside_the_tensors_are_kept_under_digests(tmp_path):
     (read.folder / "text" / "tokenizer.json").write_bytes(b"[]")
     with pytest.raises(CheckpointError, match="not what was written"):
         Checkpoint(read.folder)
+
+
+def test_weights_that_are_not_finite_are_never_published(tmp_path):
+    sound = NamedTensor("a", torch.ones(9), {"exp_avg": torch.ones(9)})
+    constant = NamedTensor("mask", torch.full((3,), -torch.inf), {})
+    bad = torch.tensor([1.0, torch.inf])
+    for number, tensor in enumerate(
+        (
+            NamedTensor("b", torch.tensor([1.0, torch.nan]), {}),
+            NamedTensor("b", bad, {"exp_avg": torch.zeros(2)}),
+            NamedTensor("b", torch.zeros(2), {"exp_avg": bad}),
+        )
+    ):
+        saver = _saver(tmp_path / str(number), failures=9)
+        saver.save(take_snapshot(Progress(1), KEPT, [sound, constant], {}, ALONE))
+        saver.save(take_snapshot(Progress(2), KEPT, [sound, tensor], {}, ALONE))
+        with pytest.raises(HaltError, match="not written, since rank 0: b is not finite"):
+            saver.settle()
+        assert _steps(tmp_path / str(number)) == [1], "nothing is left of it"
