@@ -194,6 +194,7 @@ class LossInput:
         ids: Match ids: rows with equal ids are positives of each other.
         scale: 1 / temperature.
         step: Updates taken so far; what schedules are read at.
+        is_logged: Floors and chance values of the terms are wanted.
         labels: Class of each row, -1 where it has none.
         momentum_image: Unit rows of the momentum encoder for the same images, without a graph.
         momentum_text: Likewise for the captions.
@@ -211,6 +212,7 @@ class LossInput:
     ids: Int64[Tensor, " b"]
     scale: Float[Tensor, "1"]
     step: int = 0
+    is_logged: bool = True
     labels: Int64[Tensor, " b"] | None = None
     momentum_image: Float[Tensor, "b d"] | None = None
     momentum_text: Float[Tensor, "b d"] | None = None
@@ -228,7 +230,8 @@ class LossOutput:
 
     Attributes:
         total: Weighted sum of the terms over this rank's rows; nats for the contrastive terms.
-        terms: Each term alone, unweighted and without a graph.
+        terms: Each term alone, unweighted and without a graph; beside it its weight where that
+            changes, and its floor and chance value on updates that are logged.
     """
 
     total: Float[Tensor, ""]
@@ -241,7 +244,7 @@ class StepRecord:
 
     Attributes:
         loss: Objective of the global batch.
-        terms: Each term of the global batch, unweighted.
+        terms: Each term of the global batch, as in `LossOutput`.
         lr: Base learning rate that the update used.
         logit_scale: Clamped scale before the update.
         grad_norm: Norm of the whole gradient before clipping, by component and in all (`total`).

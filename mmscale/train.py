@@ -147,7 +147,7 @@ def _loop(
         factor = rate_factor(step, length, warmup, config.optim.schedule)
         factor *= plateau_factor(training, progress)
         balancer.before(step)
-        settling.before(progress)
+        is_probed = settling.before(progress)
         is_logged = training.due(config.log.every, progress.step + 1)
         with phases.timing(is_logged):
             done = update(
@@ -162,6 +162,7 @@ def _loop(
                 run.stop.wanted,
                 training.companions,
                 run.saver.written,
+                is_logged or is_probed,
             )
         run.updated()
         trace.step()

@@ -13,8 +13,12 @@ from pydantic import BaseModel, ValidationError
 from mmscale.config.data_rules import data_faults
 from mmscale.config.explain import explain, known_settings, meant_by
 from mmscale.config.heads import head_faults
-from mmscale.config.loss_rules import fill_logit_scale, objective_faults
-from mmscale.config.needs import fusion_faults, negatives_faults
+from mmscale.config.needs import (
+    fill_logit_scale,
+    fusion_faults,
+    negatives_faults,
+    objective_faults,
+)
 from mmscale.config.paths import is_path, path_of
 from mmscale.config.schema import Config
 from mmscale.config.staging import expanded, stage_faults, stage_settings

@@ -1,6 +1,10 @@
-"""Settings of the objective: a list of terms, or one of the named lists."""
+"""Settings of the objective: a list of terms, or one of the named lists.
 
-from typing import Annotated, Any, Literal, TypeAlias
+A term has its settings here, with what it needs of the run, and its function in `mmscale/loss`.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
 from pydantic import Field, model_validator
 
@@ -12,15 +16,55 @@ AtLeastZero = Annotated[Ramp, within(0)]
 ONE, ZERO = Ramp.constant(1.0), Ramp.constant(0.0)
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a term asks of the run, beside two towers and their heads.
+
+    Attributes:
+        gathers: Modalities whose rows of all ranks it contrasts with.
+        queue: It contrasts with the rows of earlier batches, where the run keeps them.
+        mining: `negatives.mining` says which of its negatives count.
+        momentum: Rows of the momentum encoders.
+        fusion: The head of the fusion model whose logits it takes.
+        labels: Labels in the data.
+        logit_scale: Scale and bias of the logits that its authors start from; it needs the bias.
+        once: Why the objective cannot hold it twice, and what to do instead; None: it can.
+    """
+
+    gathers: tuple[Literal["image", "text"], ...] = ()
+    queue: bool = False
+    mining: bool = False
+    momentum: bool = False
+    fusion: Literal["matching", "classes"] | None = None
+    labels: bool = False
+    logit_scale: tuple[float, float] | None = None
+    once: str | None = None
+
+
+BOTH: tuple[Literal["image", "text"], ...] = ("image", "text")
+
+
 class Term(Section):
     """What every term has."""
+
+    needs: ClassVar[Needs] = Needs()
 
     weight: AtLeastZero = ONE
     """Factor of this term in the objective; a number or a ramp. At 0 it is not computed."""
 
+    def holds_logits(self, mined: bool) -> bool:
+        """Whether a rank ever holds a number for each of its rows and each column at once.
+
+        Args:
+            mined: `negatives.mining` is at work.
+        """
+        return bool(self.needs.gathers)
+
 
 class InfoNCETerm(Term):
     """Symmetric multi-positive InfoNCE by id."""
+
+    needs: ClassVar[Needs] = Needs(gathers=BOTH, queue=True, mining=True)
 
     kind: Literal["infonce"]
     """CLIP's loss, with every caption of one image a positive."""
@@ -29,9 +73,21 @@ class InfoNCETerm(Term):
     label_smoothing: Share = ZERO
     """Share of the target that is spread evenly over all columns; a number or a ramp."""
 
+    def holds_logits(self, mined: bool) -> bool:
+        """Only where a mean or an order of all logits is asked for; else they are made in tiles."""
+        return mined or self.label_smoothing != ZERO
+
 
 class SigLIPTerm(Term):
     """Sigmoid loss of each pair alone."""
+
+    needs: ClassVar[Needs] = Needs(
+        gathers=BOTH,
+        queue=True,
+        mining=True,
+        # Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", section 3.2.
+        logit_scale=(10.0, -10.0),
+    )
 
     kind: Literal["siglip"]
     """Needs the logits' bias (`model.logit_scale.bias`)."""
@@ -39,6 +95,8 @@ class SigLIPTerm(Term):
 
 class DCLTerm(Term):
     """Decoupled contrastive loss across modalities."""
+
+    needs: ClassVar[Needs] = Needs(gathers=BOTH, queue=True, mining=True)
 
     kind: Literal["dcl"]
     """InfoNCE without the positives in the denominator; has no floor."""
@@ -49,6 +107,8 @@ class DCLTerm(Term):
 class NTXentTerm(Term):
     """SimCLR's loss over images and captions as two views."""
 
+    needs: ClassVar[Needs] = Needs(gathers=BOTH)
+
     kind: Literal["ntxent"]
     """Also contrasts images with images and captions with captions."""
     temperature: PositiveFloat | None = None
@@ -57,6 +117,8 @@ class NTXentTerm(Term):
 
 class SupConTerm(Term):
     """Supervised contrastive loss over images and captions as two views."""
+
+    needs: ClassVar[Needs] = Needs(gathers=BOTH)
 
     kind: Literal["supcon"]
     """Every row of the same id, in both modalities, is a positive."""
@@ -68,6 +130,8 @@ class SupConTerm(Term):
 
 class HingeTerm(Term):
     """Margin ranking loss (VSE++)."""
+
+    needs: ClassVar[Needs] = Needs(gathers=BOTH, queue=True)
 
     kind: Literal["hinge"]
     """Each negative's similarity must stay a margin below the pair's."""
@@ -82,6 +146,8 @@ class HingeTerm(Term):
 class HardNegativeTerm(Term):
     """InfoNCE with negatives weighted by their hardness (HN-NCE)."""
 
+    needs: ClassVar[Needs] = Needs(gathers=BOTH, queue=True)
+
     kind: Literal["hn_nce"]
     """Negatives weigh more the more similar they are."""
     alpha: NonNegativeFloat = 1.0
@@ -95,6 +161,8 @@ class HardNegativeTerm(Term):
 class SpectralTerm(Term):
     """Spectral contrastive loss on the heads' outputs."""
 
+    needs: ClassVar[Needs] = Needs(gathers=BOTH)
+
     kind: Literal["spectral"]
     """Has no temperature; rows longer than sqrt(mu) are shortened to it."""
     mu: PositiveFloat = 1.0
@@ -103,6 +171,10 @@ class SpectralTerm(Term):
 
 class PrototypesTerm(Term):
     """Each row must find its image's cluster."""
+
+    needs: ClassVar[Needs] = Needs(
+        momentum=True, once="name every number of clusters in one term's clusters"
+    )
 
     kind: Literal["prototypes"]
     """Clusters of the momentum encoder's image features, made anew each epoch, after the first."""
@@ -151,6 +223,8 @@ class AlignmentTerm(Term):
 class UniformityTerm(Term):
     """How evenly each modality's rows cover the sphere."""
 
+    needs: ClassVar[Needs] = Needs(gathers=BOTH)
+
     kind: Literal["uniformity"]
     """Log of the mean Gaussian potential of rows of different ids; mean of both modalities."""
     t: PositiveFloat = 2.0
@@ -176,14 +250,22 @@ class DiversityTerm(Term):
 class DistillationTerm(Term):
     """InfoNCE towards what the momentum encoders find similar (ALBEF)."""
 
+    needs: ClassVar[Needs] = Needs(queue=True, momentum=True)
+
     kind: Literal["distillation"]
     """Contrasts with the momentum encoders' rows and the queue."""
     alpha: Share = Ramp.constant(0.4)
     """Share of the momentum encoders' opinion in the target; a number or a ramp."""
 
+    def holds_logits(self, mined: bool) -> bool:
+        """Of the batch with the momentum rows and the queue."""
+        return True
+
 
 class MatchingTerm(Term):
     """Cross-entropy of the fusion model's match or no match."""
+
+    needs: ClassVar[Needs] = Needs(fusion="matching")
 
     kind: Literal["matching"]
     """Needs `model.fusion`."""
@@ -191,6 +273,8 @@ class MatchingTerm(Term):
 
 class ClassificationTerm(Term):
     """Cross-entropy of class labels."""
+
+    needs: ClassVar[Needs] = Needs(fusion="classes", labels=True)
 
     kind: Literal["classification"]
     """Needs labels in the data; rows without one are left out."""
@@ -217,6 +301,10 @@ AnyTerm: TypeAlias = (
     | MatchingTerm
     | ClassificationTerm
 )
+# Every term there is, by its `kind`.
+TERMS: dict[str, type[Term]] = {
+    get_args(term.model_fields["kind"].annotation)[0]: term for term in get_args(AnyTerm)
+}
 
 _FIRST_EPOCH = "1 epochs"
 OBJECTIVES: dict[str, tuple[dict[str, Any], ...]] = {

@@ -27,28 +27,30 @@ def guarded(config: StopConfig, warmup: int, progress: Progress, record: StepRec
     if progress.step - progress.stage_start <= warmup or not record.applied:
         return progress
     state = dict(progress.watched)
-    if config.above_chance is not None and (known := _against_chance(record.terms)):
-        _above_chance(state, *known, config.above_chance, progress.step)
+    if config.above_chance is not None:
+        _above_chance(state, _excess(record.terms), config.above_chance, progress.step)
     if config.rise is not None:
         _rise(state, record.loss, config.rise, progress.step)
     return replace(progress, watched=state)
 
 
-def _above_chance(
-    state: dict[str, float], loss: float, chance: float, updates: int, step: int
-) -> None:
-    count = state.get("chance_count", 0) + 1
-    excess = state.get("chance_excess", 0.0) + loss - chance
-    if count < updates:
-        state |= {"chance_count": count, "chance_excess": excess}
+def _above_chance(state: dict[str, float], excess: float | None, updates: int, step: int) -> None:
+    """Judge a window of updates by those of them whose chance value is known: that are logged."""
+    count = state.get("chance_count", 0)
+    known, total = state.get("chance_known", count), state.get("chance_excess", 0.0)
+    count += 1
+    if excess is not None:
+        known, total = known + 1, total + excess
+    if count < updates or not known:
+        state |= {"chance_count": count, "chance_known": known, "chance_excess": total}
         return
-    if excess >= 0:
+    if total >= 0:
         raise HaltError(
-            f"step {step}: over {updates} updates the loss was on average {excess / updates:.3g} "
+            f"step {step}: over {updates} updates the loss was on average {total / known:.3g} "
             "above what guessing gives; check the pairs (mmscale doctor), lower optim.lr, or set "
             "stop.above_chance=null to go on all the same"
         )
-    state |= {"chance_count": 0, "chance_excess": 0.0}
+    state |= {"chance_count": 0, "chance_known": 0, "chance_excess": 0.0}
 
 
 def _rise(state: dict[str, float], loss: float, most: float, step: int) -> None:
@@ -67,9 +69,9 @@ def _rise(state: dict[str, float], loss: float, most: float, step: int) -> None:
     state |= {"rise_count": 0, "rise_sum": 0.0, "rise_lowest": lowest}
 
 
-def _against_chance(terms: Mapping[str, float]) -> tuple[float, float] | None:
-    """Sum of the terms whose chance value is known, and of these values; None without any."""
+def _excess(terms: Mapping[str, float]) -> float | None:
+    """How far the terms whose chance value is known lie above it together; None without any."""
     known = [name for name in terms if f"{name}_chance" in terms]
     if not known:
         return None
-    return sum(terms[name] for name in known), sum(terms[f"{name}_chance"] for name in known)
+    return sum(terms[name] for name in known) - sum(terms[f"{name}_chance"] for name in known)

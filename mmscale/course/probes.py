@@ -83,10 +83,11 @@ class Probes:
         if self._training.world.is_main and _is_enough(first := health_figures(held_out)):
             self._persistence.begin(first)
 
-    def before(self, progress: Progress) -> None:
-        """Look at the weights where the coming update is going to be probed."""
+    def before(self, progress: Progress) -> bool:
+        """Whether the coming update is probed; then, look at the weights that it changes."""
         if (progress.step + 1) % self._every == 0:
             self._movement = Movement(self._training.engine)
+        return self._movement is not None
 
     def after(self, progress: Progress, done: Update, batch: Batch) -> Alarm | None:
         """Count an update; at a probe, measure, and tell what has lasted too long. Collective."""

@@ -36,9 +36,9 @@ class Settling:
         start = self._training.start
         return self._kept(replace(start, owes_evaluation=False)) if start.owes_evaluation else start
 
-    def before(self, progress: Progress) -> None:
-        """Look at what the coming update is going to change."""
-        self._probes.before(progress)
+    def before(self, progress: Progress) -> bool:
+        """Look at what the coming update is going to change; returns whether it is probed."""
+        return self._probes.before(progress)
 
     def after(
         self, progress: Progress, done: Update, batch: Batch

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import numpy as np
 
 from mmscale.config.duration import Duration
-from mmscale.config.needs import term_kinds
+from mmscale.config.needs import labelled_kinds
 from mmscale.config.ramp import Ramp
 from mmscale.config.schema import Config
 from mmscale.contracts import NamedTensor, Position
@@ -205,13 +205,13 @@ def plan_schedule(
             )
     identities = [shard.identities for shard in shards.shards]
     schedule = replace(schedule, marks=read_marks(config.data.match, identities))
-    if "classification" in term_kinds(config) and not config.data.resampled:
+    if (kinds := labelled_kinds(config)) and not config.data.resampled:
         if shards.labels_clash:
             raise DataError(
                 "data.train: labels have names in one source and are bare numbers in another, so "
                 "that nothing tells which are the same; label all sources in one way"
             )
-        _require_labels(schedule.marks, config.model.fusion.classes)
+        _require_labels(kinds, schedule.marks, config.model.fusion.classes)
     if config.data.positive_share is None and neighbours is None:
         return schedule
     share = config.data.hard_batches.share
@@ -219,11 +219,11 @@ def plan_schedule(
     return replace(schedule, arrangement=_plan_arrangement(config, shards, schedule))
 
 
-def _require_labels(marks: Marks, classes: int | None) -> None:
+def _require_labels(kinds: list[str], marks: Marks, classes: int | None) -> None:
     largest = max((max(part, default=-1) for part in marks.labels if part is not None), default=-1)
     if largest < 0:
         raise DataError(
-            "loss.terms has classification, but no image of data.train has a label; give its table "
+            f"loss.terms has {kinds[0]}, but no image of data.train has a label; give its table "
             "a column `label` and pack it again, or run mmscale index on shards whose KEY.json has "
             "`label`"
         )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mmscale.config.loss import PrototypesTerm
-from mmscale.config.needs import FUSION_TERMS, needs_momentum_rows, term_kinds
+from mmscale.config.needs import fusion_heads, needs_momentum_rows
 from mmscale.config.ramp import StepsOf
 from mmscale.config.schema import Config
 from mmscale.contracts import Engine, World
@@ -70,10 +70,10 @@ def _momentum(
 
 
 def _matcher(config: Config, plan: BatchPlan) -> Matcher | None:
-    kinds = term_kinds(config)
-    if not kinds & FUSION_TERMS:
+    heads = fusion_heads(config)
+    if not heads:
         return None
-    return Matcher(config.run.seed, plan.micro_rows, negatives="matching" in kinds)
+    return Matcher(config.run.seed, plan.micro_rows, negatives="matching" in heads)
 
 
 def _bank(

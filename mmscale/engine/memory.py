@@ -252,7 +252,8 @@ def activations(seen: Footprint, config: Config, plan: BatchPlan, queue: int) ->
 def _loss(config: Config, plan: BatchPlan, slots: int) -> tuple[int, str]:
     rows, columns = plan.rank_rows, plan.global_rows
     width = 4 * FP32 * columns * config.model.embed_dim
-    if all(term.kind == "infonce" for term in config.loss.terms):
+    mined = config.negatives.mining.kind != "none"
+    if not any(term.holds_logits(mined) for term in config.loss.terms):
         kept = min(KEPT_BYTES, FP32 * rows * columns)
         tiles = 2 * FP32 * min(TILE_SIDE, rows) * min(TILE_SIDE, columns)
         return width + kept + tiles, "gathered rows and gradients (16 n d) + kept tiles + 2 tiles"

@@ -59,6 +59,7 @@ def update(
     stop: bool,
     companions: Companions = ALONE,
     written: bool = False,
+    is_logged: bool = True,
 ) -> Update:
     """Train on one batch.
 
@@ -74,6 +75,7 @@ def update(
         stop: This rank was told to stop.
         companions: Momentum encoder, queue, pairs and clusters, where they are used.
         written: This rank has done its part of the checkpoint in flight.
+        is_logged: Floors and chance values of the terms are wanted.
     """
     scale_module: Any = engine.module.get_submodule("scale")
     scale_module.begin(step)
@@ -102,6 +104,7 @@ def update(
             scale=scale,
             bias=bias,
             step=step,
+            is_logged=is_logged,
             labels=batch.labels,
             momentum_image=momentum[0],
             momentum_text=momentum[1],

@@ -13,16 +13,13 @@ from dataclasses import dataclass
 
 import torch
 
-from mmscale.config.needs import term_kinds
+from mmscale.config.needs import trained_terms
 from mmscale.config.schema import Config
 from mmscale.engine.footprint import Footprint, Weight
 from mmscale.engine.memory import FP32, ID, Sharding, padded
 from mmscale.engine.plan import BatchPlan
 
 PASSES = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}
-# Losses that look at the columns of both modalities, and at those of captions alone.
-BOTH = frozenset({"siglip", "dcl", "hn_nce", "ntxent", "supcon", "hinge", "spectral", "uniformity"})
-CAPTIONS = frozenset({"infonce"})
 
 
 @dataclass(frozen=True)
@@ -69,8 +66,12 @@ def transfers(
 
 
 def _embeddings(config: Config, plan: BatchPlan) -> Iterator[Transfer]:
-    kinds = term_kinds(config)
-    sides = 2 if kinds & BOTH else 1 if kinds & CAPTIONS else 0
+    mined = config.negatives.mining.kind != "none"
+    gathering = [term for term in trained_terms(config) if term.needs.gathers]
+    in_tiles = [term for term in gathering if not term.holds_logits(mined)]
+    # One product of tiles serves both directions, so that captions alone are gathered.
+    whole = [side for term in gathering if term not in in_tiles for side in term.needs.gathers]
+    sides = len({*whole, *("text" for _ in in_tiles)})
     columns, width = plan.global_rows, config.model.embed_dim
     yield Transfer("ids", "all-gather", ID * columns, 1, "8 n")
     if not config.negatives.gather or not sides:
@@ -78,7 +79,7 @@ def _embeddings(config: Config, plan: BatchPlan) -> Iterator[Transfer]:
     rows, formula = FP32 * columns * width, "4 n d"
     yield Transfer("embeddings", "all-gather", rows, sides, formula)
     yield Transfer("embeddings, backward", "reduce-scatter", rows, sides, formula)
-    if kinds & CAPTIONS:
+    if in_tiles:
         # Each column's maximum and sum, and the sum's gradient.
         yield Transfer("column sums", "all-reduce", FP32 * columns, 3, "4 n")
 

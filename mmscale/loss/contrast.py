@@ -15,6 +15,25 @@ from mmscale.contracts import Bank, Peers
 
 
 @dataclass(frozen=True)
+class PairRows:
+    """A rank's pairs, and what they are contrasted with.
+
+    Attributes:
+        image: Unit rows of the images.
+        text: Unit rows of the captions; row i belongs to image i.
+        ids: Identity of each row.
+        peers: The ranks that contrast together.
+        bank: Further negatives; those of a row's own id are left out.
+    """
+
+    image: Float[Tensor, "b d"]
+    text: Float[Tensor, "b d"]
+    ids: Int64[Tensor, " b"]
+    peers: Peers
+    bank: Bank | None = None
+
+
+@dataclass(frozen=True)
 class Contrast:
     """One direction: images against captions, or captions against images.
 
@@ -33,14 +52,9 @@ class Contrast:
     discount: Float[Tensor, "b m"] | None = None
 
 
-def contrasts(
-    image: Float[Tensor, "b d"],
-    text: Float[Tensor, "b d"],
-    ids: Int64[Tensor, " b"],
-    peers: Peers,
-    bank: Bank | None = None,
-) -> Iterator[Contrast]:
+def contrasts(pairs: PairRows) -> Iterator[Contrast]:
     """Images against captions, then captions against images."""
+    image, text, ids, peers, bank = pairs.image, pairs.text, pairs.ids, pairs.peers, pairs.bank
     remembered = (None, None) if bank is None else (bank.text, bank.image)
     slots = None if bank is None else bank.ids
     yield contrast(image, text, ids, peers, remembered[0], slots)
@@ -79,13 +93,9 @@ def contrast(
     return Contrast(similarity, positive, negative, similarity.gather(1, own[:, None])[:, 0])
 
 
-def two_views(
-    image: Float[Tensor, "b d"],
-    text: Float[Tensor, "b d"],
-    ids: Int64[Tensor, " b"],
-    peers: Peers,
-) -> Contrast:
+def two_views(pairs: PairRows) -> Contrast:
     """Both modalities as views of one thing: each row against all rows of both but itself."""
+    image, text, ids, peers = pairs.image, pairs.text, pairs.ids, pairs.peers
     rows = torch.cat([wide(image), wide(text)])
     columns = torch.cat([peers.columns(wide(image)), peers.columns(wide(text))])
     same = (ids[:, None] == peers.columns(ids)[None, :]).repeat(2, 2)

@@ -3,11 +3,12 @@
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
-from mmscale.contracts import Bank, Peers
-from mmscale.loss.contrast import wide
+from mmscale.config.loss import DistillationTerm
+from mmscale.loss.contrast import PairRows, wide
+from mmscale.loss.term import Bounds, Counts, Given, TermValue, log_mean, term
 
 
 class Distilled(NamedTuple):
@@ -18,14 +19,10 @@ class Distilled(NamedTuple):
 
 
 def distillation(
-    image: Float[Tensor, "b d"],
-    text: Float[Tensor, "b d"],
-    momentum_image: Float[Tensor, "b d"],
-    momentum_text: Float[Tensor, "b d"],
-    ids: Int64[Tensor, " b"],
+    pairs: PairRows,
+    momentum: tuple[Float[Tensor, "b d"], Float[Tensor, "b d"]],
     scale: Float[Tensor, "1"],
-    peers: Peers,
-    bank: Bank | None = None,
+    *,
     alpha: float = 0.4,
 ) -> Distilled:
     """InfoNCE against the momentum rows, with targets half by id and half by opinion.
@@ -36,11 +33,19 @@ def distillation(
     each caption; the mean of both. alpha = 0 without a bank has InfoNCE's value where the momentum
     rows equal the trained ones. Momentum rows and targets have no gradient.
 
+    Args:
+        pairs: The trained encoders' rows.
+        momentum: Unit rows of the momentum encoders, images and captions of the same pairs.
+        scale: 1 / temperature.
+        alpha: Share of the opinion.
+
     Source: Li et al. 2021, "Align before Fuse" (arXiv 2107.07651), equations 1 and 6.
     """
+    ids, peers, bank = pairs.ids, pairs.peers, pairs.bank
+    momentum_image, momentum_text = momentum
     sides = (
-        (image, momentum_image, momentum_text, bank.text if bank else None),
-        (text, momentum_text, momentum_image, bank.image if bank else None),
+        (pairs.image, momentum_image, momentum_text, bank.text if bank else None),
+        (pairs.text, momentum_text, momentum_image, bank.image if bank else None),
     )
     losses, entropies = [], []
     for rows, judge, candidates, remembered in sides:
@@ -58,3 +63,19 @@ def distillation(
         surprise = -logits.log_softmax(1).masked_fill(empty, 0.0)
         losses.append((target * surprise).sum(1).mean())
     return Distilled((losses[0] + losses[1]) / 2, (entropies[0] + entropies[1]) / 2)
+
+
+@term(DistillationTerm)
+def _distillation(settings: DistillationTerm, given: Given) -> TermValue:
+    rows, encoder = given.rows, "a momentum encoder"
+    momentum_image = given.needed(rows.momentum_image, settings, encoder)
+    momentum_text = given.needed(rows.momentum_text, settings, encoder)
+    found = distillation(
+        given.pairs, (momentum_image, momentum_text), given.scale(), alpha=given.at(settings.alpha)
+    )
+
+    def bounds(counts: Counts) -> Bounds:
+        everything = counts.positives + counts.negatives + counts.remembered
+        return Bounds(found.entropy, log_mean(everything))
+
+    return TermValue(found.loss, bounds)

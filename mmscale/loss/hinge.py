@@ -1,22 +1,16 @@
 """Margin ranking: negatives must stay a margin below the pair."""
 
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
-from mmscale.contracts import Bank, Peers
-from mmscale.loss.contrast import Contrast, contrasts
+from mmscale.config.loss import HingeTerm
+from mmscale.loss.contrast import Contrast, PairRows, contrasts
+from mmscale.loss.term import Bounds, Counts, Given, TermValue, term
 
 
 def hinge(
-    image: Float[Tensor, "b d"],
-    text: Float[Tensor, "b d"],
-    ids: Int64[Tensor, " b"],
-    peers: Peers,
-    bank: Bank | None = None,
-    margin: float = 0.2,
-    hardness: float = 1.0,
-    semi_hard: bool = False,
+    pairs: PairRows, *, margin: float = 0.2, hardness: float = 1.0, semi_hard: bool = False
 ) -> Float[Tensor, ""]:
     """Triplet loss over all negatives (`hardness` 0), the hardest alone (1), or a mixture.
 
@@ -26,11 +20,7 @@ def hinge(
     one point stays at 2 margin for hardness 1.
 
     Args:
-        image: Unit rows of the images.
-        text: Unit rows of the captions; row i belongs to image i.
-        ids: Identity of each row.
-        peers: The ranks that contrast together.
-        bank: Further negatives.
+        pairs: This rank's.
         margin: Distance that negatives keep.
         hardness: Share of the hardest negative.
         semi_hard: The hardest is taken among those less similar than the pair.
@@ -48,5 +38,19 @@ def hinge(
         every, hardest = cost.where(way.negative, none).sum(1), cost.where(candidates, none).amax(1)
         return ((1 - hardness) * every + hardness * hardest).mean()
 
-    first, second = (direction(way) for way in contrasts(image, text, ids, peers, bank))
+    first, second = (direction(way) for way in contrasts(pairs))
     return first + second
+
+
+@term(HingeTerm)
+def _hinge(settings: HingeTerm, given: Given) -> TermValue:
+    margin, semi_hard, hardness = settings.margin, settings.semi_hard, given.at(settings.hardness)
+    loss = hinge(given.pairs, margin=margin, hardness=hardness, semi_hard=semi_hard)
+
+    def bounds(counts: Counts) -> Bounds:
+        # Where nothing is told apart none lies behind the pair, and all as far as it.
+        hardest = 0.0 if semi_hard else (counts.negatives > 0).double()
+        cost = (1 - hardness) * counts.negatives + hardness * hardest
+        return Bounds(0.0, 2 * margin * cost.mean())
+
+    return TermValue(loss, bounds)

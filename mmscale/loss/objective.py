@@ -1,18 +1,19 @@
 """The objective: a weighted sum of terms."""
 
 from collections import Counter
+from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from mmscale.config.loss import AnyTerm, PrototypesTerm
+from mmscale.config.loss import AnyTerm
 from mmscale.config.ramp import Ramp, StepsOf, whole_steps
 from mmscale.config.schema import Config
 from mmscale.contracts import LossInput, LossOutput, Peers
 from mmscale.dist.peers import Alone
 from mmscale.loss.mining import Mining
-from mmscale.loss.reference import Facts, reference
-from mmscale.loss.terms import compute
+from mmscale.loss.term import Counts, Given, TermValue, compute
 
 
 class Objective:
@@ -34,8 +35,9 @@ class Objective:
     def __call__(self, rows: LossInput) -> LossOutput:
         """Mean over this rank's rows of each term, and their weighted sum. Collective.
 
-        Beside a term's value stand its floor, its chance value and a weight that changes, each
-        where there is one. A term of weight 0 is not computed, nor prototypes before there are any.
+        Beside a term's value stands a weight that changes and, on updates that are logged, its
+        floor and chance value, each where there is one. A term of weight 0 is not computed, nor one
+        whose input is still to come.
 
         Raises:
             ConfigError: A term needs what this run does not make.
@@ -45,34 +47,37 @@ class Objective:
             return ramp.at(rows.step, self._steps_of)
 
         peers = _Remembering(self._peers)
-        facts, mining = Facts.of(rows, peers), Mining.of(self._mining, at)
+        given = Given(rows, peers, at, Mining.of(self._mining, at))
+
+        @cache
+        def counts(with_queue: bool) -> Counts:
+            return Counts.of(rows if with_queue else replace(rows, bank=None), peers)
+
         # In the graph also where every weight is 0.
         total = 0 * rows.image.unit.sum() + 0 * rows.text.unit.sum()
         values: dict[str, Tensor] = {}
         for name, term in self._terms.items():
             weight = at(term.weight)
-            if weight == 0 or _waits(term, rows):
+            value = compute(term, given) if weight else None
+            if value is None:
                 continue
-            computed = compute(term, rows, peers, at, mining)
-            total = total + weight * computed.loss
-            floor, chance = reference(term, facts, at, mining)
-            beside = {
-                name: computed.loss.detach(),
-                f"{name}_floor": floor if computed.floor is None else computed.floor,
-                f"{name}_chance": chance,
-                f"{name}_weight": None if term.weight.is_constant else weight,
-            }
-            values |= {
-                key: torch.as_tensor(value, dtype=torch.float64)
-                for key, value in beside.items()
-                if value is not None
-            }
+            total = total + weight * value.loss
+            values[name] = value.loss.detach().double()
+            if not term.weight.is_constant:
+                values[f"{name}_weight"] = torch.as_tensor(weight, dtype=torch.float64)
+            if rows.is_logged:
+                values |= _bounds(name, value, counts(term.needs.queue))
         return LossOutput(total, values)
 
 
-def _waits(term: AnyTerm, rows: LossInput) -> bool:
-    """Whether the term's first clusters are still to come: at the end of the first epoch."""
-    return isinstance(term, PrototypesTerm) and rows.prototypes == ()
+@torch.no_grad()
+def _bounds(name: str, value: TermValue, counts: Counts) -> dict[str, Tensor]:
+    """Floor and chance of a term, by the names they are logged under."""
+    return {
+        f"{name}_{which}": torch.as_tensor(bound, dtype=torch.float64)
+        for which, bound in value.bounds(counts)._asdict().items()
+        if bound is not None
+    }
 
 
 def named(terms: tuple[AnyTerm, ...]) -> dict[str, AnyTerm]:

@@ -3,6 +3,7 @@
 Outside the guarantee of one global batch: the clusters come from momentum features of another time.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +11,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from mmscale.config.loss import PrototypesTerm
 from mmscale.contracts import Peers, Prototypes
 from mmscale.errors import ConfigError
 from mmscale.loss.contrast import wide
 from mmscale.loss.supervised import NO_LABEL, classification
+from mmscale.loss.term import Bounds, Given, TermValue, term
 
 ITERATIONS = 20
 # Keeps the temperature of small clusters, and of those whose members coincide, from zero.
@@ -63,6 +66,18 @@ def prototypes(
         for rows in (image, text)
     ]
     return torch.stack(losses).mean()
+
+
+@term(PrototypesTerm)
+def _prototypes(settings: PrototypesTerm, given: Given) -> TermValue | None:
+    found = given.needed(given.rows.prototypes, settings, "clusters")
+    if not found:
+        # The first clusters are made at the end of the first epoch.
+        return None
+    pairs = given.pairs
+    chance = sum(map(math.log, settings.clusters)) / len(settings.clusters)
+    loss = prototypes(pairs.image, pairs.text, found, given.peers)
+    return TermValue(loss, lambda counts: Bounds(0.0, chance))
 
 
 def cluster(

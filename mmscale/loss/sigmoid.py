@@ -1,22 +1,21 @@
 """The sigmoid loss: each pair of an image and a caption is judged alone."""
 
+import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
-from mmscale.contracts import Bank, Peers
-from mmscale.loss.contrast import Contrast, contrast, contrasts
+from mmscale.config.loss import SigLIPTerm
+from mmscale.loss.contrast import Contrast, PairRows, contrast, contrasts
 from mmscale.loss.mining import Mining
+from mmscale.loss.term import Bounds, Counts, Given, TermValue, term
 
 
 def siglip(
-    image: Float[Tensor, "b d"],
-    text: Float[Tensor, "b d"],
-    ids: Int64[Tensor, " b"],
+    pairs: PairRows,
     scale: Float[Tensor, "1"],
     bias: Float[Tensor, "1"],
-    peers: Peers,
-    bank: Bank | None = None,
+    *,
     mining: Mining | None = None,
 ) -> Float[Tensor, ""]:
     """Binary cross-entropy of every pair, summed over captions and averaged over images.
@@ -35,10 +34,24 @@ def siglip(
         if way.discount is not None:
             agreement = agreement * way.discount.exp()
         counted = way.positive | way.negative
-        return -agreement.where(counted, agreement.new_zeros(())).sum() / len(ids)
+        return -agreement.where(counted, agreement.new_zeros(())).sum() / len(pairs.ids)
 
-    if bank is None and mining is None:
+    if pairs.bank is None and mining is None:
         # Both directions hold the same pairs.
-        return direction(contrast(image, text, ids, peers))
-    first, second = (direction(way) for way in contrasts(image, text, ids, peers, bank))
+        return direction(contrast(pairs.image, pairs.text, pairs.ids, pairs.peers))
+    first, second = (direction(way) for way in contrasts(pairs))
     return (first + second) / 2
+
+
+@term(SigLIPTerm)
+def _siglip(settings: SigLIPTerm, given: Given) -> TermValue:
+    bias = given.needed(given.rows.bias, settings, "the logits' bias (model.logit_scale.bias)")
+    loss = siglip(given.pairs, given.scale(), bias, mining=given.mining)
+    return TermValue(loss, given.of_mined(_bounds))
+
+
+def _bounds(counts: Counts) -> Bounds:
+    """Chance: the best answer that is the same for every pair, a row."""
+    everything = (counts.positives + counts.negatives).mean()
+    share = counts.positives.mean() / everything
+    return Bounds(0.0, everything * (torch.special.entr(share) + torch.special.entr(1 - share)))

@@ -1,77 +1,31 @@
-"""Softmax losses across modalities.
+"""Softmax losses: InfoNCE's kin, across modalities and over both as views of one thing.
 
-A loss takes this rank's rows and the peers, and returns the mean over its own rows; see
-`dist/peers.py` for what that means for the gradients. Each is the mean of both directions.
+Images are contrasted with captions and captions with images (`dcl`, `hn_nce`: the mean of both
+directions), or every row with all rows of both modalities (`ntxent`, `supcon`).
 """
 
 import math
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
-from mmscale.contracts import Bank, Peers
+from mmscale.config.loss import DCLTerm, HardNegativeTerm, NTXentTerm, SupConTerm
 from mmscale.loss.contrast import (
     Contrast,
+    PairRows,
     contrasts,
     discounted,
     logsumexp_where,
-    mean_of_all,
     mean_where,
+    two_views,
 )
 from mmscale.loss.mining import Mining
-
-
-def infonce(
-    image: Float[Tensor, "b d"],
-    text: Float[Tensor, "b d"],
-    ids: Int64[Tensor, " b"],
-    scale: Float[Tensor, "1"],
-    peers: Peers,
-    bank: Bank | None = None,
-    smoothing: float = 0.0,
-    mining: Mining | None = None,
-) -> Float[Tensor, ""]:
-    """Symmetric multi-positive InfoNCE: cross-entropy against uniform targets over equal ids.
-
-    For each image i: logsumexp_j(s x_i.y_j) - mean_{p: id_p = id_i}(s x_i.y_p); the same for each
-    caption over the images. With distinct ids it is CLIP's loss, with equal ones SupCon's L_out
-    across modalities. Its floor is the mean of ln(number of positives).
-
-    Args:
-        image: Unit rows of the images.
-        text: Unit rows of the captions; row i belongs to image i.
-        ids: Identity of each row.
-        scale: 1 / temperature.
-        peers: The ranks that contrast together.
-        bank: Further negatives.
-        smoothing: Share of the target that goes to all columns, to each by what it counts.
-        mining: Lets hard negatives count more than others.
-
-    Source: Radford et al. 2021 (arXiv 2103.00020), figure 3; Khosla et al. 2020 (arXiv 2004.11362),
-        equation 2.
-    """
-
-    def direction(way: Contrast) -> Float[Tensor, ""]:
-        way = mining(way) if mining else way
-        logits, everything = scale * way.similarity, way.positive | way.negative
-        target = mean_where(logits, way.positive)
-        if smoothing:
-            target = (1 - smoothing) * target + smoothing * mean_of_all(logits, way)
-        return (logsumexp_where(discounted(logits, way), everything) - target).mean()
-
-    first, second = (direction(way) for way in contrasts(image, text, ids, peers, bank))
-    return (first + second) / 2
+from mmscale.loss.term import Bounds, Counts, Given, TermValue, log_mean, term
 
 
 def dcl(
-    image: Float[Tensor, "b d"],
-    text: Float[Tensor, "b d"],
-    ids: Int64[Tensor, " b"],
-    scale: Float[Tensor, "1"],
-    peers: Peers,
-    bank: Bank | None = None,
-    mining: Mining | None = None,
+    pairs: PairRows, scale: Float[Tensor, "1"], *, mining: Mining | None = None
 ) -> Float[Tensor, ""]:
     """Decoupled contrastive loss across modalities: InfoNCE without positives in the denominator.
 
@@ -89,19 +43,12 @@ def dcl(
         loss = total - mean_where(logits, way.positive)
         return loss.where(total > -torch.inf, torch.zeros_like(loss)).mean()
 
-    first, second = (direction(way) for way in contrasts(image, text, ids, peers, bank))
+    first, second = (direction(way) for way in contrasts(pairs))
     return (first + second) / 2
 
 
 def hn_nce(
-    image: Float[Tensor, "b d"],
-    text: Float[Tensor, "b d"],
-    ids: Int64[Tensor, " b"],
-    scale: Float[Tensor, "1"],
-    peers: Peers,
-    bank: Bank | None = None,
-    alpha: float = 1.0,
-    beta: float = 0.5,
+    pairs: PairRows, scale: Float[Tensor, "1"], *, alpha: float = 1.0, beta: float = 0.5
 ) -> Float[Tensor, ""]:
     """InfoNCE whose negatives weigh more the harder they are.
 
@@ -127,5 +74,74 @@ def hn_nce(
         loss = total - mean_where(logits, way.positive)
         return loss.where(total > -torch.inf, torch.zeros_like(loss)).mean()
 
-    first, second = (direction(way) for way in contrasts(image, text, ids, peers, bank))
+    first, second = (direction(way) for way in contrasts(pairs))
     return (first + second) / 2
+
+
+def ntxent(pairs: PairRows, scale: Float[Tensor, "1"]) -> Float[Tensor, ""]:
+    """SimCLR's loss: each of the 2n rows must find its partner among all rows of other ids.
+
+    Mean over the rows z_i of log(e^{s z_i.z_p} + sum_{j: id_j != id_i} e^{s z_i.z_j}) - s z_i.z_p.
+
+    Source: Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual
+        Representations" (arXiv 2002.05709), equation 1.
+    """
+    way = two_views(pairs)
+    logits, pair = scale * way.similarity, scale * way.pair
+    return (logsumexp_where(logits, way.negative).logaddexp(pair) - pair).mean()
+
+
+def supcon(
+    pairs: PairRows, scale: Float[Tensor, "1"], *, base_temperature: float | None = None
+) -> Float[Tensor, ""]:
+    """Supervised contrastive loss: each of the 2n rows must find all rows of its id.
+
+    Mean over the rows z_i of logsumexp_{j != i}(s z_i.z_j) - mean_{p != i: id_p = id_i}(s z_i.z_p),
+    times temperature / base_temperature where one is given.
+
+    Source: Khosla et al. 2020, "Supervised Contrastive Learning" (arXiv 2004.11362), equation 2.
+    """
+    way = two_views(pairs)
+    logits = scale * way.similarity
+    loss = logsumexp_where(logits, way.positive | way.negative) - mean_where(logits, way.positive)
+    factor = 1.0 if base_temperature is None else 1 / (scale.squeeze() * base_temperature)
+    return factor * loss.mean()
+
+
+@term(DCLTerm)
+def _dcl(settings: DCLTerm, given: Given) -> TermValue:
+    loss = dcl(given.pairs, given.scale(settings.temperature), mining=given.mining)
+    return TermValue(loss, given.of_mined(lambda counts: Bounds(None, log_mean(counts.negatives))))
+
+
+@term(HardNegativeTerm)
+def _hn_nce(settings: HardNegativeTerm, given: Given) -> TermValue:
+    alpha, scale = settings.alpha, given.scale(settings.temperature)
+    loss = hn_nce(given.pairs, scale, alpha=alpha, beta=given.at(settings.beta))
+
+    def bounds(counts: Counts) -> Bounds:
+        floor = log_mean(alpha * counts.positives) if alpha else None
+        return Bounds(floor, log_mean(alpha * counts.positives + counts.negatives))
+
+    return TermValue(loss, bounds)
+
+
+@term(NTXentTerm)
+def _ntxent(settings: NTXentTerm, given: Given) -> TermValue:
+    def bounds(counts: Counts) -> Bounds:
+        return Bounds(0.0, log_mean(1 + 2 * (len(counts) - counts.positives)))
+
+    return TermValue(ntxent(given.pairs, given.scale(settings.temperature)), bounds)
+
+
+@term(SupConTerm)
+def _supcon(settings: SupConTerm, given: Given) -> TermValue:
+    scale, base = given.scale(settings.temperature), settings.base_temperature
+    loss = supcon(given.pairs, scale, base_temperature=base)
+
+    def bounds(counts: Counts) -> Bounds:
+        factor = 1.0 if base is None else 1 / (scale.detach().double().squeeze() * base)
+        floor, chance = log_mean(2 * counts.positives - 1), math.log(2 * len(counts) - 1)
+        return Bounds(factor * floor, factor * chance)
+
+    return TermValue(loss, bounds)

@@ -3,8 +3,10 @@
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from mmscale.config.loss import SpectralTerm
 from mmscale.contracts import Peers
 from mmscale.loss.contrast import contrast, wide
+from mmscale.loss.term import Bounds, Given, TermValue, term
 
 
 def spectral(
@@ -12,6 +14,7 @@ def spectral(
     text: Float[Tensor, "b d"],
     ids: Int64[Tensor, " b"],
     peers: Peers,
+    *,
     mu: float = 1.0,
 ) -> Float[Tensor, ""]:
     """Pull pairs together, push the squared products of other ids to zero.
@@ -40,3 +43,12 @@ def _shortened(rows: Float[Tensor, "b d"], mu: float) -> Float[Tensor, "b d"]:
     # The square is limited before the root: a row of zeros has a gradient too.
     longest = rows.pow(2).sum(1, keepdim=True).clamp(min=mu)
     return rows * (mu / longest).sqrt()
+
+
+@term(SpectralTerm)
+def _spectral(settings: SpectralTerm, given: Given) -> TermValue:
+    mu = settings.mu
+    loss = spectral(*given.projected, given.rows.ids, given.peers, mu=mu)
+    # The best product that is the same for every pair is 1, or as much as short rows have.
+    product = min(1.0, mu)
+    return TermValue(loss, lambda counts: Bounds(-2.0, (product**2 - 2 * product) / mu))

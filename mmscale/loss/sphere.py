@@ -1,11 +1,12 @@
 """Alignment of pairs and uniformity on the sphere."""
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
-from mmscale.contracts import Peers
-from mmscale.loss.contrast import contrast, wide
+from mmscale.config.loss import AlignmentTerm, UniformityTerm
+from mmscale.loss.contrast import PairRows, contrast, wide
+from mmscale.loss.term import Bounds, Counts, Given, TermValue, term
 
 
 def alignment(image: Float[Tensor, "b d"], text: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
@@ -17,13 +18,7 @@ def alignment(image: Float[Tensor, "b d"], text: Float[Tensor, "b d"]) -> Float[
     return (wide(image) - wide(text)).pow(2).sum(1).mean()
 
 
-def uniformity(
-    image: Float[Tensor, "b d"],
-    text: Float[Tensor, "b d"],
-    ids: Int64[Tensor, " b"],
-    peers: Peers,
-    t: float = 2.0,
-) -> Float[Tensor, ""]:
+def uniformity(pairs: PairRows, *, t: float = 2.0) -> Float[Tensor, ""]:
     """Log of the mean Gaussian potential of a modality's unit rows; the mean of both modalities.
 
     log mean_{ij: id_i != id_j} exp(-t |x_i - x_j|^2): 0 for rows on one point, near -2t for
@@ -31,11 +26,28 @@ def uniformity(
 
     Source: Wang and Isola 2020 (arXiv 2005.10242), equation 8.
     """
-    values = []
-    for rows in (image, text):
-        way = contrast(rows, rows, ids, peers)
+    values, peers = [], pairs.peers
+    for rows in (pairs.image, pairs.text):
+        way = contrast(rows, rows, pairs.ids, peers)
         potential = (2 * t * (way.similarity - 1)).exp()
         total = peers.total(potential.where(way.negative, potential.new_zeros(())).sum())
         count = peers.total(way.negative.sum().to(total.dtype))
         values.append((total / count.clamp(min=1)).where(count > 0, torch.ones_like(total)).log())
     return (values[0] + values[1]) / 2
+
+
+@term(AlignmentTerm)
+def _alignment(settings: AlignmentTerm, given: Given) -> TermValue:
+    loss = alignment(given.pairs.image, given.pairs.text)
+    return TermValue(loss, lambda counts: Bounds(0.0, 2.0))
+
+
+@term(UniformityTerm)
+def _uniformity(settings: UniformityTerm, given: Given) -> TermValue:
+    def bounds(counts: Counts) -> Bounds:
+        # Squared distances of n rows sum to at most 2 n^2, and only other ids' count.
+        others = (len(counts) - counts.positives).mean()
+        floor = -2 * settings.t * len(counts) / others
+        return Bounds(floor.where(others > 0, torch.zeros_like(floor)), 0.0)
+
+    return TermValue(uniformity(given.pairs, t=settings.t), bounds)

@@ -9,14 +9,23 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from mmscale.config.loss import (
+    BarlowTerm,
+    DecorrelationTerm,
+    DiversityTerm,
+    RegressionTerm,
+    VICRegTerm,
+)
 from mmscale.contracts import Peers
 from mmscale.loss.contrast import wide
+from mmscale.loss.term import Bounds, Counts, Given, TermValue, term
 
 
 def vicreg(
     image: Float[Tensor, "b d"],
     text: Float[Tensor, "b d"],
     peers: Peers,
+    *,
     invariance: float = 25.0,
     variance: float = 25.0,
     covariance: float = 1.0,
@@ -55,6 +64,7 @@ def barlow(
     image: Float[Tensor, "b d"],
     text: Float[Tensor, "b d"],
     peers: Peers,
+    *,
     redundancy: float = 0.0051,
 ) -> Float[Tensor, ""]:
     """The correlation matrix between the modalities' dimensions becomes the identity.
@@ -95,7 +105,7 @@ def decorrelation(
 
 
 def diversity(
-    image: Float[Tensor, "b d"], text: Float[Tensor, "b d"], peers: Peers, floor: float = 0.5
+    image: Float[Tensor, "b d"], text: Float[Tensor, "b d"], peers: Peers, *, floor: float = 0.5
 ) -> Float[Tensor, ""]:
     """Penalty on dimensions of unit rows that hardly vary, the harder the more of them there are.
 
@@ -133,3 +143,46 @@ def _standardised(rows: Float[Tensor, "b d"], peers: Peers) -> tuple[Float[Tenso
 
 def _off_diagonal_squares(matrix: Float[Tensor, "d d"]) -> Float[Tensor, ""]:
     return matrix.pow(2).sum() - matrix.diagonal().pow(2).sum()
+
+
+@term(VICRegTerm)
+def _vicreg(settings: VICRegTerm, given: Given) -> TermValue:
+    loss = vicreg(
+        *given.projected,
+        given.peers,
+        invariance=settings.invariance,
+        variance=settings.variance,
+        covariance=settings.covariance,
+    )
+    return TermValue(loss, _from_zero)
+
+
+@term(BarlowTerm)
+def _barlow(settings: BarlowTerm, given: Given) -> TermValue:
+    loss = barlow(*given.projected, given.peers, redundancy=settings.redundancy)
+    return TermValue(loss, _from_zero)
+
+
+@term(DecorrelationTerm)
+def _decorrelation(settings: DecorrelationTerm, given: Given) -> TermValue:
+    def bounds(counts: Counts) -> Bounds:
+        return Bounds(max(0.0, counts.width / max(len(counts) - 1, 1) - 1))
+
+    return TermValue(decorrelation(*given.projected, given.peers), bounds)
+
+
+@term(DiversityTerm)
+def _diversity(settings: DiversityTerm, given: Given) -> TermValue:
+    pairs = given.pairs
+    loss = diversity(pairs.image, pairs.text, given.peers, floor=settings.floor)
+    return TermValue(loss, _from_zero)
+
+
+@term(RegressionTerm)
+def _regression(settings: RegressionTerm, given: Given) -> TermValue:
+    return TermValue(regression(*given.projected), _from_zero)
+
+
+def _from_zero(counts: Counts) -> Bounds:
+    """A sum of squares, or of what is positive; what it is at chance depends on the heads."""
+    return Bounds(0.0)

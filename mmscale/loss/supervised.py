@@ -3,12 +3,18 @@
 Each rank may have another number of them: the mean is over those of all ranks.
 """
 
+import math
+
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from mmscale.config.loss import ClassificationTerm, MatchingTerm
 from mmscale.contracts import Peers
+from mmscale.errors import ConfigError
 from mmscale.loss.contrast import wide
+from mmscale.loss.term import Bounds, Counts, Given, TermValue, term
 
 NO_LABEL = -1
 
@@ -33,3 +39,44 @@ def classification(
     losses = F.cross_entropy(wide(logits), labels, ignore_index=NO_LABEL, reduction="sum")
     count = peers.total(known.sum().to(losses.dtype)).clamp(min=1)
     return peers.size * losses / count
+
+
+@term(MatchingTerm)
+def _matching(settings: MatchingTerm, given: Given) -> TermValue:
+    rows, peers = given.rows, given.peers
+    logits = given.needed(rows.matching, settings, "matching logits (model.fusion)")
+    targets = given.needed(rows.matching_targets, settings, "targets")
+
+    def bounds(counts: Counts) -> Bounds:
+        """Chance: the entropy of match and no match, by their shares."""
+        known = targets.double()
+        matches, pairs = peers.total(torch.stack([known.sum(), known.new_tensor(len(known))]))
+        share = torch.stack([matches / pairs, 1 - matches / pairs])
+        return Bounds(0.0, torch.special.entr(share).sum())
+
+    return TermValue(matching(logits, targets, peers), bounds)
+
+
+@term(ClassificationTerm)
+def _classification(settings: ClassificationTerm, given: Given) -> TermValue:
+    logits = given.needed(given.rows.class_logits, settings, "class logits (model.fusion.classes)")
+    labels = given.needed(given.rows.labels, settings, "labels")
+    classes = logits.shape[1]
+    if given.rows.step == 0:
+        _require_label(labels, given.peers)
+    if (labels >= classes).any():
+        raise ConfigError(
+            f"a label of the data is {int(labels.max())}, but must be below "
+            f"model.fusion.classes={classes}; raise it"
+        )
+    loss = classification(logits, labels, given.peers)
+    return TermValue(loss, lambda counts: Bounds(0.0, math.log(classes)))
+
+
+def _require_label(labels: Int64[Tensor, " b"], peers: Peers) -> None:
+    """What a manifest could not say before the run: that there are labels. Collective."""
+    if not peers.total((labels != NO_LABEL).any().double()):
+        raise ConfigError(
+            "loss.terms holds classification, but no pair of the first batch has a label; pack the "
+            "data with labels, or remove the term"
+        )

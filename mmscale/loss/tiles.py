@@ -1,13 +1,21 @@
-"""Logits a tile at a time, and the sums over their rows and columns.
+"""Logits a tile at a time: sums over their rows and columns, and the gradients of these sums.
 
-`x` are rows, `y` columns and `s` the scale, of one dtype; logits are s x_i.y_j.
+Nothing holds the logits: tiles, running sums, recomputation in backward. InfoNCE takes four
+products of b x n x d: one forward for both directions, one again in backward, one for each
+gradient. Memory beyond the rows and their gradients does not grow with n: two tiles, and those that
+are kept for backward. Below, `x` are rows, `y` columns and `s` the scale, of one dtype; logits are
+s x_i.y_j.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mmscale.loss.contrast import wide
 
 # Large enough that threads seldom wait for one another and that a GPU's launches are few.
 CPU_SIDE, ACCELERATOR_SIDE = 2048, 4096
@@ -16,6 +24,45 @@ KEPT_BYTES = 64 << 20
 # fp32 has e^-87 to e^88. Between the highest exponent and the lowest sum, neither sums over 10^7
 # columns overflow, nor their reciprocals times a gradient underflow, nor terms that matter.
 _HIGHEST_EXPONENT, _LOWEST_SUM = 50.0, 1e-22
+
+
+def sums_and_positives(
+    rows: Float[Tensor, "b d"],
+    columns: Float[Tensor, "n d"],
+    scale: Float[Tensor, "1"],
+    *,
+    column_ids: Int64[Tensor, " n"],
+    first: int,
+) -> tuple[Float[Tensor, " b"], Float[Tensor, " n"], Float[Tensor, " b"]]:
+    """Log-sum-exp of each row's and of each column's logits, and each row's mean positive logit.
+
+    Args:
+        rows: This rank's.
+        columns: Those of all ranks.
+        scale: 1 / temperature.
+        column_ids: Identity of each column; a row's positives are the columns of its own.
+        first: Where this rank's rows begin among the columns.
+    """
+    sums: tuple[Tensor, Tensor, Tensor] = _SumsAndPositives.apply(
+        rows, columns, scale, column_ids, first
+    )
+    return sums
+
+
+def bank_sum(
+    rows: Float[Tensor, "b d"],
+    bank: Float[Tensor, "k d"],
+    scale: Float[Tensor, "1"],
+    *,
+    ids: Int64[Tensor, " b"],
+    bank_ids: Int64[Tensor, " k"],
+) -> Float[Tensor, " b"]:
+    """Log-sum-exp of each row's logits with remembered columns; -inf where all are hidden.
+
+    Hidden are columns of the row's own id, and empty slots (id -1). The columns have no gradient.
+    """
+    total: Tensor = _BankSum.apply(rows, bank, scale, ids, bank_ids)
+    return total
 
 
 def shift_for(x: Float[Tensor, "b d"], y: Float[Tensor, "n d"], s: Float[Tensor, "1"]) -> float:
@@ -114,3 +161,123 @@ def tiles(
 
 def _slices(length: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+class _SumsAndPositives(torch.autograd.Function):
+    """Log-sum-exp of every row and of every column, and each row's mean positive logit.
+
+    One exponential of a logit serves its row and its column as long as one shift suits all of
+    them, as it does for unit rows at scales up to 100 but for rows that resemble nothing at all.
+    Then row and column each have a shift, and an exponential, of their own.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, columns: Tensor, scale: Tensor, column_ids: Tensor, first: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x, y, s = _like(rows, columns, scale)
+        ctx.shift, ctx.kept = shift_for(x, y, s), []
+        sums = shifted_sums(x, y, s, ctx.shift, ctx.kept)
+        if sums is None:
+            ctx.shift, ctx.kept = None, []
+            sums = logs = running_sums(x, y, s)
+        else:
+            logs = sums[0].log() + ctx.shift, sums[1].log() + ctx.shift
+        _, slots, counts = column_ids.unique(return_inverse=True, return_counts=True)
+        row_slots = slots[first : first + len(x)]
+        partners = _summed(y, slots, len(counts))[row_slots]
+        positive = partners.mul_(x).sum(1) * s / counts[row_slots]
+        ctx.save_for_backward(rows, columns, scale, slots, row_slots, counts, *sums)
+        return *logs, positive
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, row_grad: Tensor, column_grad: Tensor, positive_grad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        rows, columns, scale, slots, row_slots, counts, row_sum, column_sum = ctx.saved_tensors
+        x, y, s = _like(rows, columns, scale)
+        weight = (positive_grad / counts[row_slots])[:, None]
+        y_grad = _summed(x * weight, row_slots, len(counts))[slots]
+        x_grad = _summed(y, slots, len(counts))[row_slots].mul_(weight)
+        # None is left to another backward, which computes them all.
+        num_kept = len(ctx.kept)
+        if ctx.shift is not None:
+            row_grad, column_grad = row_grad / row_sum, column_grad / column_sum
+        for index, (r, c, tile, work) in enumerate(tiles(x, y, s, ctx.kept)):
+            if ctx.shift is None:
+                torch.sub(tile, row_sum[r, None], out=work).exp_().mul_(row_grad[r, None])
+                tile.sub_(column_sum[c]).exp_()
+                torch.addcmul(work, tile, column_grad[c], out=tile)
+            else:
+                if index >= num_kept:
+                    shifted_exp(tile, ctx.shift)
+                tile.mul_(torch.add(row_grad[r, None], column_grad[c], out=work))
+            x_grad[r].addmm_(tile, y[c])
+            y_grad[c].addmm_(tile.T, x[r])
+        scale_grad = _inner(x, x_grad)
+        return (
+            x_grad.mul_(s).to(rows.dtype),
+            y_grad.mul_(s).to(columns.dtype),
+            scale_grad.to(scale.dtype).view_as(scale),
+            None,
+            None,
+        )
+
+
+class _BankSum(torch.autograd.Function):
+    """Log-sum-exp of every row over remembered columns; -inf where all are hidden."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, bank: Tensor, scale: Tensor, ids: Tensor, bank_ids: Tensor
+    ) -> Tensor:
+        x, y, s = _like(rows, bank, scale)
+        sums = RunningSums(x)
+        for r, c, tile, work in tiles(x, y, s):
+            tile.masked_fill_(_hidden(ids[r], bank_ids[c]), -torch.inf)
+            sums.add(r, tile, work, 1)
+        total = sums.value()
+        ctx.save_for_backward(rows, bank, scale, ids, bank_ids, total)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None, None]:
+        rows, bank, scale, ids, bank_ids, total = ctx.saved_tensors
+        x, y, s = _like(rows, bank, scale)
+        # Where all is hidden the logits are -inf too, and -inf - -inf is NaN.
+        total = total.clamp(min=torch.finfo(total.dtype).min)
+        x_grad = torch.zeros_like(x)
+        for r, c, tile, _ in tiles(x, y, s):
+            tile.masked_fill_(_hidden(ids[r], bank_ids[c]), -torch.inf)
+            tile.sub_(total[r, None]).exp_().mul_(grad[r, None])
+            x_grad[r].addmm_(tile, y[c])
+        scale_grad = _inner(x, x_grad)
+        return (
+            x_grad.mul_(s).to(rows.dtype),
+            None,
+            scale_grad.to(scale.dtype).view_as(scale),
+            None,
+            None,
+        )
+
+
+def _hidden(ids: Int64[Tensor, " b"], bank_ids: Int64[Tensor, " k"]) -> Bool[Tensor, "b k"]:
+    return (ids[:, None] == bank_ids) | (bank_ids < 0)
+
+
+def _summed(
+    rows: Float[Tensor, "m d"], slots: Int64[Tensor, " m"], num_slots: int
+) -> Float[Tensor, "slots d"]:
+    return rows.new_zeros(num_slots, rows.shape[1]).index_add_(0, slots, rows)
+
+
+def _inner(a: Float[Tensor, "b d"], b: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
+    return torch.dot(a.reshape(-1), b.reshape(-1))
+
+
+def _like(rows: Tensor, *others: Tensor) -> list[Tensor]:
+    """Rows in fp32 or wider, and the others in the same dtype; without a graph."""
+    widened = wide(rows.detach())
+    return [widened, *(other.detach().to(widened.dtype) for other in others)]

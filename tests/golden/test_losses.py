@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 
 from mmscale.dist.peers import Alone
-from mmscale.loss import softmax, tiled
+from mmscale.loss.contrast import PairRows
 from mmscale.loss.distillation import distillation
 from mmscale.loss.hinge import hinge
+from mmscale.loss.infonce import dense_infonce, infonce
 from mmscale.loss.sigmoid import siglip
+from mmscale.loss.softmax import dcl, hn_nce, ntxent
 from mmscale.loss.spectral import spectral
 from mmscale.loss.sphere import alignment, uniformity
 from mmscale.loss.statistics import barlow, vicreg
-from mmscale.loss.views import ntxent
 
 PEERS = Alone()
 NUM_ROWS = 8
@@ -37,63 +38,66 @@ def of(value: float) -> torch.Tensor:
 # Name: (computed, figure). open_clip 3.3, lightly 1.6, pytorch-metric-learning 2.9.
 GOLDEN = {
     "InfoNCE, distinct ids (open_clip)": (
-        lambda: softmax.infonce(X, Y, EYE, of(CLIP), PEERS),
+        lambda: dense_infonce(PairRows(X, Y, EYE, PEERS), of(CLIP)),
         0.766957136148,
     ),
     "InfoNCE in tiles, distinct ids (open_clip)": (
-        lambda: tiled.infonce(X, Y, EYE, of(CLIP), PEERS),
+        lambda: infonce(PairRows(X, Y, EYE, PEERS), of(CLIP)),
         0.766957136148,
     ),
     "InfoNCE, repeated ids (pytorch-metric-learning SupConLoss, ref_emb)": (
-        lambda: softmax.infonce(X, Y, IDS, of(CLIP), PEERS),
+        lambda: dense_infonce(PairRows(X, Y, IDS, PEERS), of(CLIP)),
         2.544463819223,
     ),
     "distillation without opinion or queue (InfoNCE)": (
-        lambda: distillation(X, Y, X, Y, IDS, of(CLIP), PEERS, None, alpha=0.0).loss,
+        lambda: distillation(PairRows(X, Y, IDS, PEERS), (X, Y), of(CLIP), alpha=0.0).loss,
         2.544463819223,
     ),
     "SigLIP, bias -10 (open_clip)": (
-        lambda: siglip(X, Y, EYE, of(10), of(-10), PEERS),
+        lambda: siglip(PairRows(X, Y, EYE, PEERS), of(10), of(-10)),
         2.716321244266,
     ),
     "SigLIP, bias -2.71 (open_clip)": (
-        lambda: siglip(X, Y, EYE, of(10), of(-2.71), PEERS),
+        lambda: siglip(PairRows(X, Y, EYE, PEERS), of(10), of(-2.71)),
         6.225911978631,
     ),
     "SigLIP, repeated ids (closed form)": (
-        lambda: siglip(X, Y, IDS, of(10), of(-10), PEERS),
+        lambda: siglip(PairRows(X, Y, IDS, PEERS), of(10), of(-10)),
         8.131023113835,
     ),
     "NT-Xent, temperature 0.1 (lightly)": (
-        lambda: ntxent(X, Y, EYE, of(10), PEERS),
+        lambda: ntxent(PairRows(X, Y, EYE, PEERS), of(10)),
         1.684263313337,
     ),
     "DCL, temperature 0.1 (closed form)": (
-        lambda: softmax.dcl(X, Y, EYE, of(10), PEERS),
+        lambda: dcl(PairRows(X, Y, EYE, PEERS), of(10)),
         -0.770830059276,
     ),
     "HN-NCE, beta 0.5 (closed form)": (
-        lambda: softmax.hn_nce(X, Y, EYE, of(CLIP), PEERS, alpha=1.0, beta=0.5),
+        lambda: hn_nce(PairRows(X, Y, EYE, PEERS), of(CLIP), alpha=1.0, beta=0.5),
         1.523447753938,
     ),
     "VICReg (lightly)": (lambda: vicreg(RAW_X, RAW_Y, PEERS), 17.156870209846),
-    "Barlow Twins, 0.005 (lightly)": (lambda: barlow(RAW_X, RAW_Y, PEERS, 0.005), 0.252838572252),
+    "Barlow Twins, 0.005 (lightly)": (
+        lambda: barlow(RAW_X, RAW_Y, PEERS, redundancy=0.005),
+        0.252838572252,
+    ),
     "Barlow Twins, 0.0051 (lightly)": (
-        lambda: barlow(RAW_X, RAW_Y, PEERS, 0.0051),
+        lambda: barlow(RAW_X, RAW_Y, PEERS, redundancy=0.0051),
         0.253675373925,
     ),
     "alignment (its authors')": (lambda: alignment(X, Y), 0.467686223122),
     "uniformity (its authors')": (
-        lambda: uniformity(X, Y, EYE, PEERS),
+        lambda: uniformity(PairRows(X, Y, EYE, PEERS)),
         (-2.659414257017 - 1.747047764461) / 2,
     ),
     "spectral, mu 1 (its authors')": (lambda: spectral(X, Y, EYE, PEERS), -1.211634383502),
     "hinge, hardest, summed over the batch (pytorch-metric-learning)": (
-        lambda: NUM_ROWS * hinge(X, Y, EYE, PEERS),
+        lambda: NUM_ROWS * hinge(PairRows(X, Y, EYE, PEERS)),
         2.153572344408,
     ),
     "hinge, all, summed over the batch (pytorch-metric-learning)": (
-        lambda: NUM_ROWS * hinge(X, Y, EYE, PEERS, hardness=0.0),
+        lambda: NUM_ROWS * hinge(PairRows(X, Y, EYE, PEERS), hardness=0.0),
         2.583999724597,
     ),
 }

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from mmscale.contracts import World
 from mmscale.dist.peers import Group
-from mmscale.loss.softmax import infonce
+from mmscale.loss.contrast import PairRows
+from mmscale.loss.infonce import infonce
 from tests.ranks.launch import run_on_ranks
 from tests.unit.loss.cases import TERMS, WITH_BANK, leaves, made_up, share, value_and_gradients
 
@@ -53,7 +54,7 @@ SCHEMES = {
 def _clip(scheme, image, text, scale, rank, world):
     if scheme == "ours":
         ids = torch.arange(len(image)) + rank * len(image)
-        return infonce(image, text, ids, scale, Group(World(rank, world)))
+        return infonce(PairRows(image, text, ids, Group(World(rank, world))), scale)
     from open_clip.loss import ClipLoss
 
     theirs = ClipLoss(

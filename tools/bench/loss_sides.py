@@ -20,7 +20,8 @@ from mmscale.contracts import World
 from mmscale.dist.device import choose
 from mmscale.dist.peers import barrier, connect, from_all
 from mmscale.dist.world import join, leave, promised_world
-from mmscale.loss.tiled import infonce
+from mmscale.loss.contrast import PairRows
+from mmscale.loss.infonce import infonce
 
 # Loads code and starts threads before anything is measured.
 WARM_ROWS = 64
@@ -113,7 +114,7 @@ def ours(world: World) -> Callable[[Rows], None]:
     def call(rows: Rows) -> None:
         image, text, scale = rows
         ids = torch.arange(len(image), device=image.device) + peers.first_row(len(image))
-        infonce(image, text, ids, scale, peers).backward()
+        infonce(PairRows(image, text, ids, peers), scale).backward()
 
     return call
 

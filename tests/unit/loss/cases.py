@@ -2,16 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from mmscale.config.loss import TERMS as SETTINGS
 from mmscale.config.loss import AnyTerm, LossConfig
 from mmscale.config.ramp import Ramp, whole_steps
 from mmscale.contracts import Bank, Embeddings, LossInput, Peers, Prototypes
 from mmscale.loss.mining import Mining
-from mmscale.loss.terms import compute
+from mmscale.loss.term import Given, compute
 
 WIDTH, CLUSTERS, CLASSES = 6, 4, 3
 # Two images with several captions, in the order of the golden table.
@@ -57,7 +58,7 @@ MINING = {
     "siglip hard": Mining("hard", 0.4, 0.7),
     "dcl semi-hard": Mining("semi_hard", 0.5, 1.0),
 }
-KINDS = [get_args(term.model_fields["kind"].annotation)[0] for term in get_args(AnyTerm)]
+KINDS = list(SETTINGS)
 # Those that contrast with remembered rows.
 WITH_BANK = (
     "infonce",
@@ -84,7 +85,9 @@ def loss(name: str, rows: LossInput, peers: Peers) -> torch.Tensor:
     def at(ramp: Ramp) -> float:
         return ramp.at(rows.step, whole_steps)
 
-    return compute(term(name), rows, peers, at, MINING.get(name)).loss
+    value = compute(term(name), Given(rows, peers, at, MINING.get(name)))
+    assert value is not None
+    return value.loss
 
 
 def embeddings(projected: torch.Tensor) -> Embeddings:

@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 
 from mmscale.contracts import Bank
 from mmscale.dist.peers import Alone
-from mmscale.loss.contrast import contrast
+from mmscale.loss.contrast import PairRows, contrast
 from mmscale.loss.distillation import distillation
 from mmscale.loss.hinge import hinge
+from mmscale.loss.infonce import dense_infonce
 from mmscale.loss.sigmoid import siglip
-from mmscale.loss.softmax import dcl, hn_nce, infonce
+from mmscale.loss.softmax import dcl, hn_nce, ntxent, supcon
 from mmscale.loss.spectral import spectral
 from mmscale.loss.sphere import alignment, uniformity
 from mmscale.loss.statistics import decorrelation, diversity, regression, vicreg
 from mmscale.loss.supervised import classification, matching
-from mmscale.loss.views import ntxent, supcon
 
 IDS = torch.tensor([0, 0, 1, 2, 2, 2, 3, 4])
 EYE = torch.arange(8)
@@ -36,6 +36,7 @@ def of(value: float) -> torch.Tensor:
 
 
 X, Y, SCALE = unit_rows(0), unit_rows(1), of(11.0)
+PAIRS, DISTINCT = (PairRows(X, Y, ids, Alone()) for ids in (IDS, EYE))
 
 
 def same(first: torch.Tensor, second: torch.Tensor) -> bool:
@@ -44,17 +45,17 @@ def same(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 def test_hn_nce_that_weighs_all_alike_is_infonce_and_without_positives_dcl():
     for ids in (IDS, EYE):
-        plain = infonce(X, Y, ids, SCALE, Alone())
+        plain = dense_infonce(PairRows(X, Y, ids, Alone()), SCALE)
         # With several positives the mean of logs is not the log of the mean.
-        assert same(hn_nce(X, Y, ids, SCALE, Alone(), alpha=1.0, beta=0.0), plain)
-        decoupled = hn_nce(X, Y, ids, SCALE, Alone(), alpha=0.0, beta=0.0)
-        assert same(decoupled, dcl(X, Y, ids, SCALE, Alone()))
+        assert same(hn_nce(PairRows(X, Y, ids, Alone()), SCALE, alpha=1.0, beta=0.0), plain)
+        decoupled = hn_nce(PairRows(X, Y, ids, Alone()), SCALE, alpha=0.0, beta=0.0)
+        assert same(decoupled, dcl(PairRows(X, Y, ids, Alone()), SCALE))
 
 
 def test_rows_that_repeat_exactly_make_one_positive_as_good_as_all():
     x, y = X[IDS].requires_grad_(), Y[IDS].requires_grad_()
-    by_id = infonce(x, y, IDS, SCALE, Alone())
-    by_row = infonce(x, y, EYE, SCALE, Alone())
+    by_id = dense_infonce(PairRows(x, y, IDS, Alone()), SCALE)
+    by_row = dense_infonce(PairRows(x, y, EYE, Alone()), SCALE)
     assert same(by_id, by_row)
     gradients = [torch.autograd.grad(loss, (x, y)) for loss in (by_id, by_row)]
     for first, second in zip(*gradients, strict=True):
@@ -62,8 +63,8 @@ def test_rows_that_repeat_exactly_make_one_positive_as_good_as_all():
 
 
 def test_distillation_without_opinion_is_infonce_against_the_momentum_rows():
-    value, entropy = distillation(X, Y, X, Y, IDS, SCALE, Alone(), None, alpha=0.0)
-    assert same(value, infonce(X, Y, IDS, SCALE, Alone()))
+    value, entropy = distillation(PAIRS, (X, Y), SCALE, alpha=0.0)
+    assert same(value, dense_infonce(PAIRS, SCALE))
     sizes = torch.tensor([2, 2, 1, 3, 3, 3, 1, 1], dtype=torch.float64)
     assert same(entropy, sizes.log().mean())
 
@@ -71,7 +72,7 @@ def test_distillation_without_opinion_is_infonce_against_the_momentum_rows():
 def test_distillation_towards_its_own_opinion_has_no_gradient():
     """Where the momentum rows are the rows themselves and only they are asked."""
     x = X.clone().requires_grad_()
-    value, entropy = distillation(x, Y, X, Y, IDS, SCALE, Alone(), None, alpha=1.0)
+    value, entropy = distillation(PairRows(x, Y, IDS, Alone()), (X, Y), SCALE, alpha=1.0)
     assert same(value, entropy)
     (gradient,) = torch.autograd.grad(value, x)
     torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-14)
@@ -80,19 +81,19 @@ def test_distillation_towards_its_own_opinion_has_no_gradient():
 def test_distillation_finds_positives_in_the_queue():
     """A queue of the batch's own momentum rows doubles every column: ln 2 more, and no more."""
     bank = Bank(X, Y, IDS)
-    alone = distillation(X, Y, X, Y, IDS, SCALE, Alone(), None, alpha=0.3)
-    doubled = distillation(X, Y, X, Y, IDS, SCALE, Alone(), bank, alpha=0.3)
+    alone = distillation(PAIRS, (X, Y), SCALE, alpha=0.3)
+    doubled = distillation(PairRows(X, Y, IDS, Alone(), bank), (X, Y), SCALE, alpha=0.3)
     assert same(doubled.loss, alone.loss + math.log(2))
     assert same(doubled.entropy, alone.entropy + math.log(2))
 
 
 def test_two_views_of_distinct_images_need_no_distinction():
-    assert same(supcon(X, Y, EYE, SCALE, Alone()), ntxent(X, Y, EYE, SCALE, Alone()))
+    assert same(supcon(DISTINCT, SCALE), ntxent(DISTINCT, SCALE))
 
 
 def test_supcons_factor_is_its_temperature_over_the_base():
-    plain = supcon(X, Y, IDS, of(10.0), Alone())
-    assert same(supcon(X, Y, IDS, of(10.0), Alone(), 0.05), plain * 0.1 / 0.05)
+    plain = supcon(PAIRS, of(10.0))
+    assert same(supcon(PAIRS, of(10.0), base_temperature=0.05), plain * 0.1 / 0.05)
 
 
 def test_ntxent_leaves_other_captions_of_the_image_out():
@@ -104,7 +105,7 @@ def test_ntxent_leaves_other_captions_of_the_image_out():
         columns = [j for j in range(16) if ids[j] != ids[i] or j == partner]
         logits = torch.stack([SCALE[0] * z[i] @ z[j] for j in columns])
         total += (logits.logsumexp(0) - SCALE[0] * z[i] @ z[partner]).item()
-    assert ntxent(X, Y, IDS, SCALE, Alone()).item() == pytest.approx(total / 16, rel=1e-12)
+    assert ntxent(PAIRS, SCALE).item() == pytest.approx(total / 16, rel=1e-12)
 
 
 def test_a_queue_is_more_columns_without_a_gradient():
@@ -122,21 +123,23 @@ def test_a_queue_is_more_columns_without_a_gradient():
             clip += (torch.cat([positives, logits]).logsumexp(0) - positives.mean()).item()
             cost = 0.2 + torch.stack(negatives) @ rows[i] - columns[i] @ rows[i]
             total += cost.clamp(min=0).max().item()
-    assert infonce(X, Y, IDS, SCALE, Alone(), bank).item() == pytest.approx(clip / 16, rel=1e-12)
-    assert hinge(X, Y, IDS, Alone(), bank).item() == pytest.approx(total / 8, rel=1e-12)
+    assert dense_infonce(PairRows(X, Y, IDS, Alone(), bank), SCALE).item() == pytest.approx(
+        clip / 16, rel=1e-12
+    )
+    assert hinge(PairRows(X, Y, IDS, Alone(), bank)).item() == pytest.approx(total / 8, rel=1e-12)
 
 
 def test_siglip_counts_the_batch_once_and_each_queue_half():
     bank = Bank(unit_rows(2, 3), unit_rows(3, 3), torch.tensor([-1, 2, 50]))
     bias = of(-4.0)
-    wanted = siglip(X, Y, IDS, SCALE, bias, Alone()).item()
+    wanted = siglip(PAIRS, SCALE, bias).item()
     for rows, more in ((X, bank.text), (Y, bank.image)):
         for i in range(8):
             for j in range(3):
                 if bank.ids[j] >= 0 and bank.ids[j] != IDS[i]:
                     logit = SCALE[0] * rows[i] @ more[j] + bias[0]
                     wanted += F.softplus(logit).item() / 16
-    found = siglip(X, Y, IDS, SCALE, bias, Alone(), bank).item()
+    found = siglip(PairRows(X, Y, IDS, Alone(), bank), SCALE, bias).item()
     assert found == pytest.approx(wanted, rel=1e-12)
 
 
@@ -144,8 +147,8 @@ def test_label_smoothing_mixes_in_the_mean_of_every_column():
     logits = 11 * X @ Y.T
     uniform = (logits.logsumexp(1) - logits.mean(1)).mean()
     uniform = (uniform + (logits.logsumexp(0) - logits.mean(0)).mean()) / 2
-    plain = infonce(X, Y, IDS, SCALE, Alone())
-    smoothed = infonce(X, Y, IDS, SCALE, Alone(), smoothing=0.25)
+    plain = dense_infonce(PAIRS, SCALE)
+    smoothed = dense_infonce(PAIRS, SCALE, smoothing=0.25)
     assert same(smoothed, 0.75 * plain + 0.25 * uniform)
 
 
@@ -161,19 +164,19 @@ def test_infonce_by_slow_loops(ids, scale):
             everything = math.log(sum(math.exp(value) for value in logits))
             positives = [logits[j] for j in range(len(ids)) if ids[j] == ids[i]]
             total += sum(everything - value for value in positives) / len(positives)
-    loss = infonce(x, y, torch.tensor(ids), of(scale), Alone())
+    loss = dense_infonce(PairRows(x, y, torch.tensor(ids), Alone()), of(scale))
     assert loss.item() == pytest.approx(total / (2 * len(ids)), rel=1e-10, abs=1e-10)
 
 
 def test_hinge_of_a_collapsed_batch_is_two_margins():
     one = X[:1].repeat(8, 1)
-    assert hinge(one, one, EYE, Alone()).item() == pytest.approx(0.4)
-    assert hinge(one, one, EYE, Alone(), hardness=0.0).item() == pytest.approx(0.4 * 7)
+    assert hinge(PairRows(one, one, EYE, Alone())).item() == pytest.approx(0.4)
+    assert hinge(PairRows(one, one, EYE, Alone()), hardness=0.0).item() == pytest.approx(0.4 * 7)
 
 
 def test_hinge_by_hardness_goes_from_all_negatives_to_the_hardest():
-    ends = [hinge(X, Y, IDS, Alone(), hardness=h) for h in (0.0, 1.0)]
-    between = hinge(X, Y, IDS, Alone(), hardness=0.25)
+    ends = [hinge(PAIRS, hardness=h) for h in (0.0, 1.0)]
+    between = hinge(PAIRS, hardness=0.25)
     assert same(between, 0.75 * ends[0] + 0.25 * ends[1])
 
 
@@ -188,7 +191,7 @@ def test_semi_hard_negatives_lie_behind_the_pair():
                 if IDS[j] != IDS[i] and similarity[i, j] < similarity[i, i]
             ]
             total += max([float(cost) for cost in behind] + [0.0])
-    found = hinge(X, Y, IDS, Alone(), semi_hard=True).item()
+    found = hinge(PAIRS, semi_hard=True).item()
     assert found == pytest.approx(total / 8, rel=1e-12)
 
 
@@ -203,16 +206,18 @@ def test_spectral_shortens_long_rows_only_and_leaves_positives_alone():
 
 def test_alignment_is_regression_summed_over_dimensions():
     assert same(alignment(X, Y), 6 * regression(X, Y))
-    assert same(vicreg(X, Y, Alone(), 25.0, 0.0, 0.0), 25 * regression(X, Y))
+    assert same(
+        vicreg(X, Y, Alone(), invariance=25.0, variance=0.0, covariance=0.0), 25 * regression(X, Y)
+    )
 
 
 def test_uniformity_of_one_point_is_zero_and_of_a_simplex_least():
     one = X[:1].repeat(8, 1)
-    assert uniformity(one, one, EYE, Alone()).item() == pytest.approx(0, abs=1e-12)
+    assert uniformity(PairRows(one, one, EYE, Alone())).item() == pytest.approx(0, abs=1e-12)
     simplex = F.normalize(torch.eye(8, dtype=torch.float64) - 1 / 8, dim=1)
     least = -2 * 2 * 8 / 7
-    assert uniformity(simplex, simplex, EYE, Alone()).item() == pytest.approx(least)
-    assert uniformity(X, Y, EYE, Alone()).item() > least
+    assert uniformity(PairRows(simplex, simplex, EYE, Alone())).item() == pytest.approx(least)
+    assert uniformity(DISTINCT).item() > least
 
 
 def test_decorrelation_is_zero_for_a_whitened_batch_and_width_less_one_on_a_line():
@@ -234,12 +239,14 @@ def test_decorrelation_of_few_rows_cannot_fall_under_its_floor():
 
 def test_diversity_is_nothing_where_dimensions_vary_and_two_where_none_does():
     spread = torch.cat([torch.eye(6), -torch.eye(6)]).double()
-    assert diversity(spread, spread, Alone(), 0.5).item() == 0
+    assert diversity(spread, spread, Alone(), floor=0.5).item() == 0
     one = X[:1].repeat(8, 1)
-    assert diversity(one, one, Alone(), 0.5).item() == pytest.approx(2, abs=1e-3)
+    assert diversity(one, one, Alone(), floor=0.5).item() == pytest.approx(2, abs=1e-3)
     # Two of six dimensions are constant.
     low = torch.cat([torch.eye(4, 6), -torch.eye(4, 6)]).double()
-    assert diversity(low, low, Alone(), 0.5).item() == pytest.approx((1 + 1 / 3) / 3, abs=1e-3)
+    assert diversity(low, low, Alone(), floor=0.5).item() == pytest.approx(
+        (1 + 1 / 3) / 3, abs=1e-3
+    )
 
 
 def test_cross_entropies_of_heads_that_know_nothing():

@@ -13,12 +13,12 @@ from mmscale.config.load import validate
 from mmscale.contracts import Bank
 from mmscale.dist.peers import Alone
 from mmscale.errors import ConfigError
-from mmscale.loss import tiled
-from mmscale.loss.contrast import contrast
+from mmscale.loss.contrast import PairRows, contrast
+from mmscale.loss.infonce import dense_infonce, infonce
 from mmscale.loss.mining import Mining
 from mmscale.loss.objective import Objective
 from mmscale.loss.sigmoid import siglip
-from mmscale.loss.softmax import dcl, infonce
+from mmscale.loss.softmax import dcl
 from tests.unit.loss.cases import leaves, made_up
 
 IDS = torch.tensor([0, 0, 1, 2, 2, 2, 3, 4])
@@ -31,13 +31,16 @@ def unit_rows(seed, rows=8, width=6):
 
 X, Y = unit_rows(0), unit_rows(1)
 BANK = Bank(unit_rows(2, 5), unit_rows(3, 5), torch.tensor([-1, 2, 50, 0, 51]))
+PAIRS = PairRows(X, Y, IDS, Alone(), BANK)
 SCALE, BIAS = torch.tensor([11.0], dtype=torch.float64), torch.tensor([-4.0], dtype=torch.float64)
 LOSSES = {
-    "infonce": lambda mining: infonce(X, Y, IDS, SCALE, Alone(), BANK, mining=mining),
-    "smoothed": lambda mining: infonce(X, Y, IDS, SCALE, Alone(), BANK, 0.2, mining),
-    "dcl": lambda mining: dcl(X, Y, IDS, SCALE, Alone(), BANK, mining),
-    "siglip": lambda mining: siglip(X, Y, IDS, SCALE, BIAS, Alone(), BANK, mining),
-    "siglip without a bank": lambda mining: siglip(X, Y, IDS, SCALE, BIAS, Alone(), None, mining),
+    "infonce": lambda mining: dense_infonce(PAIRS, SCALE, mining=mining),
+    "smoothed": lambda mining: dense_infonce(PAIRS, SCALE, smoothing=0.2, mining=mining),
+    "dcl": lambda mining: dcl(PAIRS, SCALE, mining=mining),
+    "siglip": lambda mining: siglip(PAIRS, SCALE, BIAS, mining=mining),
+    "siglip without a bank": lambda mining: siglip(
+        replace(PAIRS, bank=None), SCALE, BIAS, mining=mining
+    ),
 }
 
 
@@ -147,11 +150,11 @@ def test_strength_is_a_schedule_and_at_zero_the_plain_loss():
     def at(step):
         return sums(replace(rows, step=step)).terms["infonce"].item()
 
-    image, text = rows.image.unit, rows.text.unit
-    assert at(1) == tiled.infonce(image, text, IDS, rows.scale, Alone()).item()
+    pairs = PairRows(rows.image.unit, rows.text.unit, IDS, Alone())
+    assert at(1) == infonce(pairs, rows.scale).item()
     for step, strength in ((3, 0.5), (5, 1.0), (9, 1.0)):
         mining = Mining("hard", 0.3, strength)
-        wanted = infonce(image, text, IDS, rows.scale, Alone(), mining=mining).item()
+        wanted = dense_infonce(pairs, rows.scale, mining=mining).item()
         assert at(step) == pytest.approx(wanted, rel=1e-12)
 
 

@@ -5,11 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from mmscale.dist.peers import Alone
+from mmscale.loss.contrast import PairRows
 from mmscale.loss.hinge import hinge
+from mmscale.loss.infonce import dense_infonce, infonce
 from mmscale.loss.sigmoid import siglip
-from mmscale.loss.softmax import infonce
+from mmscale.loss.softmax import ntxent, supcon
 from mmscale.loss.statistics import barlow, decorrelation, vicreg
-from mmscale.loss.views import ntxent, supcon
 
 ROWS, WIDTH = 16, 32
 EYE = torch.arange(ROWS)
@@ -30,6 +31,10 @@ def of(value: float) -> torch.Tensor:
     return torch.tensor([value], dtype=torch.float64)
 
 
+# The one that runs, and the one that is ranked and smoothed.
+INFONCE = (infonce, dense_infonce)
+
+
 def agree(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-10, abs=1e-10)
 
@@ -38,14 +43,18 @@ def test_infonce_is_open_clips(unit):
     from open_clip.loss import ClipLoss
 
     x, y = unit
-    agree(infonce(x, y, EYE, of(20), Alone()), ClipLoss()(x, y, torch.tensor(20.0).double()))
+    for ours in INFONCE:
+        theirs = ClipLoss()(x, y, torch.tensor(20.0).double())
+        agree(ours(PairRows(x, y, EYE, Alone()), of(20)), theirs)
 
 
 def test_infonce_is_transformers(unit):
     from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
     x, y = unit
-    agree(infonce(x, y, EYE, of(20), Alone()), image_text_contrastive_loss(20 * y @ x.T))
+    for ours in INFONCE:
+        theirs = image_text_contrastive_loss(20 * y @ x.T)
+        agree(ours(PairRows(x, y, EYE, Alone()), of(20)), theirs)
 
 
 def test_siglip_is_open_clips(unit):
@@ -53,7 +62,7 @@ def test_siglip_is_open_clips(unit):
 
     x, y = unit
     theirs = SigLipLoss()(x, y, torch.tensor(12.0).double(), torch.tensor(-9.0).double())
-    agree(siglip(x, y, EYE, of(12), of(-9), Alone()), theirs)
+    agree(siglip(PairRows(x, y, EYE, Alone()), of(12), of(-9)), theirs)
 
 
 def test_infonce_with_repeated_ids_is_supcon_across_modalities(unit):
@@ -66,7 +75,8 @@ def test_infonce_with_repeated_ids_is_supcon_across_modalities(unit):
         theirs(rows, IDS, ref_emb=columns, ref_labels=IDS.clone())
         for rows, columns in ((x, y), (y, x))
     )
-    agree(infonce(x, y, IDS, of(10), Alone()), (one + other) / 2)
+    for ours in INFONCE:
+        agree(ours(PairRows(x, y, IDS, Alone()), of(10)), (one + other) / 2)
 
 
 def test_supcon_over_two_views(unit):
@@ -74,7 +84,10 @@ def test_supcon_over_two_views(unit):
     reducers = pytest.importorskip("pytorch_metric_learning.reducers")
     x, y = unit
     theirs = losses.SupConLoss(temperature=0.1, reducer=reducers.MeanReducer())
-    agree(supcon(x, y, IDS, of(10), Alone()), theirs(torch.cat([x, y]), torch.cat([IDS, IDS])))
+    agree(
+        supcon(PairRows(x, y, IDS, Alone()), of(10)),
+        theirs(torch.cat([x, y]), torch.cat([IDS, IDS])),
+    )
 
 
 def test_hinge(unit):
@@ -89,20 +102,20 @@ def test_hinge(unit):
         theirs(rows, EYE, ref_emb=columns, ref_labels=EYE.clone())
         for rows, columns in ((x, y), (y, x))
     )
-    agree(ROWS * hinge(x, y, EYE, Alone(), hardness=0.0), total)
+    agree(ROWS * hinge(PairRows(x, y, EYE, Alone()), hardness=0.0), total)
 
 
 def test_ntxent_is_lightlys(unit):
     loss = pytest.importorskip("lightly.loss", reason="needs mmscale[oracle]")
     x, y = unit
-    agree(ntxent(x, y, EYE, of(10), Alone()), loss.NTXentLoss(temperature=0.1)(x, y))
+    agree(ntxent(PairRows(x, y, EYE, Alone()), of(10)), loss.NTXentLoss(temperature=0.1)(x, y))
 
 
 def test_statistics_are_lightlys(raw):
     loss = pytest.importorskip("lightly.loss", reason="needs mmscale[oracle]")
     x, y = raw
     agree(vicreg(x, y, Alone()), loss.VICRegLoss()(x, y))
-    agree(barlow(x, y, Alone(), 0.005), loss.BarlowTwinsLoss(lambda_param=0.005)(x, y))
+    agree(barlow(x, y, Alone(), redundancy=0.005), loss.BarlowTwinsLoss(lambda_param=0.005)(x, y))
     module = pytest.importorskip("lightly.loss.vicreg_loss")
     standard = [
         (rows - rows.mean(0)) / (rows.var(0, correction=0) + 1e-5).sqrt() for rows in (x, y)

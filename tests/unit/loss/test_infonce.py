@@ -11,7 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmscale.contracts import Bank
 from mmscale.dist.peers import Alone
-from mmscale.loss import softmax, tiled, tiles
+from mmscale.loss import tiles
+from mmscale.loss.contrast import PairRows
+from mmscale.loss.infonce import dense_infonce, infonce
 
 SIDE = 8
 KEPT_TILES = 2
@@ -33,9 +35,9 @@ def scale_of(value, dtype=torch.float64):
     return torch.tensor([value], dtype=dtype)
 
 
-def value_and_gradients(loss, image, text, ids, scale, bank=None, smoothing=0.0):
+def value_and_gradients(loss, image, text, ids, scale, bank=None):
     inputs = [tensor.clone().requires_grad_() for tensor in (image, text, scale)]
-    value = loss(*inputs[:2], ids, inputs[2], Alone(), bank, smoothing)
+    value = loss(PairRows(*inputs[:2], ids, Alone(), bank), inputs[2])
     # Twice: what was kept for the first backward is gone at the second.
     value.backward(retain_graph=True)
     first = [tensor.grad.clone() for tensor in inputs]
@@ -47,10 +49,10 @@ def value_and_gradients(loss, image, text, ids, scale, bank=None, smoothing=0.0)
     return value.detach(), first
 
 
-def assert_same(image, text, ids, scale, bank=None, smoothing=0.0):
-    case = image, text, ids, scale, bank, smoothing
-    wanted, wanted_gradients = value_and_gradients(softmax.infonce, *case)
-    value, gradients = value_and_gradients(tiled.infonce, *case)
+def assert_same(image, text, ids, scale, bank=None):
+    case = image, text, ids, scale, bank
+    wanted, wanted_gradients = value_and_gradients(dense_infonce, *case)
+    value, gradients = value_and_gradients(infonce, *case)
     torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
     # A logit's rounding is eps s, and so its probability's; a gradient is s times that.
     rounding = 1e-12 + 4 * torch.finfo(torch.float64).eps * scale.item() ** 2
@@ -70,14 +72,7 @@ def problems(draw):
     slots = torch.tensor(draw(st.lists(st.integers(-1, kinds), min_size=size, max_size=size)))
     slots = slots.to(torch.int64)
     bank = Bank(unit_rows(size, width, seed + 200), unit_rows(size, width, seed + 300), slots)
-    return (
-        image,
-        text,
-        ids,
-        scale,
-        bank if draw(st.booleans()) else None,
-        draw(st.sampled_from([0.0, 0.1])),
-    )
+    return image, text, ids, scale, bank if draw(st.booleans()) else None
 
 
 @settings(max_examples=100, deadline=None)
@@ -101,8 +96,8 @@ def test_equals_the_dense_loss_over_the_edge_of_a_real_tile():
 def test_narrow_dtypes_differ_from_the_dense_loss_by_rounding(dtype, scale):
     image, text = unit_rows(30, 16, 0, dtype), unit_rows(30, 16, 1, dtype)
     case = image, text, torch.arange(30) // 2, scale_of(scale, torch.float32)
-    wanted, wanted_gradients = value_and_gradients_once(softmax.infonce, *case)
-    value, gradients = value_and_gradients_once(tiled.infonce, *case)
+    wanted, wanted_gradients = value_and_gradients_once(dense_infonce, *case)
+    value, gradients = value_and_gradients_once(infonce, *case)
     assert value.dtype == torch.float32
     torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-5)
     rounding = 2 * torch.finfo(dtype).eps if dtype != torch.float32 else 1e-5
@@ -114,7 +109,7 @@ def test_narrow_dtypes_differ_from_the_dense_loss_by_rounding(dtype, scale):
 
 def value_and_gradients_once(loss, image, text, ids, scale):
     inputs = [tensor.clone().requires_grad_() for tensor in (image, text, scale)]
-    value = loss(*inputs[:2], ids, inputs[2], Alone())
+    value = loss(PairRows(*inputs[:2], ids, Alone()), inputs[2])
     return value.detach(), torch.autograd.grad(value, inputs)
 
 
@@ -123,7 +118,7 @@ def value_and_gradients_once(loss, image, text, ids, scale):
 def test_finite_at_the_largest_scale(dtype, ids):
     image = unit_rows(len(ids), 6, 0, dtype).requires_grad_()
     text = unit_rows(len(ids), 6, 1, dtype).requires_grad_()
-    loss = tiled.infonce(image, text, torch.tensor(ids), torch.tensor([100.0]), Alone())
+    loss = infonce(PairRows(image, text, torch.tensor(ids), Alone()), torch.tensor([100.0]))
     loss.backward()
     assert loss.isfinite()
     assert image.grad.isfinite().all()
@@ -141,9 +136,9 @@ def test_a_row_that_resembles_nothing_is_exact_in_fp32():
     case = normalize(image), normalize(text), torch.arange(20), scale_of(100.0, torch.float32)
     # One shift loses this row's sum, so the other way is taken.
     assert tiles.shifted_sums(*case[:2], case[3], tiles.shift_for(*case[:2], case[3]), []) is None
-    value, gradients = value_and_gradients_once(tiled.infonce, *case)
+    value, gradients = value_and_gradients_once(infonce, *case)
     double = [t.double() if t.dtype.is_floating_point else t for t in case]
-    wanted, wanted_gradients = value_and_gradients_once(softmax.infonce, *double)
+    wanted, wanted_gradients = value_and_gradients_once(dense_infonce, *double)
     assert value.item() == pytest.approx(wanted.item(), rel=1e-6)
     for gradient, expected in zip(gradients, wanted_gradients, strict=True):
         assert (gradient - expected).abs().max() <= 2e-5 * expected.abs().max()
@@ -155,7 +150,7 @@ def test_rows_that_are_all_alike_are_at_chance_in_fp32():
     one[:, 0] = 1.0
     image, text = one.clone().requires_grad_(), one.clone().requires_grad_()
     scale = torch.tensor([100.0], requires_grad=True)
-    loss = tiled.infonce(image, text, torch.arange(3000), scale, Alone())
+    loss = infonce(PairRows(image, text, torch.arange(3000), Alone()), scale)
     loss.backward()
     assert loss.item() == pytest.approx(math.log(3000), abs=1e-4)
     assert scale.grad.abs().item() < 3e-5
@@ -166,15 +161,15 @@ def test_rows_that_are_all_alike_are_at_chance_in_fp32():
 def test_a_bank_that_is_hidden_from_every_row_changes_nothing():
     image, text, ids = unit_rows(6, 5, 0), unit_rows(6, 5, 1), torch.zeros(6, dtype=torch.int64)
     hidden = Bank(unit_rows(4, 5, 2), unit_rows(4, 5, 3), torch.tensor([0, -1, 0, -1]))
-    alone = value_and_gradients(tiled.infonce, image, text, ids, scale_of(9.0))
-    beside = value_and_gradients(tiled.infonce, image, text, ids, scale_of(9.0), hidden)
+    alone = value_and_gradients(infonce, image, text, ids, scale_of(9.0))
+    beside = value_and_gradients(infonce, image, text, ids, scale_of(9.0), hidden)
     torch.testing.assert_close(alone, beside, rtol=1e-14, atol=1e-14)
 
 
 def test_nan_stays_nan():
     image = unit_rows(5, 3, 0)
     image[2, 1] = torch.nan
-    assert tiled.infonce(image, image, torch.arange(5), scale_of(9.0), Alone()).isnan()
+    assert infonce(PairRows(image, image, torch.arange(5), Alone()), scale_of(9.0)).isnan()
 
 
 def test_gradient_in_float64():
@@ -182,7 +177,7 @@ def test_gradient_in_float64():
     bank = Bank(unit_rows(3, 4, 2), unit_rows(3, 4, 3), torch.tensor([7, -1, 0]))
     ids = torch.tensor([0, 0, 1, 2, 3])
     assert torch.autograd.gradcheck(
-        lambda a, b, s: tiled.infonce(a, b, ids, s, Alone(), bank, 0.1),
+        lambda a, b, s: infonce(PairRows(a, b, ids, Alone(), bank), s),
         (image, text, scale_of(9.0).requires_grad_()),
     )
 
@@ -210,12 +205,13 @@ def test_no_tensor_is_larger_than_the_rows_or_a_tile():
 
     def largest(loss):
         with Largest() as seen:
-            loss(image, text, torch.arange(count), scale_of(20.0), Alone(), bank, 0.1).backward()
+            pairs = PairRows(image, text, torch.arange(count), Alone(), bank)
+            loss(pairs, scale_of(20.0)).backward()
         return seen.elements
 
-    assert largest(softmax.infonce) >= count * count
+    assert largest(dense_infonce) >= count * count
     # Rows of this batch and of the bank stand together where means are taken.
-    assert largest(tiled.infonce) <= (count + size) * width
+    assert largest(infonce) <= (count + size) * width
 
 
 @pytest.mark.usefixtures("small_tiles")

@@ -6,12 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmscale.config.loss import LossConfig
+from mmscale.config.loss import TERMS, LossConfig
 from mmscale.config.ramp import whole_steps
 from mmscale.contracts import Bank, Embeddings, LossInput
 from mmscale.dist.peers import Alone
-from mmscale.loss.reference import Facts, reference
-from mmscale.loss.terms import compute
+from mmscale.loss.term import Bounds, Counts, Given, compute
+from tests.unit.loss.cases import leaves, made_up
+from tests.whole.command import ROOT
 
 IDS = torch.tensor([0, 0, 1, 2, 2, 2, 3, 4])
 
@@ -39,10 +40,16 @@ def one_point(with_bank, **more):
     return rows_of(unit, Bank(points, points, slots) if with_bank else None, **more)
 
 
+def value_of(settings, rows):
+    """The term's loss and its bounds."""
+    value = compute(settings, Given(rows, Alone(), at))
+    bounds = value.bounds(Counts.of(rows, Alone()))
+    return value.loss.item(), Bounds(*(b if b is None else float(b) for b in bounds))
+
+
 def check(settings, rows, which):
-    found = getattr(reference(settings, Facts.of(rows, Alone()), at), which)
-    wanted = compute(settings, rows, Alone(), at).loss.item()
-    assert found == pytest.approx(wanted, rel=1e-6, abs=1e-6)
+    wanted, bounds = value_of(settings, rows)
+    assert getattr(bounds, which) == pytest.approx(wanted, rel=1e-6, abs=1e-6)
 
 
 @pytest.mark.parametrize("with_bank", [False, True])
@@ -68,7 +75,7 @@ def check(settings, rows, which):
 def test_chance_is_the_loss_of_a_model_that_tells_nothing_apart(settings, with_bank):
     if settings.kind == "spectral" and settings.mu > 1:
         # The best a constant product can do is 1.
-        assert reference(settings, Facts.of(one_point(False), Alone()), at).chance == -1 / 4
+        assert value_of(settings, one_point(False))[1].chance == -1 / 4
         return
     check(settings, one_point(with_bank), "chance")
 
@@ -79,8 +86,8 @@ def test_chance_of_siglip_is_its_loss_at_the_best_bias(with_bank):
     for logit in torch.linspace(-3, 1, 41).tolist():
         bias = torch.tensor([logit - 30.0], dtype=torch.float64)
         rows = one_point(with_bank, bias=bias)
-        best = min(best, compute(settings, rows, Alone(), at).loss.item())
-    chance = reference(settings, Facts.of(rows, Alone()), at).chance
+        loss, (_, chance) = value_of(settings, rows)
+        best = min(best, loss)
     assert chance == pytest.approx(best, rel=1e-3)
     assert chance <= best
 
@@ -118,16 +125,36 @@ def test_floor_of_smoothed_targets_is_their_entropy():
     target = (IDS[:, None] == IDS[None, :]).double() / counts[:, None]
     target = (1 - smoothing) * target + smoothing / 8
     entropy = torch.special.entr(target).sum(1).mean().item()
-    facts = Facts.of(one_point(False), Alone())
-    found = reference(term("infonce", label_smoothing=smoothing), facts, at).floor
-    assert found == pytest.approx(entropy)
+    _, found = value_of(term("infonce", label_smoothing=smoothing), one_point(False))
+    assert found.floor == pytest.approx(entropy)
 
 
 def test_matching_and_classification_at_chance():
     targets = torch.tensor([1, 1, 0, 0, 0, 0])
-    logits = torch.zeros(8, 5)
-    rows = one_point(False, matching_targets=targets, class_logits=logits)
-    facts = Facts.of(rows, Alone())
+    rows = one_point(
+        False,
+        matching=torch.zeros(6, 2),
+        matching_targets=targets,
+        class_logits=torch.zeros(8, 5),
+        labels=torch.zeros(8, dtype=torch.int64),
+    )
     entropy = math.log(3) - 2 / 3 * math.log(2)
-    assert reference(term("matching"), facts, at).chance == pytest.approx(entropy)
-    assert reference(term("classification"), facts, at).chance == pytest.approx(math.log(5))
+    assert value_of(term("matching"), rows)[1].chance == pytest.approx(entropy)
+    assert value_of(term("classification"), rows)[1].chance == pytest.approx(math.log(5))
+
+
+def test_a_term_has_the_bounds_that_the_table_of_the_documentation_gives_it():
+    """What is empty there is None here, and never a silent 0."""
+    table = (ROOT / "docs" / "losses.md").read_text("utf-8").split("\n| kind | of | queue ")[1]
+    documented = {}
+    for line in table.split("\n\n")[0].splitlines()[2:]:
+        kinds, _, queue, floor, chance = (cell.strip() for cell in line.strip("|").split("|"))
+        for kind in kinds.replace("`", "").split(", "):
+            known = tuple(cell not in ("", "none") for cell in (floor, chance))
+            documented[kind] = queue.startswith("yes"), *known
+    assert documented.keys() == TERMS.keys()
+    rows = made_up(leaves(IDS), IDS, with_bank=True)
+    for kind, wanted in documented.items():
+        bounds = compute(term(kind), Given(rows, Alone(), at)).bounds(Counts.of(rows, Alone()))
+        found = TERMS[kind].needs.queue, *(bound is not None for bound in bounds)
+        assert found == wanted, kind
