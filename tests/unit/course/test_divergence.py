@@ -62,6 +62,27 @@ def test_terms_without_a_chance_value_are_not_judged():
     _run(CHANCE, [100.0] * 100, chance=None)
 
 
+def test_updates_without_a_chance_value_count_and_are_not_judged():
+    """Only logged updates have one: every fourth, here."""
+
+    def run(losses):
+        progress = Progress()
+        for step, loss in enumerate(losses, 1):
+            progress = replace(progress, step=step)
+            chance = 4.0 if step % 4 == 0 else None
+            progress = guarded(CHANCE, 5, progress, _record(loss, chance))
+        return progress
+
+    run([4.1] * 14)
+    with pytest.raises(HaltError, match=r"step 15: over 10 updates .* 0\.1 above"):
+        run([4.1] * 15)
+    run([9.0 if step % 4 else 3.9 for step in range(1, 200)])
+    # A window without a logged update lasts until there is one.
+    _run(CHANCE, [9.0] * 100, _run(CHANCE, [9.0] * 14, chance=None), chance=None)
+    with pytest.raises(HaltError, match="step 41"):
+        _run(CHANCE, [9.0], _run(CHANCE, [9.0] * 40, chance=None))
+
+
 def test_a_rise_over_the_lowest_mean_ends_the_run():
     low, high = [1.0] * (RISE_UPDATES + 5), [1.6] * RISE_UPDATES
     _run(RISE, low + high[:-1])

@@ -11,9 +11,10 @@ from mmscale import cli
 from mmscale.config.cluster import read_cluster
 from mmscale.config.load import load_config
 from mmscale.engine.footprint import footprint
-from mmscale.engine.forecast import forecast
+from mmscale.engine.forecast import REPLICATED, forecast
+from mmscale.engine.memory import holdings
 from mmscale.engine.plan import plan_batch
-from mmscale.engine.wire import Transfer
+from mmscale.engine.wire import Transfer, transfers
 from mmscale.errors import ConfigError, explained
 from mmscale.model.build import build_model
 from mmscale.model.outline import outline
@@ -92,6 +93,30 @@ def test_state_is_divided_as_zero_divides_it():
 def test_rings_send_what_they_must():
     assert Transfer("x", "all-reduce", 800, 1, "").sent(8) == 1400
     assert Transfer("x", "all-gather", 800, 3, "").sent(8) == 2100
+
+
+# Words of an objective, whether its logits are made in tiles, and modalities that are gathered.
+OBJECTIVES = [
+    ([], True, 1),
+    (["loss.terms=[{kind: infonce}, {kind: vicreg}]"], True, 1),
+    (["loss.terms=[{kind: vicreg}]"], True, 0),
+    (["loss.terms=[{kind: infonce, label_smoothing: 0.1}]"], False, 2),
+    (["negatives.mining.kind=hard"], False, 2),
+    (["loss.terms=[{kind: infonce}, {kind: siglip, weight: 0.1}]"], False, 2),
+]
+
+
+def test_what_a_loss_holds_and_gathers_follows_from_its_terms():
+    config = load_config(DEMO)
+    batch = plan_batch(config, 8)
+    bare = outline(config.model, config.data.image_size)
+    seen = footprint(*bare, config, batch, 48, torch.float32)
+    for words, in_tiles, sides in OBJECTIVES:
+        arguments = (seen, REPLICATED, load_config([*DEMO, *words]), batch, 0, torch.float32)
+        (loss,) = (held for held in holdings(*arguments) if held.name == "loss")
+        assert ("tiles" in loss.formula) == in_tiles, words
+        gathered = [sent.times for sent in transfers(*arguments) if sent.name == "embeddings"]
+        assert gathered == ([sides] if sides else []), words
 
 
 def test_efficiency_falls_with_slower_links(tmp_path):

@@ -1,5 +1,6 @@
 """The weighted sum: ramps, names, what is logged beside a term, what is missing."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -40,6 +41,38 @@ def test_total_is_the_weighted_sum_and_terms_are_told_alone():
     }
     assert terms["infonce_floor"] <= terms["infonce"]
     assert not any(value.requires_grad for value in terms.values())
+
+
+class Counting(Alone):
+    """Peers that count what is asked of them."""
+
+    def __init__(self):
+        self.calls = Counter()
+
+    def columns(self, rows):
+        self.calls["columns"] += 1
+        return rows
+
+    def total(self, value):
+        self.calls["total"] += 1
+        return value
+
+
+def test_bounds_are_made_on_logged_updates_alone_and_no_exchange_for_them_on_others():
+    terms = [{"kind": kind} for kind in ("regression", "matching", "alignment")]
+    config = validate({"data": {"train": "unused"}, "loss": {"terms": terms}})
+    calls, outs = {}, {}
+    for is_logged in (True, False):
+        peers = Counting()
+        outs[is_logged] = Objective(config, peers)(rows(is_logged=is_logged))
+        calls[is_logged] = peers.calls
+    assert outs[False].terms.keys() == {"regression", "matching", "alignment"}
+    assert {"matching_chance", "alignment_floor"} < outs[True].terms.keys()
+    assert outs[False].total == outs[True].total
+    # Of the loss itself: how many pairs all ranks judge.
+    assert calls[False] == {"total": 1}
+    # Ids, and how many of the pairs match.
+    assert calls[True] == {"total": 2, "columns": 1}
 
 
 def test_two_terms_of_a_kind_keep_their_names_apart():
