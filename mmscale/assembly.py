@@ -122,6 +122,14 @@ class Training:
         """Whether something that happens every so often happens after `step`."""
         return every is not None and step % self.steps(every) == 0
 
+    def is_kept(self, step: int) -> bool:
+        """Whether `checkpoint.keep` counts the checkpoint of `step`: not one that a stop left.
+
+        Where none is ever due, all of them count.
+        """
+        every = self.config.checkpoint.every
+        return every is None or self.due(every, step)
+
     def close(self) -> None:
         """Free the engine and what follows it."""
         self.companions.close()

@@ -34,6 +34,11 @@ def step_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint folder."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def step_folders(run_dir: Path) -> list[Path]:
     """Finished checkpoint folders of a run, newest first."""
     return sorted((run_dir / "checkpoints").glob("step-" + "[0-9]" * 8), reverse=True)
@@ -238,7 +243,10 @@ def _warn(text: str) -> None:
 
 
 def newest_sound(
-    run_dir: Path, world: World, warn: Callable[[str], None] = _warn, before: int | None = None
+    run_dir: Path,
+    world: World,
+    warn: Callable[[str], None] = _warn,
+    wanted: Callable[[int], bool] = lambda step: True,
 ) -> Checkpoint | None:
     """The newest checkpoint that verifies, agreed by all ranks; None without any. Collective.
 
@@ -246,15 +254,13 @@ def newest_sound(
         run_dir: The run's folder.
         world: The ranks; which checkpoints there are is what rank 0 sees.
         warn: Takes a line about each one that is passed over.
-        before: Only those of earlier steps.
+        wanted: Whether that of a step will do.
 
     Raises:
         CheckpointError: There are checkpoints, and none can be used.
     """
     found = step_folders(run_dir) if world.is_main else []
-    names = from_main(world, [str(path) for path in found])
-    if before is not None:
-        names = [name for name in names if Path(name) < step_folder(run_dir, before)]
+    names = from_main(world, [str(path) for path in found if wanted(step_of(path))])
     fault = None
     for name in names:
         try:

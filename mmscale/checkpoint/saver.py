@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from safetensors import SafetensorError
 
@@ -48,12 +49,17 @@ class _Fault:
         return cls(f"rank {rank}: {text}", full, isinstance(error, HaltError))
 
 
+# Whether the checkpoint of a step is one of those that `checkpoint.keep` counts.
+Counts: TypeAlias = Callable[[int], bool]
+
+
 @dataclass(frozen=True)
 class _Flight:
     """A checkpoint that is being written."""
 
     folder: Path
     snapshot: Snapshot
+    counts: Counts
     written: "Future[None]"
 
     @property
@@ -94,15 +100,20 @@ class Saver:
         """This rank has done its part of the checkpoint in flight, or failed to."""
         return self._flight is not None and self._flight.written.done()
 
-    def save(self, snapshot: Snapshot) -> None:
+    def save(self, snapshot: Snapshot, counts: Counts = lambda step: True) -> None:
         """Start to write; the one in flight is brought to its end first. Collective.
+
+        Args:
+            snapshot: What is written.
+            counts: Those that count are kept whatever is written between them, so that a run which
+                was stopped has them when the same run without a stop would.
 
         Raises:
             CheckpointError: As `settle`.
             HaltError: As `settle`.
         """
         self._land()
-        self._start(snapshot)
+        self._start(snapshot, counts)
 
     def settle(self) -> None:
         """Wait until the checkpoint in flight is written everywhere, and publish it. Collective.
@@ -128,7 +139,7 @@ class Saver:
                 "before it with a lower optim.lr"
             )
         if fault.no_room and self._made_room(flight):
-            self._start(flight.snapshot)
+            self._start(flight.snapshot, flight.counts)
         else:
             self._failed(flight.folder, fault)
 
@@ -148,14 +159,14 @@ class Saver:
         while self._flight is not None:
             self.settle()
 
-    def _start(self, snapshot: Snapshot) -> None:
+    def _start(self, snapshot: Snapshot, counts: Counts) -> None:
         folder = step_folder(self._run_dir, snapshot.progress.step)
         fault = self._agreed(self._make_aside(folder.with_suffix(PARTIAL)))
         if fault:
             self._failed(folder, fault)
             return
         task = self._thread.submit(write_share, snapshot, folder.with_suffix(PARTIAL))
-        self._flight = _Flight(folder, snapshot, task)
+        self._flight = _Flight(folder, snapshot, counts, task)
 
     def _made_room(self, flight: _Flight) -> bool:
         snapshot, removed = flight.snapshot, []
@@ -196,12 +207,12 @@ class Saver:
         except OSError as error:
             return _Fault.of(0, error)
         snapshot = flight.snapshot
-        self._thread.submit(self._prune, snapshot.progress.step, snapshot.best_step)
+        self._thread.submit(self._prune, snapshot.progress.step, flight.counts, snapshot.best_step)
         return None
 
-    def _prune(self, step: int, best_step: int | None) -> None:
+    def _prune(self, step: int, counts: Counts, best_step: int | None) -> None:
         try:
-            prune(self._run_dir, step, self._settings.keep, best_step)
+            prune(self._run_dir, step, self._settings.keep, counts, best_step)
         except OSError as error:
             self._warn(f"an old checkpoint could not be removed ({error})")
 

@@ -57,6 +57,7 @@ class Progress:
         samples: Rows taken since the run began.
         over: `stage` or `run` where an evaluation ended one of them before its time.
         watched: What decides about that, by name.
+        parts: What else decides from update to update, by its name, as JSON.
         owes_evaluation: The run was told to stop before an evaluation that was due.
     """
 
@@ -75,6 +76,7 @@ class Progress:
     samples: int = 0
     over: str = ""
     watched: dict[str, float] = field(default_factory=dict)
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)
     owes_evaluation: bool = False
 
 

@@ -6,7 +6,7 @@ name when all notes are there, which a later start can do as well as the run tha
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmscale.checkpoint.files import PARTIAL, step_folder, step_folders
+from mmscale.checkpoint.files import PARTIAL, step_folder, step_folders, step_of
 from mmscale.checkpoint.state import (
     DIGEST,
     FORMAT,
@@ -193,13 +193,16 @@ def adopt_partial(run_dir: Path) -> None:
         shutil.rmtree(old)
 
 
-def prune(run_dir: Path, step: int, keep: int, best_step: int | None) -> None:
-    """Keep the newest `keep` checkpoints up to `step`, and the best one.
+def prune(
+    run_dir: Path, step: int, keep: int, counts: Callable[[int], bool], best_step: int | None
+) -> None:
+    """Keep that of `step`, the newest `keep` up to it that count, and the best one.
 
     Later ones belong to a course that the run has left: it went on from an earlier checkpoint.
     """
-    folders = {int(path.name.removeprefix("step-")): path for path in step_folders(run_dir)}
-    kept = {*sorted((at for at in folders if at <= step), reverse=True)[:keep], best_step}
+    folders = {step_of(path): path for path in step_folders(run_dir)}
+    counted = sorted((at for at in folders if at <= step and counts(at)), reverse=True)
+    kept = {step, *counted[:keep], best_step}
     for at, path in folders.items():
         if at not in kept:
             # Renamed first: a folder that has its name is whole.

@@ -226,7 +226,7 @@ class CheckpointConfig(Section):
     every: Duration | None = Duration(1, "epochs")
     """How often; null: only at the end."""
     keep: Positive = 2
-    """How many of the newest are kept."""
+    """How many of the newest that were due are kept; one that a stop left is kept besides."""
     best: str | None = None
     """Metric of the evaluations, such as `eval/i2t_r1`: its best checkpoint is kept besides."""
     best_is: Literal["max", "min"] = "max"

@@ -54,7 +54,7 @@ def finish(training: Training, run: Run, progress: Progress) -> None:
     progress, pairs = evaluated(training, run, progress)
     # A run of no steps keeps what it began with.
     if progress.step > training.start.step or progress.step == 0:
-        run.saver.save(snapshot(training, progress))
+        run.saver.save(snapshot(training, progress), training.is_kept)
     run.saver.finish()
     if not training.world.is_main:
         return

@@ -38,7 +38,7 @@ def respond(
     if action == "warn":
         return
     _write(alarm, training)
-    saver.save(snapshot(training, progress))
+    saver.save(snapshot(training, progress), training.is_kept)
     saver.finish()
     raise HaltError(
         f"{sentence}; halted as guard.action=halt says; doctor.json has causes and remedies"

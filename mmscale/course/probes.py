@@ -1,5 +1,6 @@
 """Probes of a run: what its embedding space and its updates are like, and whether that is well."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,21 @@ class Probes:
         self._updates = self._at_limit = 0
         if self._held_out is not None and training.start.step == 0:
             self._begin(self._held_out.embedded())
+
+    def state(self) -> dict[str, Any]:
+        """What it remembers, as JSON; the main rank's is that of the run."""
+        return {
+            "persistence": self._persistence.state(),
+            "still": sorted(self._still),
+            "updates": self._updates,
+            "at_limit": self._at_limit,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` gave."""
+        self._persistence.load(state["persistence"])
+        self._still = frozenset(self._names) & frozenset(state["still"])
+        self._updates, self._at_limit = int(state["updates"]), int(state["at_limit"])
 
     def _begin(self, held_out: Pairs) -> None:
         if self._training.world.is_main and _is_enough(first := health_figures(held_out)):

@@ -1,6 +1,8 @@
 """What is settled after each update: what is logged, whether the run goes on, and what is kept."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from mmscale.assembly import Segment, Training, snapshot
 from mmscale.checkpoint.state import Progress
@@ -14,7 +16,7 @@ from mmscale.course.run import Run
 from mmscale.course.skips import Skips
 from mmscale.course.watch import watched
 from mmscale.engine.step import Update
-from mmscale.errors import TerminatedError
+from mmscale.errors import CheckpointError, TerminatedError
 
 
 class Settling:
@@ -30,6 +32,21 @@ class Settling:
         self._training, self._run, self._warmup = training, run, warmup
         self._skips = Skips(training, run)
         self._probes = Probes(training, run.report)
+        self._parts: dict[str, Skips | Probes] = {"skips": self._skips, "probes": self._probes}
+        for name, state in training.start.parts.items():
+            self._load(name, state)
+
+    def _load(self, name: str, state: Mapping[str, Any]) -> None:
+        try:
+            self._parts[name].load(state)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"run.resume: the checkpoint's {name} are not what this mmscale remembers "
+                f"({type(error).__name__}: {error}); start another run.dir"
+            ) from error
+
+    def _remembering(self, progress: Progress) -> Progress:
+        return replace(progress, parts={name: part.state() for name, part in self._parts.items()})
 
     def begin(self) -> Progress:
         """Where the segment starts, with the evaluation that a stop before it left out."""
@@ -60,13 +77,16 @@ class Settling:
         """
         training, run, record = self._training, self._run, done.record
         if (following := self._skips.count(progress, done, batch)) is not None:
-            return progress, following
+            assert following.start is not None, "it says where the data goes on"
+            return progress, replace(following, start=self._remembering(following.start))
         progress = guarded(training.config.stop, self._warmup, progress, record)
         if record.damaged:
             check_damage(training, run.report, batch, progress)
         if record.written:
             run.saver.settle()
-        if (alarm := self._probes.after(progress, done, batch)) is not None:
+        alarm = self._probes.after(progress, done, batch)
+        progress = self._remembering(progress)
+        if alarm is not None:
             respond(alarm, training, run.report, run.saver, progress)
         if progress.step == training.total_steps:
             return progress, None
@@ -77,7 +97,10 @@ class Settling:
     def _stop(self, progress: Progress) -> None:
         """Leave while there is time: a due evaluation is made when the run goes on."""
         owes = self._training.due(self._training.config.eval.every, progress.step)
-        self._run.saver.save(snapshot(self._training, replace(progress, owes_evaluation=owes)))
+        self._run.saver.save(
+            snapshot(self._training, replace(progress, owes_evaluation=owes)),
+            self._training.is_kept,
+        )
         self._run.saver.finish()
         raise TerminatedError(f"told to stop; step {progress.step} is in a checkpoint")
 
@@ -89,5 +112,5 @@ class Settling:
             progress = watched(training, run.report, progress)
         is_best = progress.best is not None and progress.best.step == step
         if is_best or training.due(training.config.checkpoint.every, step):
-            run.saver.save(snapshot(training, progress))
+            run.saver.save(snapshot(training, progress), training.is_kept)
         return progress

@@ -27,6 +27,14 @@ class Skips:
         self._settings = training.config.train.non_finite
         self._in_a_row = 0
 
+    def state(self) -> dict[str, Any]:
+        """What it remembers, as JSON."""
+        return {"in_a_row": self._in_a_row}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` gave."""
+        self._in_a_row = int(state["in_a_row"])
+
     def count(self, progress: Progress, done: Update, batch: Batch) -> Segment | None:
         """Take an update; one that was skipped is recorded with its batch's keys. Collective then.
 
@@ -66,10 +74,15 @@ class Skips:
                 f"train.non_finite.rollbacks={most} bears no further one; lower optim.lr, set "
                 "engine.precision=fp32, or look at these samples"
             )
-        config, first = self._training.config, progress.step - self._in_a_row + 1
+        training, first = self._training, progress.step - self._in_a_row + 1
+        every, best = training.config.checkpoint.every, progress.best and progress.best.step
         try:
+            # Not what a stop left between those that were due: without the stop it was not there.
             good = newest_sound(
-                Path(config.run.dir), self._training.world, self._run.report.warn, before=first
+                Path(training.config.run.dir),
+                training.world,
+                self._run.report.warn,
+                lambda step: step < first and (step == best or training.due(every, step)),
             )
         except CheckpointError as error:
             raise HaltError(str(error)) from error
@@ -84,6 +97,7 @@ class Skips:
             f"{self._sentence(line)}; the weights go back to those of step {weights.step}, the "
             f"data goes on: {times} of the {most} times that train.non_finite.rollbacks bears",
         )
+        self._in_a_row = 0
         start = replace(
             progress,
             updates=weights.updates,

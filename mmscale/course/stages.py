@@ -28,6 +28,7 @@ def next_stage(training: Training, progress: Progress) -> Segment | None:
         position=_start(training.config, config, progress.position),
         over="",
         watched={},
+        parts={},
         scaler={},
     )
     return Segment(training.run, Carried(training.engine.tensors(), start), kept=training.kept)

@@ -1,7 +1,9 @@
 """When a verdict counts: what one probe finds may be chance or pass, what several find does not."""
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from mmscale.diagnostics.doctor import Diagnosis, finding_of
 from mmscale.diagnostics.finding import Figures
@@ -49,6 +51,23 @@ class Persistence:
         self._widest = dict.fromkeys(("image", "text"), 0.0)
         self._best_z = 0.0
         self._told: set[str] = set()
+
+    def state(self) -> dict[str, Any]:
+        """What it remembers, as JSON."""
+        return {
+            "recent": [[step, sorted(names)] for step, names in self._recent],
+            "widest": dict(self._widest),
+            "best_z": self._best_z,
+            "told": sorted(self._told),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` gave; `patience` and `verdicts` may have changed since."""
+        self._recent.clear()
+        for step, names in state["recent"]:
+            self._recent.append((int(step), frozenset(names) & set(self._verdicts)))
+        self._widest = {side: float(state["widest"][side]) for side in self._widest}
+        self._best_z, self._told = float(state["best_z"]), set(state["told"])
 
     def begin(self, figures: Figures) -> None:
         """Take the space before the first update: what it contracts from."""

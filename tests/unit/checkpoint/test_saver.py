@@ -51,6 +51,18 @@ def test_a_snapshot_holds_its_moment_whatever_becomes_of_the_tensors(tmp_path):
     assert read.moments("a")["exp_avg"].eq(2).all()
 
 
+def test_what_a_stop_left_displaces_none_that_was_due(tmp_path):
+    saver = _saver(tmp_path, keep=2)
+    kept = {}
+    for step in (4, 8, 9, 10, 12):
+        saver.save(_snapshot(step), lambda step: step % 4 == 0)
+        saver.settle()
+        saver._thread.submit(lambda: None).result()
+        kept[step] = _steps(tmp_path)
+    saver.finish()
+    assert kept == {4: [4], 8: [4, 8], 9: [4, 8, 9], 10: [4, 8, 10], 12: [8, 12]}
+
+
 def test_the_newest_stay_and_the_best(tmp_path):
     best = Best("eval/i2t_r1", 50.0, 2)
     _save(_saver(tmp_path, keep=2), *(_snapshot(step, best=best) for step in range(1, 7)))

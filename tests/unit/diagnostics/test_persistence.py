@@ -1,5 +1,7 @@
 """A verdict counts when it lasts: over chance findings, over a start, over a contraction."""
 
+import json
+
 import pytest
 
 from mmscale.diagnostics.doctor import judge
@@ -34,6 +36,25 @@ def test_one_finding_is_none():
     persistence = Persistence(3, 0, BAD)
     probes = [GOOD, UNALIGNED, UNALIGNED, GOOD, UNALIGNED, UNALIGNED, GOOD]
     assert course(persistence, probes) == [None] * 7
+
+
+def test_what_is_remembered_goes_through_json_between_any_two_probes():
+    """Among it what the towers contract from, which the very first look told."""
+    probes = [GOOD, *[UNALIGNED] * 4, *[DEAD] * 3, GOOD, *[UNALIGNED] * 3]
+    whole, resumed = Persistence(3, 0, BAD), Persistence(3, 0, BAD)
+    whole.begin(GOOD)
+    resumed.begin(GOOD)
+    told = []
+    for number, figures in enumerate(probes, start=1):
+        state = json.loads(json.dumps(resumed.state()))
+        resumed = Persistence(3, 0, BAD)
+        resumed.load(state)
+        for persistence in (whole, resumed):
+            alarm = persistence.take(number, figures, judge(figures))
+            told.append(None if alarm is None else (alarm.diagnosis.verdict, alarm.began))
+        assert resumed.state() == whole.state()
+    assert told[::2] == told[1::2]
+    assert {verdict for verdict, _ in filter(None, told)} == {"unaligned", "dead_tower"}
 
 
 def test_what_lasts_is_told_once_and_again_after_it_was_gone():
