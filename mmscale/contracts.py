@@ -302,11 +302,13 @@ class NamedTensor:
         value: fp32 master weights of a trained parameter; else the tensor itself.
         moments: Optimizer state by name (`exp_avg`, `exp_avg_sq`); empty before the first update,
             and for what is not trained.
+        trained: It is a trained parameter.
     """
 
     name: str
     value: Tensor
     moments: dict[str, Tensor]
+    trained: bool = False
 
 
 @runtime_checkable

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
+from torch import Tensor
 
 from mmscale.assembly import Training
 from mmscale.checkpoint.files import Checkpoint
@@ -26,7 +27,7 @@ from mmscale.engine.encode import Call
 from mmscale.engine.inference import Inference
 from mmscale.engine.momentum import averaged
 from mmscale.engine.rerank import match_scores
-from mmscale.errors import printable
+from mmscale.errors import HaltError, printable
 from mmscale.model.build import build_model
 from mmscale.model.hub import fetching_only
 from mmscale.model.kept import kept_towers, opened_lines
@@ -125,10 +126,36 @@ def evaluate(
         progress,
     )
     pairs = embed(call, engine.device, table)
+    require_finite(pairs, cached=held_out.table is not None)
     figures = _figures(training.config, call, engine.device, held_out, training.peers, table, pairs)
     engine.module.train()
     named = {f"eval/{name}": value for name, value in figures.items()}
     return named | {"eval/mean": fmean(figures[name] for name in RECALLS)}, pairs
+
+
+def require_finite(pairs: Pairs, cached: bool) -> None:
+    """Refuse what a model in training gives once its weights, or its activations, are broken.
+
+    Args:
+        pairs: What it gives.
+        cached: The towers' outputs come from a cache: what is not finite there is the data's fault,
+            and told where the pairs are compared.
+
+    Raises:
+        HaltError: The embeddings are not finite.
+    """
+    given = (pairs.backbone_image, pairs.backbone_text) if cached else ()
+    if _are_finite(pairs.image, pairs.text) or not _are_finite(*given):
+        return
+    raise HaltError(
+        "the model's embeddings of the held-out pairs are not finite: its weights have overflowed, "
+        "or what it computes from them in this precision; go on from the checkpoint before with a "
+        "lower optim.lr or optim.clip_norm"
+    )
+
+
+def _are_finite(*rows: Tensor | None) -> bool:
+    return all(side is None or bool(side.isfinite().all()) for side in rows)
 
 
 def embed(call: Call, device: torch.device, table: FeatureTable) -> Pairs:

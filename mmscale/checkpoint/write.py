@@ -58,6 +58,7 @@ class Snapshot:
         progress: How far the run has come.
         rank: This rank.
         attached: Further files by their names in the folder; rank 0 writes them.
+        trained: Names of the parameters that are trained.
     """
 
     tensors: dict[str, Tensor]
@@ -65,6 +66,7 @@ class Snapshot:
     progress: Progress
     rank: int
     attached: Mapping[str, bytes] = field(default_factory=dict)
+    trained: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
@@ -101,7 +103,10 @@ def take_snapshot(
     load = [0] * world.size
     mine: dict[str, Tensor] = {}
     shapes: dict[str, Any] = {}
+    trained = set()
     for tensor in tensors:
+        if tensor.trained:
+            trained.add(tensor.name)
         owner = load.index(min(load))
         parts = {f"value/{tensor.name}": tensor.value} | {
             f"{key}/{tensor.name}": value for key, value in tensor.moments.items()
@@ -125,7 +130,7 @@ def take_snapshot(
         "progress": asdict(progress),
         "tensors": shapes,
     }
-    return Snapshot(mine, state, progress, world.rank, kept.attached)
+    return Snapshot(mine, state, progress, world.rank, kept.attached, frozenset(trained))
 
 
 def write_share(snapshot: Snapshot, aside: Path) -> None:
@@ -153,11 +158,10 @@ def write_share(snapshot: Snapshot, aside: Path) -> None:
 
 def _not_finite(snapshot: Snapshot) -> str | None:
     """The first tensor that holds no number, or infinity where the optimizer moves it."""
-    trained = {name for name, about in snapshot.state["tensors"].items() if about["moments"]}
     for key, tensor in snapshot.tensors.items():
         name = key.partition("/")[2]
         if tensor.is_floating_point():
-            sound = tensor.isfinite() if name in trained else ~tensor.isnan()
+            sound = tensor.isfinite() if name in snapshot.trained else ~tensor.isnan()
             if not sound.all():
                 return name
     return None

@@ -11,6 +11,8 @@ _PATTERN = re.compile(
     r"\s*(?P<amount>\d+(?:\.\d+)?(?:[eE]\d+)?)\s*(?P<multiple>[kMG]?)\s*"
     r"(?P<unit>steps?|epochs?|samples?)\s*"
 )
+# More than any run takes, and still exact as a number of updates.
+MOST = 1e15
 _MULTIPLES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 
 
@@ -35,9 +37,10 @@ class Duration:
             raise ValueError(
                 "must be a number with its unit, like '300 steps', '5 epochs' or '1M samples'"
             )
-        return cls(
-            float(match["amount"]) * _MULTIPLES[match["multiple"]], match["unit"].rstrip("s") + "s"
-        )
+        amount = float(match["amount"]) * _MULTIPLES[match["multiple"]]
+        if amount > MOST:
+            raise ValueError(f"must be at most {MOST:g}, with its unit")
+        return cls(amount, match["unit"].rstrip("s") + "s")
 
     def steps(self, steps_per_epoch: int, global_batch_size: int) -> int:
         """Whole updates in this duration, rounded up; zero stays zero."""

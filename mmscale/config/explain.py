@@ -109,6 +109,7 @@ def _rule(fault: Any) -> str:
     fixed = {
         "float_parsing": "a number, like 3e-4",
         "float_type": "a number, like 3e-4",
+        "finite_number": "a finite number",
         "int_parsing": "a whole number",
         "int_type": "a whole number",
         "int_from_float": "a whole number",

@@ -21,6 +21,7 @@ from mmscale.config.needs import (
 )
 from mmscale.config.paths import is_path, path_of
 from mmscale.config.schema import Config
+from mmscale.config.section import infinite_faults
 from mmscale.config.staging import expanded, stage_faults, stage_settings
 from mmscale.config.yaml import parse_scalar, read_yaml
 from mmscale.errors import ConfigError
@@ -68,6 +69,8 @@ def validate(settings: dict[str, Any]) -> Config:
     Raises:
         ConfigError: Every fault found, a line each.
     """
+    if faults := list(infinite_faults(settings)):
+        raise ConfigError("\n".join(faults))
     try:
         config = Config.model_validate(settings)
     except ValidationError as error:

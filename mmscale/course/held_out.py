@@ -16,6 +16,7 @@ from mmscale.diagnostics.pairs import Pairs
 from mmscale.encoding import HeldOut
 from mmscale.engine.feed import images_on
 from mmscale.errors import DataError
+from mmscale.evaluation import require_finite
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class HeldOutSample:
             embedded = engine.call("heads", image, text)
         engine.module.train()
         ids = peers.columns(rows.ids.to(engine.device))
-        return Pairs(
+        pairs = Pairs(
             image=peers.columns(embedded[0].unit.float()).cpu(),
             text=peers.columns(embedded[1].unit.float()).cpu(),
             image_ids=ids.cpu(),
@@ -72,6 +73,8 @@ class HeldOutSample:
             backbone_text=peers.columns(text.float()).cpu(),
             logit_scale=float(embedded[2]),
         )
+        require_finite(pairs, cached=rows.mask is None)
+        return pairs
 
 
 def _features(rows: _Rows, training: Training) -> tuple[Tensor, Tensor]:

@@ -114,7 +114,7 @@ class AccelerateEngine:
                     for key in self._kind.moments
                     if key in state[parameter]
                 }
-            yield NamedTensor(name, parameter.detach(), moments)
+            yield NamedTensor(name, parameter.detach(), moments, parameter.requires_grad)
         for name, buffer in persistent_buffers(self.module):
             yield NamedTensor(name, buffer, {})
 

@@ -128,7 +128,7 @@ class DeepSpeedEngine:
                 key: utils.safe_get_full_optimizer_state(parameter, key)
                 for key in (self._kind.moments if self._updates else ())
             }
-            yield NamedTensor(name, utils.safe_get_full_fp32_param(parameter), moments)
+            yield NamedTensor(name, utils.safe_get_full_fp32_param(parameter), moments, True)
         for name, buffer in persistent_buffers(self.module):
             yield NamedTensor(name, buffer, {})
 

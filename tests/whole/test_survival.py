@@ -234,6 +234,34 @@ def test_the_weights_go_back_past_the_batch_and_then_training_stops(frozen, spoi
     assert lines[-1]["skipped"] == lost + 1
 
 
+# So fast that the first update leaves infinities in the weights.
+TOO_FAST = ("optim.lr=3.4e38", "optim.warmup=0 steps", "optim.weight_decay=0.1")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "words"),
+    [
+        (ALONE, ["train.duration=1 steps", "data.eval=null"]),
+        pytest.param(ALONE, ["train.duration=1 steps"], marks=pytest.mark.slow),
+        pytest.param(ALONE, ["checkpoint.every=1 steps"], marks=pytest.mark.slow),
+        pytest.param(
+            deepspeed(),
+            ["train.duration=1 steps", "data.eval=null", "engine.deepspeed=zero3"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_weights_that_are_not_finite_end_with_3_and_are_not_kept(
+    settings, tmp_path, launcher, words
+):
+    """At the last step too, whether or not anything is evaluated then."""
+    done = run([*launcher, *settings, *TOO_FAST, *words, f"run.dir={tmp_path / 'run'}"])
+    assert done.returncode == 3, explain(done)
+    assert "not finite" in done.stderr.splitlines()[-1]
+    assert step_folders(tmp_path / "run") == []
+    assert "Traceback" not in done.stderr
+
+
 def test_a_full_disk_in_mid_save_is_told_and_borne(settings, tmp_path):
     folder = tmp_path / "run"
     words = [*ALONE, *settings, f"run.dir={folder}", ENDLESS, "checkpoint.every=4 steps"]

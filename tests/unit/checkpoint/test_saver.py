@@ -187,8 +187,9 @@ def test_weights_that_are_not_finite_are_never_published(tmp_path):
     for number, tensor in enumerate(
         (
             NamedTensor("b", torch.tensor([1.0, torch.nan]), {}),
-            NamedTensor("b", bad, {"exp_avg": torch.zeros(2)}),
-            NamedTensor("b", torch.zeros(2), {"exp_avg": bad}),
+            NamedTensor("b", bad, {}, trained=True),
+            NamedTensor("b", bad, {"exp_avg": torch.zeros(2)}, trained=True),
+            NamedTensor("b", torch.zeros(2), {"exp_avg": bad}, trained=True),
         )
     ):
         saver = _saver(tmp_path / str(number), failures=9)

@@ -9,6 +9,7 @@ import pytest
 
 from mmscale.config.deepspeed import fill, read_deepspeed
 from mmscale.config.duration import Duration
+from mmscale.config.explain import KINDS, known_settings
 from mmscale.config.load import load_config, overridden, validate
 from mmscale.config.yaml import parse_scalar
 from mmscale.errors import ConfigError
@@ -47,6 +48,45 @@ def test_wrong_words(words, parts):
     assert "\n" not in message
     for part in parts:
         assert part in message, message
+
+
+def _numbers() -> list[str]:
+    """Every setting whose type has a float in it, with those of terms."""
+    takes = [path for path, field in known_settings().items() if "float" in str(field.annotation)]
+    terms = [
+        f"loss.terms=[{{kind: {kind}, {name}: VALUE}}]"
+        for kind, term in KINDS.items()
+        for name, field in term.model_fields.items()
+        if "float" in str(field.annotation) or "Ramp" in str(field.annotation)
+    ]
+    ramps = [path for path, field in known_settings().items() if "Ramp" in str(field.annotation)]
+    ramped = [f"{path}={{from: VALUE, to: 1, over: 3 steps}}" for path in ramps]
+    options = ["model.vision.options={drop: {rate: VALUE}}", "optim.options={betas: [VALUE]}"]
+    plain = [f"{path}=VALUE" for path in (*takes, *ramps)]
+    return [*plain, *ramped, *terms, *options]
+
+
+def test_the_settings_with_numbers_are_found():
+    assert {"optim.lr=VALUE", "data.crop_scale=VALUE", "model.logit_scale.course=VALUE"} < set(
+        _numbers()
+    )
+
+
+@pytest.mark.parametrize("word", _numbers())
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1e999", "1e300", "inf", "nan"])
+def test_no_number_is_infinite(word, value):
+    if value in ("inf", "nan") and ".options=" in word:
+        # There it is text, and the constructor's own business.
+        return
+    with pytest.raises(ConfigError) as caught:
+        load_config(["demo", word.replace("VALUE", value)])
+    assert word.partition("=")[0] in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["1e999 steps", "9e999 epochs", "1e300 samples"])
+def test_no_duration_is_infinite(value):
+    with pytest.raises(ConfigError, match="must be at most 1e"):
+        load_config(["demo", f"train.duration={value}"])
 
 
 def test_every_fault_is_told_at_once():
