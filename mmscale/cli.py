@@ -414,14 +414,18 @@ def export(
     words: Words = None,
 ) -> int:
     """Write a trained model in the format of OpenCLIP, Hugging Face or ONNX."""
-    from mmscale.checkpoint.export import Exported
+    from mmscale.checkpoint.export import Exported, require_exportable
     from mmscale.checkpoint.export import export as write
     from mmscale.loading import load_on_cpu
 
-    exported = Exported(*load_on_cpu(run, words or ()), out)
+    exported = Exported(
+        *load_on_cpu(run, words or (), lambda config: require_exportable(config, to, out)), out
+    )
     with writing("--out", out):
         write(exported, to)
     _say(f"{to} files in {out}")
+    if (out / "README.md").exists():
+        _say(f"{out / 'README.md'} says how they are loaded once they have been moved")
     return 0
 
 

@@ -46,12 +46,15 @@ class Trained:
     checkpoint: Checkpoint
 
 
-def load_trained(path: Path, words: Sequence[str] = ()) -> Trained:
+def load_trained(
+    path: Path, words: Sequence[str] = (), check: Callable[[Config], None] | None = None
+) -> Trained:
     """The model of a run or checkpoint.
 
     Args:
         path: The run or checkpoint.
         words: `key=value`: where what it names lies now (`config.load.overridden`).
+        check: Refuses a configuration before its model is built.
 
     Raises:
         CheckpointError: Neither, or damaged.
@@ -61,6 +64,8 @@ def load_trained(path: Path, words: Sequence[str] = ()) -> Trained:
     run, stage = overridden(checkpoint.config, words), checkpoint.progress.stage
     config = stage_config(run, stage)
     config = config.model_copy(update={"model": _kept(checkpoint, config.model)})
+    if check is not None:
+        check(config)
     named = {str(config.model.vision.name), str(config.model.text.name)}
     with fetching_only(named - _names(checkpoint.config.model)):
         model, spec = build_model(config.model, config.data.image_size, config.run.seed, fill=False)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mmscale.checkpoint.export_limits import FORMATS, advice, refusal
 from mmscale.config.schema import Config
 from mmscale.contracts import InputSpec
 from mmscale.durable import publish
@@ -46,6 +47,10 @@ class Exported:
         return pixels, Tokenizer(self.spec)(["a dog runs", "two children play in the deep snow"])
 
 
+class InexpressibleError(ConfigError):
+    """A format cannot express the model; what can is added where all of them are known."""
+
+
 Writer = Callable[[Exported, Path], None]
 
 
@@ -59,22 +64,39 @@ def export(what: Exported, to: str) -> None:
     Raises:
         ConfigError: The format is unknown or cannot express the model, or the folder holds files.
     """
-    writers = _writers()
-    if to not in writers:
-        raise ConfigError(f"--to {to}: give one of {', '.join(writers)}")
-    if what.out.exists() and any(what.out.iterdir()):
-        raise ConfigError(f"--out {what.out}: holds files already; name a new folder")
+    require_exportable(what.config, to, what.out)
     aside = what.out.with_name(f".{what.out.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         with torch.no_grad():
-            writers[to](what, aside)
+            _write(what, to, aside)
         with suppress(FileNotFoundError):
             what.out.rmdir()
         publish(aside, what.out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def require_exportable(config: Config, to: str, out: Path) -> None:
+    """Refuse what the configuration alone shows to be impossible, before a model is loaded.
+
+    Raises:
+        ConfigError: The format is unknown or cannot express the model, or the folder holds files.
+    """
+    if to not in FORMATS:
+        raise ConfigError(f"--to {to}: give one of {', '.join(FORMATS)}")
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"--out {out}: holds files already; name a new folder")
+    if (reason := refusal(config, to)) is not None:
+        raise ConfigError(f"{reason}; {advice(config, to)}")
+
+
+def _write(what: Exported, to: str, folder: Path) -> None:
+    try:
+        _writers()[to](what, folder)
+    except InexpressibleError as error:
+        raise ConfigError(f"{error}; {advice(what.config, to)}") from error
 
 
 def _writers() -> dict[str, Writer]:
@@ -101,8 +123,8 @@ def linear_map(
     differs = (wide(rows) - (rows @ matrix.T + offset)).abs().max() > 1e-9 * matrix.abs().max()
     head.float()
     if differs:
-        raise ConfigError(
-            f"{setting} is no linear map, and the format has no other projection; export to onnx"
+        raise InexpressibleError(
+            f"{setting} is no linear map, and the format has no other projection"
         )
     return matrix.float().contiguous(), offset.float()
 
@@ -110,9 +132,9 @@ def linear_map(
 def require_no_offset(offset: Tensor, setting: str) -> None:
     """Refuse a projection with an offset where the format's has none."""
     if offset.abs().max() > 0:
-        raise ConfigError(
+        raise InexpressibleError(
             f"{setting} adds an offset (a bias, standardisation or BatchNorm), and the format's "
-            "projection has none; export to onnx"
+            "projection has none"
         )
 
 
@@ -124,9 +146,9 @@ def require_equal(ours: Tensor, theirs: Tensor, part: str) -> None:
     """
     difference = (nn.functional.normalize(ours) - nn.functional.normalize(theirs)).abs().max()
     if not difference <= TOLERANCE:
-        raise ConfigError(
-            f"{part}: the exported model's embeddings differ by {float(difference):.1e}; the "
-            "format builds this tower in another way; export to onnx"
+        raise InexpressibleError(
+            f"{part}: the exported model's embeddings differ by {float(difference):.1e}: the "
+            "format builds this tower in another way"
         )
 
 

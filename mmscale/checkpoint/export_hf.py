@@ -12,13 +12,13 @@ from transformers import (
 
 from mmscale.checkpoint.export import (
     Exported,
+    InexpressibleError,
     linear_map,
     require_equal,
     require_no_offset,
     write_json,
     write_tokenizer,
 )
-from mmscale.errors import ConfigError
 
 _BICUBIC, _BILINEAR = 3, 2  # PIL's numbers
 
@@ -32,9 +32,9 @@ def write_hf(what: Exported, folder: Path) -> None:
     towers: Any = what.encoder.model
     for part in ("vision", "text"):
         if not isinstance(getattr(towers.get_submodule(part), "trunk", None), PreTrainedModel):
-            raise ConfigError(
+            raise InexpressibleError(
                 f"model.{part}.name={getattr(what.config.model, part).name}: a "
-                "VisionTextDualEncoderModel takes Hugging Face towers; export to open_clip or onnx"
+                "VisionTextDualEncoderModel takes Hugging Face towers"
             )
     _require_own_pooling(what)
     matrices = {}
@@ -64,15 +64,15 @@ def _require_own_pooling(what: Exported) -> None:
     vision = towers.vision.trunk(pixel_values=pixels)
     text = towers.text.trunk(input_ids=tokens, attention_mask=torch.ones_like(tokens))
     if getattr(vision, "pooler_output", None) is None:
-        raise ConfigError(
+        raise InexpressibleError(
             f"model.vision.name={what.config.model.vision.name}: its CLS token or mean is the "
-            "feature, and a VisionTextDualEncoderModel takes a pooler's output; export to onnx"
+            "feature, and a VisionTextDualEncoderModel takes a pooler's output"
         )
     pooling = getattr(towers.text, "pooling", "model")
     if pooling != "model" or getattr(text, "pooler_output", None) is None:
-        raise ConfigError(
+        raise InexpressibleError(
             f"model.text.pooling={pooling}: a VisionTextDualEncoderModel takes the output of the "
-            "tower's own pooler; export to open_clip or onnx"
+            "tower's own pooler"
         )
 
 

@@ -15,7 +15,6 @@ from mmscale.checkpoint.export import (
     write_json,
     write_tokenizer,
 )
-from mmscale.errors import ConfigError
 
 
 class _Image(nn.Module):
@@ -40,15 +39,11 @@ def write_onnx(what: Exported, folder: Path) -> None:
     """Both graphs give unit rows; batch and caption length are free.
 
     Raises:
-        ConfigError: The `onnx` extra is not installed, or onnxruntime computes something else.
+        ConfigError: onnxruntime computes something else.
     """
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            f"--to onnx needs {error.name}; install it with pip install 'mmscale[onnx]'"
-        ) from error
+    # Whether the extra is installed was asked before (`export_limits`).
+    import onnxruntime
+
     pixels, tokens = what.sample()
     mask = (tokens != what.spec.pad_token).flip(1).cumsum(1).flip(1) > 0
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=_longest(what))

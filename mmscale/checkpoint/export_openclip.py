@@ -7,6 +7,7 @@ from typing import Any
 
 import open_clip
 import torch
+from open_clip.hf_model import HFTextEncoder
 from open_clip.transformer import TextTransformer, VisionTransformer
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from mmscale.checkpoint.export import (
     Exported,
+    InexpressibleError,
     linear_map,
     preprocessing,
     require_equal,
@@ -21,7 +23,7 @@ from mmscale.checkpoint.export import (
     write_json,
     write_tokenizer,
 )
-from mmscale.errors import ConfigError
+from mmscale.checkpoint.export_limits import timm_parts
 from mmscale.model.openclip_towers import openclip_config
 from mmscale.model.presets import OPENCLIP, is_whole_openclip
 
@@ -31,8 +33,29 @@ _POOLERS = {
     "cls": "cls_last_hidden_state_pooler",
     "model": "cls_pooler",
 }
-# Options of timm's that OpenCLIP passes on, by its own names, and those that act in training only.
-_TIMM_OPTIONS = {"drop_rate": "timm_drop", "drop_path_rate": "timm_drop_path"}
+# OpenCLIP reads a `local-dir:` model's tokenizer from that folder, whatever this says.
+_BESIDE = "./"
+_MOVED = """# An OpenCLIP model with a text tower of Hugging Face's
+
+OpenCLIP looks for the text tower's `config.json` where `hf_model_name` in `open_clip_config.json`
+says, which is the folder that this was written to. From anywhere else, say where it lies:
+
+```python
+import json
+
+import open_clip
+
+folder = "PATH OF THIS FOLDER"
+with open(f"{folder}/open_clip_config.json") as file:
+    text_cfg = json.load(file)["model_cfg"]["text_cfg"]
+model, _, transform = open_clip.create_model_and_transforms(
+    f"local-dir:{folder}", text_cfg={**text_cfg, "hf_model_name": folder}
+)
+tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+```
+
+mmscale needs no such words: `openclip:local-dir:FOLDER` finds the tower in the folder.
+"""
 
 
 def write_openclip(what: Exported, folder: Path) -> None:
@@ -42,25 +65,29 @@ def write_openclip(what: Exported, folder: Path) -> None:
         ConfigError: OpenCLIP cannot express a part of the model.
     """
     whole = is_whole_openclip(what.config.model)
-    settings, tensors = _whole(what) if whole else _pair(what, folder)
+    settings, tensors = _whole(what, folder) if whole else _pair(what, folder)
     scale = what.encoder.model.scale
     tensors["logit_scale"] = torch.tensor(math.log(float(scale())))
     bias = getattr(scale, "bias", None)
     if bias is not None:
         settings["init_logit_bias"] = float(bias)
         tensors["logit_bias"] = bias.detach().reshape(())
-    if write_tokenizer(what.spec, folder) and not whole:
-        settings["text_cfg"]["hf_tokenizer_name"] = str(what.out.resolve())
+    text = settings["text_cfg"]
+    if write_tokenizer(what.spec, folder):
+        text["hf_tokenizer_name"] = _BESIDE
+    if "hf_model_name" in text:
+        text |= {"hf_model_name": str(folder.resolve()), "hf_model_pretrained": False}
+        (folder / "README.md").write_text(_MOVED)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
     content = {"model_cfg": settings, "preprocess_cfg": preprocessing(what.spec)}
     write_json(folder / CONFIG, content)
     _check(what, folder)
-    if "hf_model_name" in settings["text_cfg"] and not whole:
-        settings["text_cfg"]["hf_model_name"] = str(what.out.resolve())
+    if "hf_model_name" in text:
+        text["hf_model_name"] = str(what.out.resolve())
         write_json(folder / CONFIG, content)
 
 
-def _whole(what: Exported) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _whole(what: Exported, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A model of OpenCLIP's own, as it was taken."""
     name = str(what.config.model.preset).removeprefix(OPENCLIP)
     settings = openclip_config(name, "model.preset")
@@ -68,6 +95,8 @@ def _whole(what: Exported) -> tuple[dict[str, Any], dict[str, Tensor]]:
     towers: Any = what.encoder.model
     tensors = {f"visual.{name}": t for name, t in towers.vision.trunk.state_dict().items()}
     text = towers.text.trunk.state_dict()
+    if isinstance(towers.text.trunk, HFTextEncoder):
+        towers.text.trunk.config.save_pretrained(folder)
     custom = settings.get("custom_text") or "hf_model_name" in settings["text_cfg"]
     tensors |= {f"text.{name}" if custom else name: t for name, t in text.items()}
     return settings, tensors
@@ -93,14 +122,8 @@ def _vision(what: Exported) -> tuple[dict[str, Any], dict[str, Tensor]]:
     matrix, offset = linear_map(what.encoder.model.head["image"], tower.width, "the image head")
     trunk = tower.trunk.state_dict()
     if kind == "timm":
-        unknown = [option for option in config.options if option not in _TIMM_OPTIONS]
-        if unknown:
-            raise ConfigError(
-                f"model.vision.options.{unknown[0]}={config.options[unknown[0]]}: OpenCLIP builds "
-                "timm towers without this option; export to onnx"
-            )
         settings = {
-            "timm_model_name": name,
+            "timm_model_name": timm_parts(name)[0],
             "timm_model_pretrained": False,
             "timm_pool": "",
             "timm_proj": "linear",
@@ -118,9 +141,9 @@ def _vision(what: Exported) -> tuple[dict[str, Any], dict[str, Tensor]]:
         settings["image_size"] = what.spec.image_size
         tensors = {f"visual.{key}": tensor for key, tensor in trunk.items()}
         return settings, tensors | {"visual.proj": matrix.T}
-    raise ConfigError(
+    raise InexpressibleError(
         f"model.vision.name={config.name}: OpenCLIP's custom layout takes timm towers and its own "
-        "transformers; export to onnx"
+        "transformers"
     )
 
 
@@ -133,9 +156,9 @@ def _text(what: Exported, folder: Path) -> tuple[dict[str, Any], dict[str, Tenso
     if isinstance(tower.trunk, PreTrainedModel):
         require_no_offset(offset, "the text head")
         if tower.pooling not in _POOLERS:
-            raise ConfigError(
+            raise InexpressibleError(
                 f"model.text.pooling={tower.pooling}: OpenCLIP pools Hugging Face towers by "
-                f"{', '.join(_POOLERS)}; export to onnx"
+                f"{', '.join(_POOLERS)}"
             )
         tower.trunk.config.save_pretrained(folder)
         settings: dict[str, Any] = {
@@ -156,9 +179,9 @@ def _text(what: Exported, folder: Path) -> tuple[dict[str, Any], dict[str, Tenso
         else:
             tensors["text.text_projection"] = matrix.T
         return settings, tensors
-    raise ConfigError(
+    raise InexpressibleError(
         f"model.text.name={config.name}: OpenCLIP's custom layout takes Hugging Face towers and "
-        "its own transformers; export to onnx"
+        "its own transformers"
     )
 
 
@@ -184,9 +207,9 @@ def _load(what: Exported, folder: Path) -> Any:
     try:
         return open_clip.create_model(f"local-dir:{folder}").eval()
     except RuntimeError as error:
-        raise ConfigError(
+        raise InexpressibleError(
             f"OpenCLIP builds another model from {what.config.model.vision.name} and "
-            f"{what.config.model.text.name}: {' '.join(str(error).split())[:300]}; export to onnx"
+            f"{what.config.model.text.name}: {' '.join(str(error).split())[:300]}"
         ) from error
     finally:
         logging.disable(before)

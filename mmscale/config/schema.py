@@ -152,7 +152,7 @@ class ModelConfig(Section):
     """`small`, `medium`, `medium-mobilebert`, `large` or `openclip:NAME`; explicit settings win."""
     weights: PathSetting = "random"
     """A run or checkpoint whose weights the run begins with. For `openclip:NAME` also `random`, an
-    OpenCLIP tag, or a file."""
+    OpenCLIP tag, a file, or `pretrained`: those in the folder of `local-dir:` or the hub's page."""
     vision: VisionConfig = VisionConfig()
     """Image encoder."""
     text: TextConfig = TextConfig()

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from mmscale.checkpoint.state import FileRecord, write_state
+from mmscale.errors import ConfigError
+from mmscale.loading import load_on_cpu
 from tests.unit.model.test_foreign import bring_code, save_openclip
 from tests.unit.model.test_kept import save_clip_with_tokenizer
 from tests.unit.model.tiny import save_bert
@@ -132,3 +134,21 @@ def test_evaluating_a_checkpoint_runs_nothing_that_it_brings(made, synthetic, tm
     if where != "kept":
         assert f"model.text.name={names[where]} is named by the checkpoint" in done.stderr
     assert "nothing is fetched" in done.stderr if where == "hub" else True
+
+
+def test_an_export_that_cannot_be_is_refused_before_the_model_is_built(made, tmp_path, monkeypatch):
+    done = run(["mmscale", "export", made / "run", "--to", "hf", "--out", tmp_path / "out"])
+    assert done.returncode == 2
+    assert "model.vision.name=timm:test_convnext" in done.stderr
+    assert "export to open_clip" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+    def build(*_, **__):
+        raise AssertionError("the model was built")
+
+    def refuse(config):
+        raise ConfigError(f"no {config.model.vision.name}")
+
+    monkeypatch.setattr("mmscale.evaluation.build_model", build)
+    with pytest.raises(ConfigError, match="no timm:test_convnext"):
+        load_on_cpu(made / "run", (), refuse)

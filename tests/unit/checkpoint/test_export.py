@@ -1,6 +1,10 @@
 """Exported files, loaded by the library that they are for, give the model's own embeddings."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import open_clip
 import pytest
@@ -13,7 +17,7 @@ from transformers import (
     VisionTextDualEncoderModel,
 )
 
-from mmscale.checkpoint.export import Exported, export
+from mmscale.checkpoint.export import Exported, export, require_exportable
 from mmscale.config.load import validate
 from mmscale.errors import ConfigError
 from mmscale.model.build import build_model
@@ -242,3 +246,168 @@ def test_a_folder_with_files_and_an_unknown_format_are_refused(tmp_path, bert):
         export(what, "onnx")
     with pytest.raises(ConfigError, match="open_clip, hf, onnx"):
         export(what, "tflite")
+
+
+OPEN_CLIP_TEXT = """
+import json, re, sys
+from pathlib import Path
+
+import open_clip, torch
+
+out, given = map(Path, sys.argv[1:])
+words, got = json.loads((given / "words.json").read_text()), torch.load(given / "inputs.pt")
+if (out / "README.md").exists():
+    [code] = re.findall("```python\\n(.*?)```", (out / "README.md").read_text(), re.S)
+    exec(code.replace("PATH OF THIS FOLDER", str(out)))
+else:
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{out}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{out}")
+with torch.no_grad():
+    rows = model.eval().encode_image(got), model.encode_text(tokenizer(words))
+torch.save(rows, given / "rows.pt")
+"""
+HF_TEXT = """
+import json, sys
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, VisionTextDualEncoderModel
+
+out, given = map(Path, sys.argv[1:])
+words, got = json.loads((given / "words.json").read_text()), torch.load(given / "inputs.pt")
+model = VisionTextDualEncoderModel.from_pretrained(out).eval()
+fed = AutoTokenizer.from_pretrained(out)(words, padding=True, return_tensors="pt")
+with torch.no_grad():
+    found = model(fed["input_ids"], got, fed["attention_mask"])
+torch.save((found.image_embeds, found.text_embeds), given / "rows.pt")
+"""
+ONNX_TEXT = """
+import json, sys
+from pathlib import Path
+
+import onnxruntime, torch
+from transformers import AutoTokenizer
+
+out, given = map(Path, sys.argv[1:])
+words, got = json.loads((given / "words.json").read_text()), torch.load(given / "inputs.pt")
+facts = json.loads((out / "mmscale.json").read_text())
+fed = AutoTokenizer.from_pretrained(out / facts["tokenizer"])(
+    words, padding=True, return_tensors="np"
+)
+image = onnxruntime.InferenceSession(out / "image.onnx").run(None, {"pixels": got.numpy()})
+text = onnxruntime.InferenceSession(out / "text.onnx").run(
+    None, {"tokens": fed["input_ids"], "mask": fed["attention_mask"].astype(bool)}
+)
+torch.save((torch.from_numpy(image[0]), torch.from_numpy(text[0])), given / "rows.pt")
+"""
+
+
+def clip_over_bert(tmp_path):
+    """A whole OpenCLIP model with a text tower of Hugging Face's, in a folder."""
+    folder = save_bert(tmp_path / "clip")
+    (folder / "model.safetensors").unlink()
+    text = {"hf_model_name": str(folder), "hf_tokenizer_name": "x", "context_length": 16}
+    vision = CLIP_VISION["options"] | {"image_size": 32}
+    content = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": content, "preprocess_cfg": {}})
+    )
+    return {"preset": f"openclip:local-dir:{folder}"}
+
+
+@pytest.mark.parametrize(
+    ("to", "towers", "code"),
+    [
+        ("open_clip", "openclip", OPEN_CLIP_TEXT),
+        ("open_clip", "timm_hf", OPEN_CLIP_TEXT),
+        ("open_clip", "whole_over_bert", OPEN_CLIP_TEXT),
+        ("hf", "hf", HF_TEXT),
+        pytest.param("onnx", "timm_hf", ONNX_TEXT, marks=pytest.mark.slow),
+    ],
+)
+def test_an_export_can_be_moved(tmp_path, bert, to, towers, code):
+    if to == "onnx":
+        pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
+    kinds = {
+        "openclip": lambda: {"vision": CLIP_VISION, "text": CLIP_TEXT, "embed_dim": 16},
+        "timm_hf": lambda: {"vision": TIMM, "text": bert, "embed_dim": 16},
+        "whole_over_bert": lambda: clip_over_bert(tmp_path),
+        "hf": lambda: hf_pair(tmp_path / "pair"),
+    }
+    here, there = tmp_path / "here", tmp_path / "far" / "away" / "there"
+    pair = kinds[towers]()
+    what = exported(here, pair)
+    export(what, to)
+    there.parent.mkdir(parents=True)
+    here.rename(there)
+    for folder in ("bert", "clip", "pair"):
+        shutil.rmtree(tmp_path / folder, ignore_errors=True)
+    (tmp_path / "words.json").write_text(json.dumps(CAPTIONS))
+    pixels, _ = what.sample()
+    torch.save(pixels, tmp_path / "inputs.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", code, there, tmp_path],
+        cwd="/",
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    image, text = torch.load(tmp_path / "rows.pt")
+    ours = what.encoder.encode_image(pixels, normalize=True)
+    torch.testing.assert_close(unit(image), ours, atol=1e-5, rtol=0)
+    ours = what.encoder.encode_text(Tokenizer(what.spec)(CAPTIONS), normalize=True)
+    torch.testing.assert_close(unit(text), ours, atol=1e-5, rtol=0)
+    assert str(tmp_path / "bert") not in "".join(f.read_text() for f in there.glob("*.json"))
+
+
+def test_a_moved_open_clip_export_is_a_model_of_ours_again(tmp_path, bert):
+    what = exported(tmp_path / "here", {"vision": TIMM, "text": bert, "embed_dim": 16})
+    export(what, "open_clip")
+    moved = (tmp_path / "here").rename(tmp_path / "there")
+    shutil.rmtree(tmp_path / "bert")
+    model = {"preset": f"openclip:local-dir:{moved}", "weights": "pretrained"}
+    config = fill_preset(validate({"data": {"train": "unused"}, "model": model}).model)
+    built, spec = build_model(config, None, 0)
+    ours = DualEncoder(built, spec.pad_token)
+    pixels, _ = what.sample()
+    torch.testing.assert_close(
+        ours.encode_image(pixels, True), what.encoder.encode_image(pixels, True), atol=1e-5, rtol=0
+    )
+    rows = (Tokenizer(s)(CAPTIONS) for s in (spec, what.spec))
+    encoders = zip((ours, what.encoder), rows, strict=True)
+    texts = (encoder.encode_text(tokens, normalize=True) for encoder, tokens in encoders)
+    torch.testing.assert_close(*texts, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("model", "refusing"),
+    [
+        ({"vision": TIMM | {"options": {"pad_type": "same"}}}, {"open_clip", "hf"}),
+        ({"vision": TIMM}, {"hf"}),
+        ({"vision": TIMM, "head": {"kind": "mlp"}}, {"open_clip", "hf"}),
+        ({"vision": TIMM, "head": {"unit_rms": True}}, {"open_clip", "hf"}),
+        ({"vision": TIMM, "head": {"standardize": 8}}, {"open_clip", "hf"}),
+        ({"vision": TIMM, "head": {"image": {"bias": True}}}, {"hf"}),
+        ({"vision": TIMM, "text": {"pooling": "eos"}}, {"open_clip", "hf"}),
+        ({"vision": {"name": "hf:nowhere"}}, {"open_clip"}),
+        ({"vision": {"name": "hf:nowhere"}, "text": {"pooling": "mean"}}, {"open_clip", "hf"}),
+        ({"vision": TIMM | {"pooling": "map"}}, {"open_clip", "hf"}),
+    ],
+)
+def test_a_refusal_comes_from_the_configuration_and_names_only_what_does_not_refuse(
+    tmp_path, model, refusing
+):
+    text = {"name": "hf:nowhere"} | model.pop("text", {})
+    config = validate({"data": {"train": "unused"}, "model": {"text": text, **model}})
+    for to in ("open_clip", "hf"):
+        if to not in refusing:
+            require_exportable(config, to, tmp_path / "out")
+            continue
+        with pytest.raises(ConfigError) as caught:
+            require_exportable(config, to, tmp_path / "out")
+        others = {"open_clip", "hf", "onnx"} - refusing
+        reason, _, advised = str(caught.value).rpartition("; export to ")
+        assert reason
+        assert set(advised.split(" or ")) == others
