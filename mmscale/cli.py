@@ -38,6 +38,10 @@ Words = Annotated[
         help="Where what the run names lies now, such as model.text.name=hf:FOLDER.",
     ),
 ]
+LeftOut = Annotated[
+    float,
+    typer.Option(help="Share of images that may be missing or useless; 1: any.", min=0, max=1),
+]
 Workers = Annotated[int, typer.Option(help="Processes.", min=1)]
 Data = Annotated[
     str, typer.Option("--data", help="A packed folder, or shard globs.", callback=reading)
@@ -111,7 +115,10 @@ def synth(
 def pack(
     source: Annotated[
         Path,
-        typer.Argument(help="A data set's folder, or a recipe from shards/.", callback=reading),
+        typer.Argument(
+            help="A data set's folder, its csv, tsv, txt or json, or a recipe from shards/.",
+            callback=reading,
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the shards.", callback=folder_out)],
     split: Annotated[str | None, typer.Option(help="Only this split, into OUT itself.")] = None,
@@ -126,6 +133,17 @@ def pack(
     max_pixels: Annotated[
         int, typer.Option(help="Larger images are rejected.", min=1)
     ] = 89_478_485,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the images, where it is not beside the captions.", callback=reading
+        ),
+    ] = None,
+    hold_out: Annotated[
+        float,
+        typer.Option(help="Share of the images for val, where nothing tells splits.", min=0, max=1),
+    ] = 0.0,
+    max_left_out: LeftOut = 0.5,
     part: Annotated[
         str, typer.Option(help="I/N: write only every N-th shard, from the I-th on.")
     ] = "1/1",
@@ -157,6 +175,9 @@ def pack(
             quality=quality,
             part=chosen,
             tell=_tell,
+            images=images,
+            hold_out=hold_out,
+            most_left_out=max_left_out,
         )
     for result in results:
         _say(str(result))
@@ -180,9 +201,7 @@ def index(
             callback=folder_out,
         ),
     ] = None,
-    max_left_out: Annotated[
-        float, typer.Option(help="Share of samples that may be left out.", min=0, max=1)
-    ] = 0.5,
+    max_left_out: LeftOut = 0.5,
     workers: Workers = 2,
 ) -> int:
     """Write a manifest for shards made elsewhere (img2dataset layout).

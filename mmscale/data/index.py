@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmscale.data.grouping import Trait, copies_line, group_of, joints_of
+from mmscale.data.left_out import MOST_LEFT_OUT, are_too_many
 from mmscale.data.manifest import Manifest, Shard, read_manifest, with_identities, write_manifest
 from mmscale.data.members import IMAGE_SUFFIXES, Description, describe_members, image_of
 from mmscale.data.pool import map_ordered
@@ -16,10 +17,6 @@ from mmscale.errors import DataError
 
 # Lines of one kind that are told; of more only their number.
 _TOLD = 5
-# Above this share of samples that cannot be used something is wrong with all of them, unless they
-# are a handful.
-MOST_LEFT_OUT = 0.5
-_HANDFUL = 8
 _TWICE = "its key occurs twice"
 _NEIGHBOURS = "members of a sample must be neighbours: pack the tar again with tar --sort=name"
 
@@ -146,7 +143,7 @@ def _require_most(
     first = f": {(apart or faults)[0]}" if faults else ""
     if not samples:
         raise DataError(f"{folder}: no shard holds a sample with an image and a caption{first}")
-    if len(faults) >= _HANDFUL and len(faults) > most * (samples + len(faults)):
+    if are_too_many(len(faults), samples + len(faults), most):
         raise DataError(
             f"{folder}: {len(faults):,} of {samples + len(faults):,} samples cannot be used, more "
             f"than --max-left-out {most:g} allows{first}"

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmscale.data.copies import without_copies
+from mmscale.data.held_out import held_out
 from mmscale.data.image_checks import Treatment
+from mmscale.data.left_out import MOST_LEFT_OUT, require_few, require_images
 from mmscale.data.manifest import Manifest, with_identities, write_manifest
 from mmscale.data.pack_folder import (
     REJECTED_NAME,
@@ -45,11 +47,14 @@ def pack(
     quality: int | None = None,
     part: Part | None = None,
     tell: Callable[[str], None] | None = None,
+    images: Path | None = None,
+    hold_out: float = 0.0,
+    most_left_out: float = MOST_LEFT_OUT,
 ) -> list[PackResult]:
     """Pack a data set, one split a folder; goes on where an earlier run was stopped.
 
     Args:
-        source: Folder or recipe of the data set.
+        source: Folder, caption file or recipe of the data set.
         out: Folder of the shards; with `split` itself, else one folder a split inside it.
         split: The only split to pack.
         samples_per_shard: Records cut for each shard; rejected images leave it smaller.
@@ -60,31 +65,41 @@ def pack(
         quality: Encode all images anew with this quality; without it those that are shrunk, at 95.
         part: The shards that are this process's to write; default all.
         tell: Called with a line for what a person should know about the source.
+        images: Folder of the images, where it cannot be found beside the captions.
+        hold_out: Share of the images that become `val`, where the source tells no splits.
+        most_left_out: Share of a split's images that may be missing or useless.
 
     Raises:
         ConfigError: A number is out of its range, or `out` cannot be written.
-        DataError: Nothing to pack, every image rejected, or `out` holds another pack.
+        DataError: Nothing to pack, too many images rejected, or `out` holds another pack.
         LaunchError: A worker was killed.
     """
     _check(samples_per_shard, resize, max_pixels, quality)
     part = part or Part()
-    data = read_source(source)
-    if tell:
-        for note in data.notes:
-            tell(note)
+    data = read_source(source, images)
+    if hold_out:
+        data = held_out(data, hold_out)
+    for note in data.notes if tell else ():
+        tell(note)
     splits = _choose(data, Path(source), split)
     records, copies = without_copies(data.records, workers)
+    if tell and copies:
+        tell(
+            f"{len(copies):,} images have the bytes of another and are left out with their "
+            "captions; give one name to an image that has several captions"
+        )
     treatment = Treatment(resize, quality, max_pixels)
     plans = []
     for name in splits:
         folder = Path(out) if split is not None else Path(out) / name
         mine = [record for record in records if record.split == name]
+        require_images(mine, most_left_out)
         refused = _refused((*data.rejected, *copies), name)
         plans.append(_plan(data, name, folder, treatment, samples_per_shard, mine, refused))
     total = sum(len(task.records) for plan in plans for task in plan.of(part))
     advance = _counting(total, progress)
     try:
-        return [_pack_split(plan, part, workers, advance) for plan in plans]
+        return [_pack_split(plan, part, workers, advance, most_left_out) for plan in plans]
     except OSError as error:
         raise ConfigError(
             f"out={out}: cannot be written ({error.strerror}); make room there or choose another "
@@ -174,7 +189,7 @@ def _plan(
 
 
 def _pack_split(
-    plan: _Plan, part: Part, workers: int, advance: Callable[[int], None]
+    plan: _Plan, part: Part, workers: int, advance: Callable[[int], None], most: float
 ) -> PackResult:
     plan.folder.mkdir(parents=True, exist_ok=True)
     mine = plan.of(part)
@@ -193,7 +208,7 @@ def _pack_split(
         manifest = finished_manifest(plan.folder, plan.settings, trust=True)
         if manifest is None and None in everyone:
             return _unfinished(plan, list(written.values()), everyone.count(None))
-        manifest = manifest or _finish(plan, [done for done in everyone if done])
+        manifest = manifest or _finish(plan, [done for done in everyone if done], most)
     sweep(plan.folder, plan.tasks)
     reasons = read_reasons(plan.folder)
     return PackResult(
@@ -223,7 +238,7 @@ def _unfinished(plan: _Plan, written: list[Done], missing: int) -> PackResult:
     )
 
 
-def _finish(plan: _Plan, everyone: list[Done]) -> Manifest:
+def _finish(plan: _Plan, everyone: list[Done], most: float) -> Manifest:
     """Write the list of rejected images, then the manifest."""
     rejected = [*plan.refused, *(line for done in everyone for line in done.rejected)]
     write_rejected(plan.folder, rejected)
@@ -235,6 +250,8 @@ def _finish(plan: _Plan, everyone: list[Done]) -> Manifest:
             f"{plan.folder}: nothing was packed: all {len(rejected)} images were rejected, "
             f"first {key}: {reason}; see {REJECTED_NAME}"
         )
+    useless = sum(len(done.rejected) for done in everyone)
+    require_few(plan.folder, useless, sum(len(task.records) for task in plan.tasks), most)
     identified, _ = with_identities(
         [done.shard for done in packed if done.shard], [done.traits for done in packed]
     )

@@ -1,13 +1,14 @@
 """Which caption files a folder holds, who reads each, and whether they tell of the same images."""
 
 import glob
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mmscale.data.sources.coco import read_coco
 from mmscale.data.sources.karpathy import read_karpathy
-from mmscale.data.sources.listing import Listing, read_json
+from mmscale.data.sources.listing import Listing, read_json, read_lines
 from mmscale.data.sources.names import stem_of
 from mmscale.data.sources.numbered import read_token
 from mmscale.data.sources.recipe import Recipe
@@ -94,13 +95,15 @@ def _known(root: Path) -> list[_Description]:
 
 def _named(recipe: Recipe, patterns: Sequence[str]) -> list[_Description]:
     """Descriptions that a recipe names; a pattern with a star may be several files together."""
-    found, folders = [], _folders(recipe.root)
+    found, root, folders = [], recipe.root, _folders(recipe.root)
     for pattern in patterns:
-        if glob.has_magic(pattern):
+        if glob.has_magic(pattern) and not (root / pattern).is_file():
             # Unlike Path.glob this takes absolute patterns too.
             matches = sorted(glob.glob(str(recipe.root / pattern)))  # noqa: PTH207
             if matches:
                 found.append(_Description(tuple(map(Path, matches)), _read_by_content))
+        elif Path(pattern).is_absolute():
+            found += [_Description((file,), _read_by_content) for file in _find([root], pattern)]
         else:
             found += [_Description((file,), _read_by_content) for file in _find(folders, pattern)]
     if not found:
@@ -166,4 +169,12 @@ def _read_by_content(file: Path) -> Listing:
         return read_coco(file) if "annotations" in content else read_karpathy(file)
     if name.endswith((".csv", ".tsv")) or name == "captions.txt":
         return read_table(file)
+    if name.endswith(".txt") and not _looks_numbered(file):
+        return read_table(file)
     return read_token(file)
+
+
+def _looks_numbered(file: Path) -> bool:
+    """Whether its first line is one of a token file."""
+    first = next(read_lines(file), ("", ""))[1]
+    return re.match(r"[^\t#]+#(?:[a-z]+#)?\d+\t", first) is not None

@@ -1,5 +1,6 @@
 """What one caption file says, and the reading of text and JSON that its readers share."""
 
+import codecs
 import gzip
 import json
 import re
@@ -20,6 +21,13 @@ IMAGE_FOLDERS = (
     "Flicker8k_Dataset",
     "Flickr8k_Dataset",
     ".",
+)
+# The longer first: UTF-32's mark begins with UTF-16's.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
 )
 # No caption file of the field comes near.
 _UNPACKED_BYTES = 2**30
@@ -46,6 +54,7 @@ class Listing:
     entries: list[Entry]
     faults: list[Rejection] = field(default_factory=list)
     image_folders: tuple[str, ...] = IMAGE_FOLDERS
+    notes: list[str] = field(default_factory=list)
 
 
 def read_lines(file: Path) -> Iterator[tuple[str, str]]:
@@ -54,11 +63,32 @@ def read_lines(file: Path) -> Iterator[tuple[str, str]]:
     Raises:
         DataError: It cannot be read.
     """
-    content = _read(file).removeprefix(b"\xef\xbb\xbf")
+    content = _as_utf8(file, _read(file))
     for number, line in enumerate(content.split(b"\n"), start=1):
         text = line.decode(errors="surrogateescape").rstrip("\r")
         if text.strip():
             yield f"{file.name}:{number}", text
+
+
+def _as_utf8(file: Path, content: bytes) -> bytes:
+    """A text whose first bytes may say, or show, that it is UTF-16 or UTF-32."""
+    encoding = next((name for mark, name in _MARKS if content.startswith(mark)), None)
+    if encoding is None and (odd := _has_every_other_zero(content)) is not None:
+        encoding = "utf-16-le" if odd else "utf-16-be"
+    if encoding is None:
+        return content.removeprefix(codecs.BOM_UTF8)
+    try:
+        return content.decode(encoding).encode()
+    except UnicodeError as error:
+        raise DataError(f"{file}: is not whole {encoding} ({error}); save it as UTF-8") from error
+
+
+def _has_every_other_zero(content: bytes) -> bool | None:
+    """Whether it is Latin text of two bytes a letter, and the second of them is zero."""
+    even, odd = content[:200:2], content[1:200:2]
+    if len(odd) < 8 or bool(even.count(0) > 0.8 * len(even)) == bool(odd.count(0) > 0.8 * len(odd)):
+        return None
+    return odd.count(0) > even.count(0)
 
 
 def _read(file: Path) -> bytes:

@@ -49,6 +49,7 @@ class Source:
         rejected: What was left out, and why.
         classes: Names of the labels' numbers, where the labels had names.
         notes: What a person should know about how it was read, a line each.
+        tells_splits: Whether anything said of which split an image is.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Source:
     rejected: tuple[Rejection, ...]
     classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    tells_splits: bool = False
 
     @property
     def splits(self) -> tuple[str, ...]:

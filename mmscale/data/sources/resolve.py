@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mmscale.data.caption_lists import MOST_CAPTIONS
 from mmscale.data.members import too_long
 from mmscale.data.sources.listing import Entry, Listing
 from mmscale.data.sources.names import is_inside, key_of
@@ -16,13 +17,18 @@ from mmscale.errors import DataError
 _KEY_BYTES = 90
 
 
+class NoImageError(DataError):
+    """A caption file of which no image is there."""
+
+
 def resolve(
     recipe: Recipe, listing: Listing, records: list[Record], rejected: list[Rejection]
 ) -> Path:
     """Append the record of every entry, or why it has none, to the lists; its folder of images.
 
     Raises:
-        DataError: No image is where it should be.
+        NoImageError: No image is where it should be.
+        DataError: No entry can be used.
     """
     folder = _image_folder(recipe, listing)
     seen = {record.key for record in records}
@@ -38,6 +44,8 @@ def resolve(
                 captions.append(caption.strip())
         if fault is None and not captions:
             fault = "no caption"
+        if len(captions) > MOST_CAPTIONS:
+            fault = f"more than {MOST_CAPTIONS} captions: {len(captions)}"
         if fault is None and key in seen:
             fault = "duplicate key: another image has it"
         if fault is not None:
@@ -65,16 +73,66 @@ def _image_folder(recipe: Recipe, listing: Listing) -> Path:
     candidates = recipe.images or listing.image_folders
     base = recipe.root
     names = [entry.name for entry in listing.entries if is_inside(entry.name)]
+    if not names:
+        raise DataError(f"{listing.file}: no row of it can be used; {_first_fault(listing)}")
+    tried = []
     for candidate in candidates:
         inner = Path(candidate).name
         for folder in (base / candidate, base / candidate / inner, listing.file.parent / candidate):
-            if folder.is_dir() and any((folder / name).is_file() for name in names):
-                return folder
-    raise DataError(
-        f"{base}: none of the {len(names)} images that {listing.file.name} names lies in "
-        f"{', '.join(candidates)}; put them there, or name "
-        "their folder in a recipe (images: FOLDER)"
+            if folder.is_dir():
+                tried.append(folder)
+                if any(_is_file(folder / name) for name in names):
+                    return folder
+    raise NoImageError(
+        f"{base}: none of the {len(names):,} images that {listing.file.name} names, first "
+        f"{names[0]}, lies in {', '.join(candidates)}; "
+        + (
+            _ending_hint(tried, names[0])
+            or "put them there, or name their folder with --images or in a recipe (images: FOLDER)"
+        )
     )
+
+
+def make_relative(recipe: Recipe, listing: Listing) -> None:
+    """Absolute names become relative where they lie in the data set's folder or that of images."""
+    folders = [recipe.root / images for images in recipe.images or ()] + [recipe.root]
+    places = [place for folder in folders for place in (folder.absolute(), folder.resolve())]
+    for entry in listing.entries:
+        name = entry.name.removeprefix("file://")
+        if Path(name).is_absolute():
+            inside = (p for p in places if Path(name).is_relative_to(p))
+            if (place := next(inside, None)) is not None:
+                entry.name = str(Path(name).relative_to(place))
+
+
+def _first_fault(listing: Listing) -> str:
+    if listing.faults:
+        return f"the first fault of {len(listing.faults):,}: {_shown(listing.faults[0])}"
+    if listing.entries:
+        name = listing.entries[0].name
+        hint = "; name the folder of images with --images" if Path(name).is_absolute() else ""
+        return f"{name or 'a row'}: {_fault_of(listing.entries[0], 'train')}{hint}"
+    return listing.notes[-1] if listing.notes else "it has none"
+
+
+def _shown(fault: Rejection) -> str:
+    return f"{fault.key}: {fault.reason}"
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def _ending_hint(folders: list[Path], name: str) -> str | None:
+    """What to say where only the ending is missing."""
+    for folder in folders:
+        for ending in (".jpg", ".jpeg", ".png", ".webp", ".JPG", ".PNG"):
+            if _is_file(folder / f"{name}{ending}"):
+                return f"{folder} holds {name}{ending}: write names with their ending"
+    return None
 
 
 def _fault_of(entry: Entry, split: str) -> str | None:

@@ -56,11 +56,17 @@ def _find_lists(recipe: Recipe, listings: list[Listing]) -> list[tuple[str, Path
     ]
 
 
+def _listed_split(name: str, lists: dict[str, str]) -> str | None:
+    """The split of an image; lists may name it with its folder or without."""
+    stem = stem_of(name)
+    return lists.get(stem, lists.get(stem.rpartition("/")[2]))
+
+
 def apply_splits(listing: Listing, lists: dict[str, str]) -> list[str]:
     """Give every entry its split and drop those without; a line for what a person should know."""
     kept, without = [], 0
     for entry in listing.entries:
-        split = lists.get(stem_of(entry.name)) if lists else entry.split
+        split = _listed_split(entry.name, lists) if lists else entry.split
         without += split is None
         if lists and split is None:
             continue
@@ -73,11 +79,15 @@ def apply_splits(listing: Listing, lists: dict[str, str]) -> list[str]:
         return []
     if lists:
         return [f"{total} are in no split list and are left out"]
-    return [f"no split is known for {total} (no column, no list beside it): they become train"]
+    return [
+        f"no split is known for {total} (no column `split`, no list such as valImages.txt beside "
+        "it): they become train; --hold-out 0.1 keeps a tenth of them for val"
+    ]
 
 
 def undescribed(listings: list[Listing], lists: dict[str, str]) -> list[Rejection]:
     """Images that a split list names and no caption file describes."""
-    described = {stem_of(entry.name) for listing in listings for entry in listing.entries}
+    stems = {stem_of(entry.name) for listing in listings for entry in listing.entries}
+    described = stems | {stem.rpartition("/")[2] for stem in stems}
     missing = (item for item in lists.items() if item[0] not in described)
     return [Rejection(key_of(stem), "no caption", split) for stem, split in missing]

@@ -1,10 +1,15 @@
-"""Tables with a header, csv or tab-separated: a caption a row, or a JSON list of them in a cell."""
+"""Tables with a header: a caption a row, or several in a cell, as a list or a line each.
+
+Cells are separated by commas, semicolons, tabs or bars: by whatever gives the header names of
+columns that are known.
+"""
 
 import csv
-import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmscale.data.caption_lists import CAPTION_NAMES, lines_of, listed
 from mmscale.data.sources.listing import (
     Entry,
     Listing,
@@ -20,8 +25,15 @@ from mmscale.errors import DataError
 if TYPE_CHECKING:
     import _csv
 
-_IMAGE_COLUMNS = ("image", "image_name", "filename", "file_name", "filepath", "path")
-_CAPTION_COLUMNS = ("caption", "captions", "comment", "raw", "text", "title")
+_IMAGE_COLUMNS = (
+    "image", "image_name", "image_path", "img_path", "filename", "file_name", "filepath",
+    "file_path", "path", "img", "file",
+)  # fmt: skip
+_CAPTION_COLUMNS = tuple(
+    dict.fromkeys(("caption", "captions", "comment", "raw", "text", "title", *CAPTION_NAMES))
+)
+_SEPARATORS = ("\t", ";", ",", "|")
+_KAGGLE = re.compile(r"\s*[^|]+\|\s*(?:\w*number|\w*id)\s*\|[^|]+")
 
 
 def read_table(file: Path) -> Listing:
@@ -31,23 +43,43 @@ def read_table(file: Path) -> Listing:
         DataError: It has no such columns, or is not csv.
     """
     lines = list(read_lines(file))
+    # Excel's own line on the separator, which speaks of nothing else.
+    if lines and (told := re.fullmatch(r"sep=(.)", lines[0][1].strip())):
+        separators, lines = (told[1],), lines[1:]
+    else:
+        separators = _SEPARATORS
     if not lines:
         raise DataError(f"{file}: has no header line; it needs the columns image and caption")
     header = lines[0][1]
-    if "|" in header:
+    separator = _separator(header, separators)
+    if separator == "|" and _KAGGLE.fullmatch(header):
         return read_barred(file)
     is_flickr = file.name.startswith(("results", "flickr_annotations"))
     listing = Listing(file, flickr_name(file) if is_flickr else file.resolve().parent.name, [])
     # A bare carriage return ends a row for csv, though it ended no line.
     text = [line.replace("\r", " ") + "\n" for _, line in lines]
     # Strict: else a quote that is never closed swallows the rows after it and nobody is told.
-    rows = csv.reader(text, delimiter="\t" if "\t" in header else ",", strict=True)
+    rows = csv.reader(text, delimiter=separator, strict=True)
     limit = csv.field_size_limit(sum(map(len, text)))
     try:
         _read_rows(listing, rows, [where for where, _ in lines])
     finally:
         csv.field_size_limit(limit)
+    _open_cells(listing)
     return listing
+
+
+def _separator(header: str, among: tuple[str, ...]) -> str:
+    """What parts the header into names that are known, else the first that parts it at all."""
+    for separator in among:
+        names = _names(header.split(separator))
+        if set(names) & set(_IMAGE_COLUMNS) and set(names) & set(_CAPTION_COLUMNS):
+            return separator
+    return next((separator for separator in among if separator in header), ",")
+
+
+def _names(header: list[str]) -> list[str]:
+    return [name.strip().strip('"').strip().lower() for name in header]
 
 
 def _read_rows(listing: Listing, rows: "_csv.Reader", places: list[str]) -> None:
@@ -73,13 +105,14 @@ def _read_rows(listing: Listing, rows: "_csv.Reader", places: list[str]) -> None
 
 def _columns(file: Path, header: list[str]) -> list[str]:
     """Names of the columns, `image` and `caption` under these names."""
-    names = [name.strip().lower() for name in header]
+    names = _names(header)
     image = next((name for name in _IMAGE_COLUMNS if name in names), None)
     caption = next((name for name in _CAPTION_COLUMNS if name in names), None)
     if image is None or caption is None:
         raise DataError(
             f"{file}: its columns are {', '.join(names)[:200]}; it needs "
-            f"one of {', '.join(_IMAGE_COLUMNS)} and one of {', '.join(_CAPTION_COLUMNS)}"
+            f"one of {', '.join(_IMAGE_COLUMNS)} and one of {', '.join(_CAPTION_COLUMNS)}, parted "
+            "by commas, semicolons, tabs or bars"
         )
     return [{image: "image", caption: "caption"}.get(name, name) for name in names]
 
@@ -92,19 +125,38 @@ def _take(entries: dict[str, Entry], fields: dict[str, str], where: str) -> None
         raise DataError(
             f"{where}: {name} is in {split} and in {entry.split}; an image may be in one split"
         )
-    entry.captions += _cell_captions(fields["caption"])
+    entry.captions.append(fields["caption"])
     entry.image_id = number_of(fields.get("image_id"))
     entry.label = label_of(fields.get("label"))
     entry.group = name_of(fields.get("group"))
 
 
-def _cell_captions(cell: str) -> list[str]:
-    """A cell's caption, or its captions where it holds a JSON list of texts."""
-    if cell.lstrip().startswith("["):
-        try:
-            captions = json.loads(cell)
-        except (ValueError, RecursionError):
-            return [cell]
-        if isinstance(captions, list) and all(isinstance(c, str) for c in captions):
-            return captions
-    return [cell]
+def _open_cells(listing: Listing) -> None:
+    """Put captions in the place of cells that hold several, and note how cells were read."""
+    cells = [cell for entry in listing.entries for cell in entry.captions if listed(cell) is None]
+    several = sum(len(lines_of(cell)) > 1 for cell in cells)
+    by_line = bool(several) and several == len(cells)
+    for entry in listing.entries:
+        entry.captions = [
+            caption for cell in entry.captions for caption in _captions_of(cell, by_line)
+        ]
+    if by_line:
+        listing.notes.append(f"{listing.file}: every cell has several lines; each is a caption")
+    elif several:
+        listing.notes.append(
+            f"{listing.file}: {several:,} cells of several lines are one caption each, as others "
+            "have one line; write JSON lists where lines are captions"
+        )
+    odd = [cell for cell in cells if re.fullmatch(r"\s*\[.*\]\s*", cell, re.DOTALL)]
+    if odd:
+        listing.notes.append(
+            f"{listing.file}: {len(odd):,} cells look like lists but hold no quoted texts, so each "
+            f"is one caption, first {odd[0].strip()[:60]}"
+        )
+
+
+def _captions_of(cell: str, by_line: bool) -> list[str]:
+    found = listed(cell)
+    if found is not None:
+        return found
+    return lines_of(cell) if by_line else [cell]
