@@ -558,6 +558,7 @@ def _pairs(run: Path, data: str | None, words: list[str] | None) -> Any:
 
 def _trained(run: Path, data: str | None, words: list[str] | None) -> tuple[Any, Any]:
     """The model of a run or checkpoint, and the pairs to look at."""
+    from mmscale.data.grouping import copies_line
     from mmscale.data.shards import open_shards
     from mmscale.evaluation import load_trained
 
@@ -567,7 +568,10 @@ def _trained(run: Path, data: str | None, words: list[str] | None) -> tuple[Any,
     where = data or trained.config.data.eval
     if where is None:
         raise ConfigError(f"{run} was trained without data.eval; name the pairs with --data")
-    return trained, open_shards("--data" if data else "data.eval", where)
+    shards = open_shards("--data" if data else "data.eval", where)
+    if line := copies_line(str(where), shards.copies, shards.samples):
+        _tell(line)
+    return trained, shards
 
 
 def _write(path: Path | None, figures: Any) -> None:

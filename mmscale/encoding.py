@@ -9,6 +9,7 @@ import torch
 from mmscale.config.schema import Config
 from mmscale.contracts import InputSpec, Peers, World
 from mmscale.data.features import FeatureTable
+from mmscale.data.grouping import copies_line
 from mmscale.data.neighbours import Neighbours
 from mmscale.data.shards import ShardSet, open_shards
 from mmscale.engine.encode import Call, encode
@@ -40,6 +41,10 @@ def encoded_sets(
 ) -> tuple[FeatureTable | None, HeldOut | None]:
     """Cached features of the training set, and the held-out pairs."""
     held_out = open_shards("data.eval", config.data.eval) if config.data.eval else None
+    if config.data.match == "image" and (line := _copies("data.train", shards)):
+        tell(line)
+    if held_out and (line := _copies("data.eval", held_out)):
+        tell(line)
     if config.data.feature_cache is None:
         return None, HeldOut(held_out, spec, None) if held_out else None
     limit = config.data.cache_gb * 1e9
@@ -55,6 +60,10 @@ def encoded_sets(
         return cache.table(which, peers, make)
 
     return table(shards), HeldOut(held_out, spec, table(held_out)) if held_out else None
+
+
+def _copies(setting: str, shards: ShardSet) -> str | None:
+    return copies_line(setting, shards.copies, shards.samples)
 
 
 def found_alike(

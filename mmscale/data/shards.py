@@ -61,6 +61,11 @@ class ShardSet:
         return sum(shard.samples for shard in self.shards)
 
     @property
+    def copies(self) -> int:
+        """Images that have the bytes of another, as far as the manifests count them."""
+        return sum(shard.identities.copies for shard in self.shards if shard.identities)
+
+    @property
     def described(self) -> str:
         """Changes when the manifests count other samples, captions or ids in the same shards."""
         digest = hashlib.sha256()

@@ -154,7 +154,16 @@ CAPTIONS = [
     ),
     captions("an empty csv", "captions.csv", b"", "no header line"),
     captions(
-        "UTF-16", "captions.csv", "image,caption\na.jpg,A\n".encode("utf-16"), "its columns are"
+        "UTF-16",
+        "captions.csv",
+        "".join(["image,caption\n", *(f"{n},A\n" for n in NAMES)]).encode("utf-16"),
+        code=0,
+    ),
+    captions(
+        "half a letter of UTF-16",
+        "captions.csv",
+        "image,caption\na.jpg,A\n".encode("utf-16")[:-1],
+        "is not whole utf-16",
     ),
     captions("binary", "captions.csv", bytes(range(256)) * 40, "its columns are"),
     captions(
