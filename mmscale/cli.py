@@ -209,7 +209,7 @@ def index(
     Samples that cannot be used are named and left out. With --out, data.train takes that folder.
     """
     from mmscale.data.index import index as run
-    from mmscale.data.shards import local_tars
+    from mmscale.data.index import local_tars
     from mmscale.report.progress import progress_of
 
     tars = local_tars(shards)
