@@ -2,8 +2,9 @@
 
 import resource
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -16,6 +17,8 @@ from mmscale.errors import ConfigError
 FAILING_TOWERS: dict[str, dict[str, str]] = {
     "mps": {"hf:google-bert/bert-base-uncased": "hf:albert/albert-base-v2"}
 }
+# A dtype in which either takes so many times as long as in fp32 is not worth its rounding.
+WORTHLESS = 1.5
 TF32_CAPABILITY = FLASH_CAPABILITY = (8, 0)
 
 
@@ -91,12 +94,49 @@ def choose(config: EngineConfig, local_rank: int = 0) -> DevicePolicy:
         ConfigError: The device is not there, or it does not compute in the precision asked for.
     """
     policy = plan_device(config, local_rank, this_machine())
+    if policy.device.type == "cpu" and policy.dtype != torch.float32:
+        policy = replace(policy, reason=f"{policy.reason}; {_costs(policy.dtype)}")
     if policy.device.type == "cuda":
         torch.cuda.set_device(policy.device)
     # Convolutions take TF32 by torch's default, which is not what fp32 means here.
     torch.backends.cuda.matmul.allow_tf32 = policy.tf32
     torch.backends.cudnn.allow_tf32 = policy.tf32
     return policy
+
+
+def _costs(dtype: torch.dtype) -> str:
+    """What a small product and a small convolution cost on this CPU, measured in milliseconds.
+
+    A CPU without units for a dtype computes in it all the same, a hundred times slower.
+    """
+    matrix, images = torch.full((128, 128), 0.5), torch.full((2, 16, 28, 28), 0.5)
+    kernels = torch.full((16, 16, 3, 3), 0.1)
+
+    def seconds(dtype: torch.dtype) -> tuple[float, float]:
+        rows, pixels, weights = matrix.to(dtype), images.to(dtype), kernels.to(dtype)
+        return (
+            _least_seconds(lambda: rows @ rows),
+            _least_seconds(lambda: torch.conv2d(pixels, weights, padding=1)),
+        )
+
+    product, convolution = (
+        mine / plain for mine, plain in zip(seconds(dtype), seconds(torch.float32), strict=True)
+    )
+    advice = "; fp32 is faster here" if max(product, convolution) > WORTHLESS else ""
+    return (
+        f"a product takes {product:.2g} times as long as in fp32, a convolution "
+        f"{convolution:.2g} times{advice}"
+    )
+
+
+def _least_seconds(work: Callable[[], object]) -> float:
+    spent = []
+    with torch.inference_mode():
+        for _ in range(4):
+            start = time.perf_counter()
+            work()
+            spent.append(time.perf_counter() - start)
+    return min(spent)
 
 
 def plan_device(config: EngineConfig, local_rank: int, machine: Machine) -> DevicePolicy:
