@@ -45,6 +45,17 @@ state. *Good on*: trained there by a test. Nothing here was tried on a GPU.
 Parameters that the pooled features do not depend on (a mask token, the tower's own pooling when
 another is chosen) are never trained, so weight decay does not eat them.
 
+What a model's folder says is obeyed, or refused in a sentence: sentence-transformers' pooling,
+CLIP's end token, padding, the size of the position table (`data.image_size`); a half of a whole
+CLIP is taken without its projection, which is told. A text tower needs its tokenizer's files
+beside `config.json`: one that is missing or far too small for the model is refused, and captions
+of which it knows next to nothing; from a twentieth of unknown words on it is told.
+
+No code runs and no native kernel is loaded, whatever a folder or a page of the hub asks for, and
+weights are never unpickled. A checkpoint keeps the towers' configurations and tokenizers, so that
+a run needs neither the folder nor the hub again; `model.text.name=hf:FOLDER` behind a verb takes
+another.
+
 """
 DEVICES = """\
 ## Devices

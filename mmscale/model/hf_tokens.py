@@ -58,13 +58,8 @@ def hf_text_input(
     Raises:
         ConfigError: There is no tokenizer, or not the one that the model was trained with.
     """
-    what = f"the tokenizer of model.text.name=hf:{folder}"
-    read_json(folder, "tokenizer_config.json")
-    with hub_call(what, f"{BRING} and its tokenizer", remote=not Path(folder).is_dir()):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        require_vocabulary(folder, tokenizer)
     embeddings: Any = trunk.get_input_embeddings()
-    require_size(folder, tokenizer, embeddings.num_embeddings)
+    tokenizer = require_tokenizer(folder, embeddings.num_embeddings)
     length = agreed_context(
         config.context_length, min(tokenizer.model_max_length, longest), f"hf:{folder}"
     )
@@ -74,6 +69,22 @@ def hf_text_input(
     # The mask hides padding, so that a tokenizer without a padding token may use any.
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return TextInput(tokenize, pad, length, tokenizer.unk_token_id)
+
+
+def require_tokenizer(folder: str, rows: int | None) -> Any:
+    """A model's tokenizer, which is whole and fits its table of `rows` embeddings.
+
+    Raises:
+        ConfigError: There is none, or that of another model.
+    """
+    what = f"the tokenizer of model.text.name=hf:{folder}"
+    read_json(folder, "tokenizer_config.json")
+    with hub_call(what, f"{BRING} and its tokenizer", remote=not Path(folder).is_dir()):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        require_vocabulary(folder, tokenizer)
+    if rows is not None:
+        require_size(folder, tokenizer, rows)
+    return tokenizer
 
 
 def require_vocabulary(folder: str, tokenizer: Any) -> None:

@@ -42,6 +42,7 @@ class Entry:
         image_tokens: Tokens that the image tower gives besides its pooled features.
         context_length: Most tokens of a caption that the text tower takes.
         vocabulary: Token embeddings.
+        fault: Why the model as it lies cannot be trained; None where nothing was found.
         parts: Of a pair: `parameters`, `flops`, `sequence_width` and `pooling` of each tower.
     """
 
@@ -62,6 +63,7 @@ class Entry:
     image_tokens: int | None = None
     context_length: int | None = None
     vocabulary: int | None = None
+    fault: str | None = None
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property

@@ -19,6 +19,7 @@ from mmscale.config.schema import VisionConfig
 from mmscale.errors import ConfigError
 from mmscale.model.hf_models import class_for, model_folder, read_config, without_pooler
 from mmscale.model.hf_text import HfTextTower, max_positions, pooling_of, text_class
+from mmscale.model.hf_tokens import require_tokenizer
 from mmscale.model.hf_vision import HfVisionTower, image_input
 from mmscale.model.inputs import DEFAULT_CONTEXT, ImageInput
 from mmscale.model.openclip_towers import (
@@ -55,7 +56,8 @@ def measure(name: str) -> list[Entry]:
         return [_pair(name)]
     known = {**curated()["vision"], **curated()["text"]}.get(name)
     if known is None:
-        return _hugging_face(name, model_folder(rest, "model.text"), None)
+        folder = model_folder(rest, "model.text")
+        return [_with_fault(entry, folder) for entry in _hugging_face(name, folder, None)]
     with tempfile.TemporaryDirectory() as folder:
         config_of(known["config"]).save_pretrained(folder)
         if "preprocessor" in known:
@@ -93,6 +95,17 @@ def _hugging_face(name: str, folder: str, licence: str | None) -> list[Entry]:
     if text is not vision or not found:
         found.append(_hf_text(name, text, folder, licence))
     return found
+
+
+def _with_fault(entry: Entry, folder: str) -> Entry:
+    """A text tower in a folder, with what is wrong with its tokenizer."""
+    if entry.part != "text" or not Path(folder).is_dir():
+        return entry
+    try:
+        require_tokenizer(folder, entry.vocabulary)
+    except ConfigError as error:
+        return replace(entry, fault=str(error))
+    return entry
 
 
 def config_of(values: dict[str, Any]) -> PretrainedConfig:

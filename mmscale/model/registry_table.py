@@ -99,6 +99,8 @@ def describe(entry: Entry, failing: dict[str, dict[str, str]]) -> str:
                 f"FLOPs, tokens {facts['sequence_width']} wide, pooling {facts['pooling']}",
             ]
         )
+    if entry.fault is not None:
+        rows.append(["cannot be trained", entry.fault])
     return aligned(rows)
 
 

@@ -25,10 +25,13 @@ from transformers import (
 
 from mmscale.config.schema import ModelConfig, TextConfig, VisionConfig
 from mmscale.data.caption_text import unknown_words
+from mmscale.dist.device import FAILING_TOWERS
 from mmscale.dist.peers import Alone
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.model.build import build_model
 from mmscale.model.inputs import join_inputs
+from mmscale.model.registry_measure import measure
+from mmscale.model.registry_table import describe
 from mmscale.model.text import build_text
 from mmscale.model.vision import build_vision
 from tests.unit.model.test_foreign import TEXT_CFG, change, save_openclip
@@ -198,3 +201,16 @@ def test_a_half_of_a_clip_says_that_its_projection_is_left_out(tmp_path, bert_fo
         assert "one half of a clip model: its projection of 12" in tower.left_out
     alone, _ = build_vision(VisionConfig(name="timm:test_convnext", weights="random"), 32)
     assert alone.left_out is None
+
+
+def test_the_figures_of_a_folder_say_that_it_lacks_its_tokenizer(bert_folder):
+    [whole] = measure(f"hf:{bert_folder}")
+    assert whole.fault is None
+    for file in TOKENIZER_FILES:
+        (bert_folder / file).unlink(missing_ok=True)
+    [found] = measure(f"hf:{bert_folder}")
+    assert found.width == whole.width
+    assert "lacks the files of its tokenizer" in found.fault
+    assert "cannot be trained" in describe(found, FAILING_TOWERS)
+    assert "fault" in found.to_json()
+    assert "fault" not in whole.to_json()
