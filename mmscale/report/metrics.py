@@ -13,6 +13,13 @@ from typing import Any
 from mmscale.durable import replace_file
 from mmscale.errors import DataError
 
+# What readers count with, by name and by the beginning of it.
+_NUMBERS = frozenset({"step", "samples", "samples_per_second", "data_wait", "logit_scale", "lr"})
+_NUMBERS |= {"memory_bytes", "flops_per_second", "mfu", "epoch", "captions_cut", "skipped"}
+_FIGURES = ("loss", "eval/", "health/", "time/", "grad_norm")
+# Python's whole numbers have no end.
+_LARGEST = 2**63
+
 
 class MetricsLog:
     """An open metrics file; every line is handed to the operating system as it is written.
@@ -80,7 +87,10 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
         if line is not None:
             yield raw, line
         elif number < len(raw_lines):
-            raise DataError(f"{path} line {number}: must be a JSON object; delete that line")
+            raise DataError(
+                f"{path} line {number}: must be a JSON object with numbers for figures; delete "
+                "that line"
+            )
 
 
 def _parse(raw: bytes) -> dict[str, Any] | None:
@@ -89,9 +99,20 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
         return None
     try:
         line = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return line if isinstance(line, dict) else None
+    return line if isinstance(line, dict) and _is_told(line) else None
+
+
+def _is_told(line: dict[str, Any]) -> bool:
+    """Whether what is drawn and summed up is made of numbers; another's file may hold anything."""
+    return all(
+        value is None
+        or isinstance(value, float)
+        or (isinstance(value, int) and abs(value) < _LARGEST)
+        for key, value in line.items()
+        if key in _NUMBERS or key.startswith(_FIGURES)
+    )
 
 
 def _survives(line: dict[str, Any], step: int) -> bool:

@@ -93,3 +93,24 @@ def test_garbage_before_the_last_line_is_told_with_its_place(tmp_path):
 def test_a_missing_file_is_our_error(tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
         read_metrics(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": "7", "loss": 1.0}',
+        '{"step": [], "loss": 1.0}',
+        '{"step": 7, "loss": {"a": 1}}',
+        '{"step": 7, "eval/i2t_r1": "high"}',
+        '{"step": 7, "health/auc": [1]}',
+        '{"step": 1' + "0" * 400 + "}",
+        '{"step": 7, "loss": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    ],
+)
+def test_figures_that_are_no_numbers_are_told_with_their_place(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    with pytest.raises(DataError, match="line 2"):
+        read_metrics(path)
+    with pytest.raises(DataError, match="line 2"):
+        MetricsLog.resume(path, 1)
