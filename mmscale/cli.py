@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mmscale.errors import CheckpointError, ConfigError, explained, printable
+from mmscale.dist.signals import heeding_signals
+from mmscale.errors import CheckpointError, ConfigError, printable, saying_how_to_go_on
 from mmscale.options import file_out, folder_out, reading
 from mmscale.outputs import file_output, require_file, require_folder, write_output, writing
 
@@ -47,29 +48,35 @@ Data = Annotated[
     str, typer.Option("--data", help="A packed folder, or shard globs.", callback=reading)
 ]
 
+_GOES_ON = "the same command goes on where it stopped"
+# After a signal; train says it itself.
+_WAYS_ON = {"pack": _GOES_ON, "sweep": _GOES_ON, "synth": "the same command renders it again"}
+
 
 def main() -> None:
     """Entry point of the console script."""
     # Read when torch is imported: what MPS lacks runs on the CPU.
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
-    sys.exit(explained(_invoke))
+    sys.exit(heeding_signals(_invoke))
 
 
 def _invoke() -> int:
     # Outside click's own error handling a verb's exit code is whatever it returns.
-    if not sys.argv[1:]:
+    verb = "".join(sys.argv[1:2])
+    if not verb:
         app(["--help"], standalone_mode=False)
         return 2
-    try:
-        return app(standalone_mode=False) or 0
-    except typer.Exit as leave:
-        return leave.exit_code
-    except typer.Abort as error:
-        raise KeyboardInterrupt from error
-    except Exception as error:
-        if hasattr(error, "format_message"):
-            raise ConfigError(f"{error.format_message()} (see mmscale --help)") from error
-        raise
+    with saying_how_to_go_on(lambda: _WAYS_ON.get(verb, "nothing was written")):
+        try:
+            return app(standalone_mode=False) or 0
+        except typer.Exit as leave:
+            return leave.exit_code
+        except typer.Abort as error:
+            raise KeyboardInterrupt from error
+        except Exception as error:
+            if hasattr(error, "format_message"):
+                raise ConfigError(f"{error.format_message()} (see mmscale --help)") from error
+            raise
 
 
 @app.command()

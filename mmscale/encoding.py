@@ -8,6 +8,7 @@ import torch
 
 from mmscale.config.schema import Config
 from mmscale.contracts import InputSpec, Peers, World
+from mmscale.data.feature_parts import KeptParts
 from mmscale.data.features import FeatureTable
 from mmscale.data.grouping import copies_line
 from mmscale.data.neighbours import Neighbours
@@ -51,11 +52,12 @@ def encoded_sets(
     cache = FeatureCache(Path(config.data.feature_cache), model, spec, limit)
 
     def table(which: ShardSet) -> FeatureTable:
-        def make() -> FeatureTable:
+        def make(kept: KeptParts) -> FeatureTable:
             tell(f"features: {which.samples:,} images through the frozen towers, once")
-            return encode_set(
-                config, inference.call, inference.device, which, spec, peers, _tenths(tell)
-            )
+            if kept.count:
+                tell(f"features: {kept.count:,} images are there from a pass that was cut short")
+            call, device = inference.call, inference.device
+            return encode_set(config, call, device, which, spec, peers, _tenths(tell), kept)
 
         return cache.table(which, peers, make)
 
@@ -91,6 +93,7 @@ def encode_set(
     spec: InputSpec,
     peers: Peers,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    kept: KeptParts | None = None,
 ) -> FeatureTable:
     """A set through the towers with the run's settings. Collective."""
     return encode(
@@ -103,6 +106,7 @@ def encode_set(
         config.data.workers,
         config.data.max_damaged,
         progress,
+        kept,
     )
 
 

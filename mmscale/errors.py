@@ -8,7 +8,8 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class MmscaleError(Exception):
@@ -48,9 +49,22 @@ class LaunchError(MmscaleError):
 
 
 class TerminatedError(MmscaleError):
-    """The process was told to end by SIGTERM and has written a checkpoint."""
+    """The process was told to end by SIGTERM or SIGUSR1, and has kept what it can."""
 
     exit_code = 143
+
+
+class InterruptError(MmscaleError):
+    """Ctrl-C."""
+
+    exit_code = 130
+
+
+class Stop(BaseException):
+    """A signal asked the process to end: raised wherever it is, as KeyboardInterrupt is.
+
+    No Exception, so that no library takes it for a failure of its own.
+    """
 
 
 # What the system says of a path or a disk, and what can be done about it.
@@ -99,6 +113,10 @@ def told(error: BaseException) -> MmscaleError | None:
     """What is told of a failure in one sentence; None for a bug of our own."""
     if isinstance(error, MmscaleError):
         return error
+    if isinstance(error, Stop):
+        return TerminatedError("told to stop")
+    if isinstance(error, KeyboardInterrupt):
+        return InterruptError("interrupted")
     if (killed := _LOST_WORKER.search(str(error))) and isinstance(error, RuntimeError):
         return LaunchError(
             f"a decoding process (pid {killed[1]}) was ended from outside{_end_of(str(error))}; "
@@ -129,6 +147,17 @@ def printable(text: str) -> str:
     )
 
 
+@contextmanager
+def saying_how_to_go_on(way: Callable[[], str]) -> Iterator[None]:
+    """Lines that a signal may end: how to go on is added to what is told then."""
+    try:
+        yield
+    except (KeyboardInterrupt, Stop) as error:
+        ended = told(error)
+        assert ended is not None, "both are told"
+        raise type(ended)(f"{ended}; {way()}") from None
+
+
 def explained(action: Callable[[], int]) -> int:
     """Run a command; a failure becomes a sentence on stderr and its exit code.
 
@@ -136,10 +165,7 @@ def explained(action: Callable[[], int]) -> int:
     """
     try:
         return action()
-    except KeyboardInterrupt:
-        sys.stderr.write("mmscale: interrupted\n")
-        return 130
-    except Exception as error:
+    except (Exception, KeyboardInterrupt, Stop) as error:
         if (failure := told(error)) is None:
             raise
         sys.stderr.write(f"mmscale: {printable(str(failure))}\n")

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from mmscale.config.load import load_config
 from mmscale.config.schema import Config
-from mmscale.errors import explained
+from mmscale.dist.signals import heeding_signals
+from mmscale.errors import saying_how_to_go_on
 
 if TYPE_CHECKING:
     from mmscale.assembly import Segment, Training
@@ -32,7 +33,7 @@ Batches: TypeAlias = "Generator[tuple[Batch, Position, float], None, None]"
 def main(words: Sequence[str]) -> int:
     """Run the words of a command line; returns the exit code."""
     # A mistake in the configuration is told before torch is imported.
-    return explained(lambda: run(load_config(words)))
+    return heeding_signals(lambda: run(load_config(words)))
 
 
 def run(config: Config) -> int:
@@ -47,9 +48,10 @@ def run(config: Config) -> int:
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     # What imports leave stays to the end: to search it for garbage took a seventh of their time.
     gc.disable()
-    from mmscale.dist.fallback import starting_again_on_cpu
+    with saying_how_to_go_on(lambda: _way_on(config)):
+        from mmscale.dist.fallback import starting_again_on_cpu
 
-    return starting_again_on_cpu(config, _attempt)
+        return starting_again_on_cpu(config, _attempt)
 
 
 def _attempt(config: Config, updated: Callable[[], None]) -> int:
@@ -69,7 +71,7 @@ def _attempt(config: Config, updated: Callable[[], None]) -> int:
         from mmscale.report.report import Report
 
         gc.enable()
-        stop = StopSignal()
+        stop = StopSignal(at_once=True)
         lock = held.enter_context(RunLock(Path(config.run.dir)))
         training = assemble(Segment(config, lock=lock), world, early_line(world))
         _write_config(training)
@@ -189,6 +191,8 @@ def _batches(training: "Training", run: "Run") -> "Batches":
         run.watchdog.alive(f"the wait for the batch of step {step}")
         start = time.perf_counter()
         batch, position = next(stream)
+        # What is trained from here on is lost without a checkpoint.
+        run.stop.note_from_now()
         batch = on_device(batch, training.policy.device, training.spec)
         run.watchdog.alive(f"the update of step {step}", in_exchange=True)
         yield batch, position, time.perf_counter() - start
@@ -204,6 +208,18 @@ def _advance(progress: "Progress", position: "Position", done: "Update", rows: i
         damaged=before + done.record.damaged,
         samples=progress.samples + rows,
     )
+
+
+def _way_on(config: Config) -> str:
+    """How a run that a signal has ended goes on; torch need not be there yet."""
+    kept = sorted(Path(config.run.dir).glob("checkpoints/step-" + 8 * "[0-9]"))
+    if not kept:
+        features = ", with the features computed so far" if config.data.feature_cache else ""
+        return f"no checkpoint was written yet, the same command begins anew{features}"
+    command = "the same command"
+    if config.run.resume == "never":
+        command += " with run.resume=auto"
+    return f"{command} goes on from step {int(kept[-1].name.removeprefix('step-'))}"
 
 
 def _write_config(training: "Training") -> None:

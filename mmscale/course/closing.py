@@ -12,8 +12,9 @@ from mmscale.course.run import Run
 from mmscale.diagnostics.doctor import diagnose
 from mmscale.diagnostics.in_training import InTraining
 from mmscale.diagnostics.pairs import Pairs
+from mmscale.dist.peers import from_all
 from mmscale.durable import replace_file
-from mmscale.errors import ConfigError
+from mmscale.errors import ConfigError, Stop, TerminatedError
 from mmscale.evaluation import evaluate
 from mmscale.report.choosing import choose_examples
 from mmscale.report.metrics import read_metrics
@@ -21,10 +22,18 @@ from mmscale.report.page import write_page
 
 
 def evaluated(training: Training, run: Run, progress: Progress) -> tuple[Progress, Pairs | None]:
-    """Recall on the held-out pairs, reported and kept in the progress. Collective."""
-    found = evaluate(
-        training, lambda done, total: run.watchdog.alive(f"the evaluation after {done} of {total}")
-    )
+    """Recall on the held-out pairs, reported and kept in the progress. Collective.
+
+    Raises:
+        Stop: A rank was told to end; all of them leave after the same batch.
+    """
+
+    def heard(done: int, total: int) -> None:
+        run.watchdog.alive(f"the evaluation after {done} of {total}")
+        if any(from_all(training.world, run.stop.wanted)):
+            raise Stop
+
+    found = evaluate(training, heard)
     if found is None:
         return progress, None
     figures, pairs = found
@@ -50,14 +59,35 @@ def _best(settings: CheckpointConfig, progress: Progress, figures: dict[str, flo
 
 
 def finish(training: Training, run: Run, progress: Progress) -> None:
-    """The last evaluation, checkpoint, diagnosis and page. Collective."""
-    progress, pairs = evaluated(training, run, progress)
+    """The last evaluation, checkpoint, diagnosis and page. Collective.
+
+    Raises:
+        TerminatedError: The run was told to stop; a checkpoint is written.
+    """
+    try:
+        progress, pairs = evaluated(training, run, progress)
+    except Stop:
+        # Started again the run makes this evaluation, and ends.
+        _save_last(training, run, progress)
+        raise TerminatedError(
+            f"told to stop; step {progress.step} is in a checkpoint, and the evaluation at the end "
+            "is made when the same command runs again"
+        ) from None
+    _save_last(training, run, progress)
+    if training.world.is_main:
+        with run.stop.at_once():
+            _tell_the_end(training, run, progress, pairs)
+
+
+def _save_last(training: Training, run: Run, progress: Progress) -> None:
     # A run of no steps keeps what it began with.
     if progress.step > training.start.step or progress.step == 0:
         run.saver.save(snapshot(training, progress), training.is_kept)
     run.saver.finish()
-    if not training.world.is_main:
-        return
+
+
+def _tell_the_end(training: Training, run: Run, progress: Progress, pairs: Pairs | None) -> None:
+    """Diagnosis and page, on the main rank."""
     report, run_dir = run.report, Path(training.config.run.dir)
     last: dict[str, Any] = {"step": progress.step, **progress.metrics}
     held_out = training.held_out

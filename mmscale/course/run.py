@@ -15,7 +15,7 @@ class Run:
 
     Attributes:
         report: Takes what is measured and said.
-        stop: Whether the run is to end early.
+        stop: Whether the run is to end early, and whether wherever it is.
         saver: Writes checkpoints.
         watchdog: Ends the ranks where one stands still.
         updated: Called after each update.

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 from mmscale.assembly import Segment, Training, snapshot
 from mmscale.checkpoint.state import Progress
@@ -16,7 +16,7 @@ from mmscale.course.run import Run
 from mmscale.course.skips import Skips
 from mmscale.course.watch import watched
 from mmscale.engine.step import Update
-from mmscale.errors import CheckpointError, TerminatedError
+from mmscale.errors import CheckpointError, Stop, TerminatedError
 
 
 class Settling:
@@ -92,9 +92,12 @@ class Settling:
             return progress, None
         if record.stop:
             self._stop(progress)
-        return self._kept(progress), None
+        try:
+            return self._kept(progress), None
+        except Stop:
+            self._stop(progress)
 
-    def _stop(self, progress: Progress) -> None:
+    def _stop(self, progress: Progress) -> NoReturn:
         """Leave while there is time: a due evaluation is made when the run goes on."""
         owes = self._training.due(self._training.config.eval.every, progress.step)
         self._run.saver.save(

@@ -42,6 +42,7 @@ def map_ordered(
 def _end_with_parent() -> None:
     """Leave Ctrl-C to the parent and end with it: an orphan would write beside its successor."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_watch_parent, daemon=True).start()
 
 

@@ -1,7 +1,7 @@
 """Every image of a set once, with its captions, in manifest order: for evaluation and caches."""
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -80,8 +80,13 @@ class SampleBatches(Dataset):
         batch.cut = are_cut(self._spec, texts, batch.tokens)
         return batch
 
-    def loader(self, workers: int) -> Iterator[SampleBatch]:
-        """Batches in order, decoded by `workers` processes.
+    def ranges(self) -> list[range]:
+        """The places of each batch."""
+        starts = range(0, len(self._places), self._size)
+        return [self._places[start : start + self._size] for start in starts]
+
+    def loader(self, workers: int, skip: Collection[int] = ()) -> Iterator[SampleBatch]:
+        """Batches in order, decoded by `workers` processes, without those to skip.
 
         Raises:
             DataError: A shard cannot be read.
@@ -89,6 +94,7 @@ class SampleBatches(Dataset):
         loader = DataLoader(
             _Told(self),
             batch_size=None,
+            sampler=[index for index in range(len(self)) if index not in skip],
             num_workers=workers,
             generator=torch.Generator(),
             worker_init_fn=outlive_termination,

@@ -5,8 +5,6 @@ A failing rank posts its sentence in the rendezvous store and enters no further 
 
 import faulthandler
 import json
-import multiprocessing
-import os
 import sys
 import threading
 import time
@@ -18,7 +16,8 @@ from typing import Any
 import torch.distributed as dist
 
 from mmscale.contracts import World
-from mmscale.errors import LaunchError, MmscaleError, told
+from mmscale.dist.signals import end_now
+from mmscale.errors import LaunchError, told
 
 _NOTICE = "mmscale/failure"
 _READ = "mmscale/failure-read"
@@ -88,7 +87,7 @@ def failing_together(world: World) -> Iterator[None]:
                 raise LaunchError(_LOST.format(world.rank, str(error).splitlines()[0])) from error
             raise
         _acknowledge()
-        if isinstance(error, MmscaleError):
+        if told(error) is not None:
             raise
         raise PeerFailedError(
             f"rank {notice['rank']} failed: {notice['message']}", notice["exit_code"]
@@ -134,14 +133,12 @@ def _publish(world: World, error: BaseException) -> dict[str, Any] | None:
         return None
     failure = told(error)
     code = failure.exit_code if failure else 1
-    if isinstance(error, KeyboardInterrupt):
-        code = 130
     text = str(failure or f"{type(error).__name__}: {error}")
     if _lost_connection(error):
         code, text = LaunchError.exit_code, _LOST.format(world.rank, str(error).splitlines()[0])
     mine = _notice(world, code, text)
     try:
-        if not isinstance(error, (MmscaleError, KeyboardInterrupt)):
+        if failure is None:
             # Perhaps only the echo of another rank's end: give its notice a moment to arrive.
             with suppress(RuntimeError):
                 _store.wait([_NOTICE], timedelta(seconds=1.0))
@@ -180,13 +177,6 @@ def first_failure(world: World, code: int, message: str, stacks: bool = False) -
             return f"rank {first['rank']} failed: {first['message']}"
         _wait_for_readers(world, mine=True)
     return message
-
-
-def end_now(code: int) -> None:
-    """End this process from a thread, with its decoding processes: they may hang themselves."""
-    for child in multiprocessing.active_children():
-        child.kill()
-    os._exit(code)
 
 
 def tell_stacks(rank: int) -> None:

@@ -6,7 +6,8 @@ import time
 from types import TracebackType
 
 from mmscale.contracts import World
-from mmscale.dist.failure import end_now, first_failure, tell_stacks
+from mmscale.dist.failure import first_failure, tell_stacks
+from mmscale.dist.signals import end_now
 from mmscale.errors import LaunchError
 
 _LOOKS_A_SPAN = 20

@@ -4,6 +4,8 @@ Works with any engine: each rank makes the same number of calls, which ZeRO-3 ne
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from mmscale.contracts import InputSpec, Peers
 from mmscale.data.caption_text import unknown_words
+from mmscale.data.feature_parts import KeptParts, Part
 from mmscale.data.features import FeatureTable
 from mmscale.data.lanes import sections
 from mmscale.data.samples import SampleBatch, SampleBatches
@@ -34,6 +37,7 @@ def encode(
     workers: int,
     max_damaged: float,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    kept: KeptParts | None = None,
 ) -> FeatureTable:
     """Tower outputs of a whole set, equal on every rank.
 
@@ -47,6 +51,8 @@ def encode(
         workers: Decoding processes.
         max_damaged: Share of undecodable samples that is tolerated.
         progress: Told this rank's samples done and in all.
+        kept: This rank's batches that an earlier pass, cut short, has left; takes those of this
+            one. Not under ZeRO-3, where ranks make each call together.
 
     Raises:
         DataError: More samples than tolerated cannot be decoded.
@@ -54,16 +60,22 @@ def encode(
     """
     mine = sections(shards.samples, peers.size)
     batches = SampleBatches(shards, spec, mine[peers.rank], batch_size)
-    text_calls = _text_calls(shards, mine, batch_size)
-    parts: list[tuple[SampleBatch, Tensor, Tensor]] = []
-    loader = batches.loader(workers)
-    for index, calls in enumerate(text_calls):
-        batch = next(loader) if index < len(batches) else SampleBatch(None)
-        image = _images(call, device, batch, spec)
-        text = _texts(call, device, batch, spec, calls, batch_size)
-        parts.append((batch, image, text))
-        progress(min((index + 1) * batch_size, len(mine[peers.rank])), len(mine[peers.rank]))
-    unknown_words(spec, (row for batch, _, _ in parts for row in batch.tokens), peers)
+    places, total = batches.ranges(), len(mine[peers.rank])
+    found = kept.find(places) if kept else {}
+    parts: list[Part] = []
+    loader = batches.loader(workers, skip=found)
+    with kept.keeping() if kept else nullcontext():
+        for index, calls in enumerate(_text_calls(shards, mine, batch_size)):
+            if (part := found.get(index)) is None:
+                batch = next(loader) if index < len(batches) else SampleBatch(None)
+                image = _images(call, device, batch, spec)
+                text = _texts(call, device, batch, spec, calls, batch_size)
+                part = Part(replace(batch, pixels=None), image, text)
+                if kept and index < len(batches):
+                    kept.add(places[index], part)
+            parts.append(part)
+            progress(min((index + 1) * batch_size, total), total)
+    unknown_words(spec, (row for part in parts for row in part.batch.tokens), peers)
     table = _gather(parts, shards, peers)
     if len(table.damaged) > max_damaged * shards.samples:
         raise DataError(
@@ -120,12 +132,10 @@ def _texts(
     return restored
 
 
-def _gather(
-    parts: list[tuple[SampleBatch, Tensor, Tensor]], shards: ShardSet, peers: Peers
-) -> FeatureTable:
-    batches = [batch for batch, _, _ in parts]
-    image = torch.cat([image for _, image, _ in parts])
-    text = torch.cat([text for _, _, text in parts])
+def _gather(parts: list[Part], shards: ShardSet, peers: Peers) -> FeatureTable:
+    batches = [part.batch for part in parts]
+    image = torch.cat([part.image for part in parts])
+    text = torch.cat([part.text for part in parts])
     words = {
         "places": [place for batch in batches for place in batch.places],
         "ids": [i for batch in batches for i in batch.image_ids],

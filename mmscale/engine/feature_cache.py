@@ -15,6 +15,7 @@ import torch
 
 from mmscale.contracts import InputSpec, Peers
 from mmscale.data.cache_room import make_room
+from mmscale.data.feature_parts import KeptParts
 from mmscale.data.features import FeatureTable
 from mmscale.data.shards import ShardSet
 from mmscale.dist.peers import barrier, from_all
@@ -42,9 +43,15 @@ class FeatureCache:
         self._in_use: set[Path] = set()
 
     def table(
-        self, shards: ShardSet, peers: Peers, make: Callable[[], FeatureTable]
+        self, shards: ShardSet, peers: Peers, make: Callable[[KeptParts], FeatureTable]
     ) -> FeatureTable:
-        """The set's table, made by `make` where it is not kept yet. Collective."""
+        """The set's table, made by `make` where it is not kept yet. Collective.
+
+        Args:
+            shards: The set.
+            peers: The ranks.
+            make: Gets what an earlier pass has left, and leaves there what a later one can use.
+        """
         facts = f"{self._towers}/{shards.digest}/{shards.described}"
         digest = hashlib.sha256(facts.encode()).hexdigest()[:32]
         path = self._folder / f"{digest}.safetensors"
@@ -53,11 +60,13 @@ class FeatureCache:
         if not all(from_all(peers, path.exists())):
             if peers.rank == 0:
                 require_folder(_SETTING, self._folder)
-            made = make()
+            kept = KeptParts(self._folder, digest)
+            made = make(kept)
             if peers.rank == 0:
                 with writing(_SETTING, self._folder):
                     made.save(path)
             barrier()
+            kept.remove()
         table = FeatureTable.load(path)
         if peers.rank == 0:
             # Its last use, for whoever has to make room; a folder to be read only keeps none.

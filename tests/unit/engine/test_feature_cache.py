@@ -48,7 +48,8 @@ class Cache:
         self.cache, self.made = FeatureCache(folder, *towers, limit), 0
 
     def get(self, shards):
-        def make():
+        def make(kept):
+            assert kept.count == 0
             self.made += 1
             return made()
 
