@@ -98,6 +98,12 @@ _LOST_WORKER = re.compile(
 )
 
 
+# Where in C++ an error comes from: `[/src/gloo/tcp/pair.cc:553] `, ` at /src/c10d/Utils.hpp:783`.
+_SOURCE = re.compile(
+    r"(?: at)? ?\[?(?:\.{0,2}/[\w.+-]+)*/?[\w.+-]+\.(?:cc|cpp|cu|cuh|h|hpp):\d+\]?:? ?"
+)
+
+
 def storage_fault(error: BaseException) -> str | None:
     """What a path or a disk has against it, and the repair; None for any other error."""
     if isinstance(error, OSError):
@@ -138,6 +144,12 @@ def _end_of(text: str) -> str:
     said = re.search(r"by signal: ([\w ]+)", text)
     name = f" ({said[1]})" if said else ""
     return f"{name}, mostly for lack of memory: lower data.workers or data.shuffle_buffer"
+
+
+def gist(error: BaseException) -> str:
+    """The first line of a library's error, without the place in the library's source."""
+    first = str(error).strip().split("\n")[0]
+    return _SOURCE.sub("", first).strip() or type(error).__name__
 
 
 def printable(text: str) -> str:

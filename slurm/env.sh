@@ -1,5 +1,10 @@
 # Sourced by the sbatch scripts: where the code is, where the ranks meet, how many threads each has.
 
+if [[ -z ${SLURM_JOB_ID:-} ]]; then
+    echo "$0 is a job's script: submit it with sbatch $0 ..." >&2
+    exit 2
+fi
+
 # sbatch runs a copy of the script from its spool, so the checkout is where it was submitted from.
 MMSCALE_ROOT=${MMSCALE_ROOT:-$SLURM_SUBMIT_DIR}
 if [[ ! -f $MMSCALE_ROOT/mmscale/train.py ]]; then

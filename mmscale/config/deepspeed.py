@@ -9,28 +9,34 @@ from typing import Any
 
 from mmscale.errors import ConfigError
 
-CHECKOUT = Path(__file__).resolve().parents[2]
+# In a checkout a link to the folder at its top; in a wheel the files themselves.
+SHIPPED = Path(__file__).with_name("ds_configs")
 # What DeepSpeed's own launcher gets when no file is named.
 DEFAULT: dict[str, Any] = {"zero_optimization": {"stage": 1}}
 
 
 def read_deepspeed(name: str | None) -> dict[str, Any]:
-    """The file's settings; `name` is looked up from the working folder, then from the checkout.
+    """The file's settings.
 
-    A bare `zero2` is `ds_configs/zero2.json`.
+    Args:
+        name: A file, or one of those that come with mmscale: `zero2`, or `ds_configs/zero2.json`
+            in any working folder; None: ZeRO-1.
 
     Raises:
         ConfigError: No such file, not JSON, or a stage that is not 1, 2 or 3.
     """
     if name is None:
         return dict(DEFAULT)
-    places = (Path(name), CHECKOUT / name, CHECKOUT / "ds_configs" / f"{name}.json")
-    path = next((place for place in places if place.is_file()), None)
-    if path is None:
-        raise ConfigError(
-            f"engine.deepspeed={name}: no such file here or in {CHECKOUT}; "
-            "name one such as ds_configs/zero2.json"
-        )
+    shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.json"))}
+    path = Path(name)
+    if not path.is_file():
+        known = shipped.get(name.removeprefix("ds_configs/").removesuffix(".json"))
+        if known is None:
+            raise ConfigError(
+                f"engine.deepspeed={name}: no such file here, and none of those that come with "
+                f"mmscale ({', '.join(shipped)}); name one of them or a file"
+            )
+        path = known
     try:
         settings = json.loads(path.read_text("utf-8"))
     except ValueError as error:

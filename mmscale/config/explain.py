@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterable, Iterator
 from typing import Any, get_args
 
+import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -90,18 +91,32 @@ def _about_term(parts: list[str], fault: Any) -> tuple[str, str]:
         named = value.get("kind") if isinstance(value, dict) else value
         close = difflib.get_close_matches(str(named), KINDS, 1)
         hint = f"did you mean {close[0]}?" if close else "name one"
-        return path, f"{path}.kind={named!r} must be one of {', '.join(KINDS)}; {hint}"
+        return path, f"{path}.kind={shown(named)} must be one of {', '.join(KINDS)}; {hint}"
     if fault["type"] == "extra_forbidden":
         options = [name for name in KINDS[parts[3]].model_fields if name != "kind"]
         close = difflib.get_close_matches(parts[4], options, 1)
         hint = f"did you mean {close[0]}?" if close else "remove it"
         return path, f"{path} is no option of {parts[3]} ({', '.join(options)}); {hint}"
     if len(parts) < 5:
-        return path, f"{path}={value!r} must be {_rule(fault)}; write for example {{kind: infonce}}"
+        return (
+            path,
+            f"{path}={shown(value)} must be {_rule(fault)}; write for example {{kind: infonce}}",
+        )
     field = KINDS[parts[3]].model_fields[parts[4]]
     about = (field.description or "").rstrip(".").replace(chr(10), " ")
     default = f"its default is {field.default}"
-    return path, f"{path}={value!r} must be {_rule(fault)} ({about}); {default}"
+    return path, f"{path}={shown(value)} must be {_rule(fault)} ({about}); {default}"
+
+
+def shown(value: Any) -> str:
+    """A value as it stands in YAML; text in quotes."""
+    if isinstance(value, str):
+        return repr(value)
+    try:
+        plain = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
+    except yaml.YAMLError:
+        return str(value)
+    return str(plain).removesuffix("\n").removesuffix("\n...")
 
 
 def _rule(fault: Any) -> str:
@@ -118,6 +133,10 @@ def _rule(fault: Any) -> str:
         "string_type": "text",
         "none_required": "null",
         "missing": "missing",
+        **dict.fromkeys(("list_type", "tuple_type"), "a list, like [a, b]"),
+        **dict.fromkeys(
+            ("dict_type", "model_type", "model_attributes_type"), "settings, like {name: value}"
+        ),
     }
     if kind in fixed:
         return fixed[kind]
@@ -137,7 +156,7 @@ def _sentence(path: str, value: Any, rules: list[str], known: dict[str, Any]) ->
         return f"{path} is not set: it has no default{about}; add {path}=VALUE"
     wanted = " or ".join(dict.fromkeys(rules))
     example = f"write for example {path}={_example(path, known)}"
-    return f"{path}={value!r} must be {wanted}{about}; {example}"
+    return f"{path}={shown(value)} must be {wanted}{about}; {example}"
 
 
 def _example(path: str, known: dict[str, Any]) -> str:
@@ -146,7 +165,7 @@ def _example(path: str, known: dict[str, Any]) -> str:
     choices = [arg for arg in get_args(getattr(field, "annotation", None)) if isinstance(arg, str)]
     if isinstance(default, (int, float, str)) and not isinstance(default, bool):
         return str(default)
-    text = str(default)
+    text = shown(default) if isinstance(default, tuple) else str(default)
     return f"'{text}'" if " " in text and "=" not in text else choices[0] if choices else "VALUE"
 
 

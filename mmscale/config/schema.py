@@ -197,8 +197,7 @@ class EngineConfig(Section):
     kind: Literal["auto", "deepspeed", "accelerate"] = "auto"
     """`auto`: DeepSpeed if `engine.deepspeed` is set or its launcher runs, else accelerate."""
     deepspeed: PathSetting | None = None
-    """A DeepSpeed JSON with ZeRO choices, looked up here, then in the checkout; or its name there:
-    `zero2`."""
+    """A DeepSpeed JSON with ZeRO choices, or the name of one that comes with mmscale: `zero2`."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 where the device computes it fast, else fp32; `tf32`: fp32, products rounded."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"

@@ -27,7 +27,8 @@ def _explained(value: Any) -> Any:
             SourceConfig.model_validate(entry)
         except ValidationError as error:
             fault = error.errors()[0]
-            name = ".".join(map(str, fault["loc"])) or "it"
+            # What follows a name says which type of several was tried.
+            name = str(fault["loc"][0]) if fault["loc"] else "it"
             rule = str(fault["msg"])
             if fault["type"] != FAULT:
                 rule = rule.removeprefix("Input should be ").lower()

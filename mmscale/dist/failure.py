@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from mmscale.contracts import World
 from mmscale.dist.signals import end_now
-from mmscale.errors import LaunchError, told
+from mmscale.errors import LaunchError, gist, told
 
 _NOTICE = "mmscale/failure"
 _READ = "mmscale/failure-read"
@@ -84,7 +84,7 @@ def failing_together(world: World) -> Iterator[None]:
         if notice is None or notice["rank"] == world.rank:
             _wait_for_readers(world, mine=notice is not None)
             if _lost_connection(error):
-                raise LaunchError(_LOST.format(world.rank, str(error).splitlines()[0])) from error
+                raise LaunchError(_LOST.format(world.rank, gist(error))) from error
             raise
         _acknowledge()
         if told(error) is not None:
@@ -135,7 +135,7 @@ def _publish(world: World, error: BaseException) -> dict[str, Any] | None:
     code = failure.exit_code if failure else 1
     text = str(failure or f"{type(error).__name__}: {error}")
     if _lost_connection(error):
-        code, text = LaunchError.exit_code, _LOST.format(world.rank, str(error).splitlines()[0])
+        code, text = LaunchError.exit_code, _LOST.format(world.rank, gist(error))
     mine = _notice(world, code, text)
     try:
         if failure is None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from mmscale.contracts import World
 from mmscale.dist.failure import stop_watching, watch
-from mmscale.errors import LaunchError
+from mmscale.errors import LaunchError, gist
 
 _AFTER_WATCHDOG = 30
 
@@ -87,7 +87,7 @@ def join(world: World, backend: str, timeout_seconds: int, alone_too: bool = Fal
         watch(store, rank)
     except (RuntimeError, ValueError, OSError) as error:
         raise LaunchError(
-            f"rank {world.rank} could not join {world.size} ranks ({str(error).splitlines()[0]}); "
+            f"rank {world.rank} could not join {world.size} ranks ({gist(error)}); "
             "check MASTER_ADDR and MASTER_PORT, and that no other job uses the port"
         ) from error
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
+from mmscale.config.explain import shown
 from mmscale.config.load import load_config
 from mmscale.config.section import Positive, PositiveFloat, Section
 from mmscale.config.yaml import read_yaml
@@ -148,4 +149,4 @@ def _explain(path: Path, error: ValidationError) -> Iterator[str]:
             yield f"{where} must say its kind, one of {', '.join(KINDS)}; add kind: uniform"
         else:
             rule = str(fault["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-            yield f"{where}={fault['input']!r}: {rule}; mend it"
+            yield f"{where}={shown(fault['input'])}: {rule}; mend it"

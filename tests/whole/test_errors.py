@@ -19,7 +19,7 @@ from mmscale.data.manifest import Shard, read_manifest, write_manifest
 from mmscale.dist.world import check_world
 from mmscale.errors import LaunchError
 from tests.ranks.launch import free_port
-from tests.whole.command import TRAIN, explain, run
+from tests.whole.command import ROOT, TRAIN, explain, run
 from tests.whole.small_run import (
     ALONE,
     deepspeed,
@@ -301,6 +301,13 @@ def test_an_engine_that_sees_another_world_is_refused_with_both_numbers(promised
     with pytest.raises(LaunchError, match=rf"promised {promised} ranks, deepspeed sees {seen}"):
         check_world(World(0, promised), seen, "deepspeed")
     check_world(World(0, promised), promised, "deepspeed")
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "slurm").glob("*.sbatch")), ids=lambda p: p.stem)
+def test_a_job_script_that_is_run_by_hand_says_how_to_submit_it(script, tmp_path):
+    done = run(["bash", script, "demo"], cwd=tmp_path)
+    assert done.returncode == 2, explain(done)
+    assert done.stderr == f"{script} is a job's script: submit it with sbatch {script} ...\n"
 
 
 @pytest.fixture

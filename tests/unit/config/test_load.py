@@ -89,6 +89,29 @@ def test_no_duration_is_infinite(value):
         load_config(["demo", f"train.duration={value}"])
 
 
+@pytest.mark.parametrize(
+    "word",
+    [
+        "data.eval=[a, 3]",
+        "data.eval={a: null}",
+        "data.crop_scale=x",
+        "stages=[3]",
+        "loss.terms=[3]",
+        "model={text: [1]}",
+        "run.seed=null",
+        "data.train=[{shards: [3, null]}]",
+        "optim.lr_scale={vision: [2]}",
+        "data.hard_batches.share={from: true}",
+    ],
+)
+def test_values_are_told_as_they_are_written(word):
+    """Neither Python's way of writing a value nor a name of its types is in a message."""
+    with pytest.raises(ConfigError) as refused:
+        load_config(["demo", "data.train=x", word])
+    told = str(refused.value)
+    assert not re.search(r"None|True|\['|\{'|tuple|dictionary|instance|Config|\(0\.", told), told
+
+
 def test_every_fault_is_told_at_once():
     with pytest.raises(ConfigError) as caught:
         load_config(["demo", "optim.lr=abc", "train.epochs=3", "data.workers=-1"])
