@@ -49,7 +49,7 @@ def test_siglip_starts_from_its_authors_scale_and_bias_unless_they_are_set():
     [
         ([], "at least one term"),
         ([{"kind": "infonc"}], r"loss\.terms\.0\.kind='infonc' .* did you mean infonce\?"),
-        ([{"weight": 1}], r"loss\.terms\.0\.kind=None must be one of infonce"),
+        ([{"weight": 1}], r"loss\.terms\.0\.kind=null must be one of infonce"),
         (
             [{"kind": "infonce"}, {"kind": "hinge", "margn": 1}],
             r"loss\.terms\.1\.margn is no option of hinge .* did you mean margin\?",
