@@ -6,7 +6,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -21,6 +21,9 @@ from mmscale.errors import DataError
 MANIFEST_NAME = "manifest.json"
 _FORMAT, _VERSION = "mmscale-manifest", 1
 _TAR_BLOCK = 512
+# 40 million samples; what is larger is no manifest, or more than a run's memory should hold.
+MOST_BYTES = 2**31
+_CHUNK = 2**24
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ def read_manifest(folder: Path, *, lazily: bool = False) -> Manifest:
         if path.exists() and not path.is_file():
             # A pipe in its place would never be opened.
             raise _malformed(path, "is not a file")
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            content = joined(path, iter(partial(file.read, _CHUNK), b""))
     except FileNotFoundError as error:
         raise DataError(
             f"{folder}: has no {MANIFEST_NAME}; write it with `mmscale index {folder}/*.tar`, "
@@ -113,6 +117,23 @@ def read_manifest(folder: Path, *, lazily: bool = False) -> Manifest:
     except OSError as error:
         raise _malformed(path, f"cannot be read ({error})") from error
     return parse_manifest(path, content, lazily=lazily)
+
+
+def joined(path: Path | str, chunks: Iterable[bytes]) -> bytes:
+    """A manifest's bytes, which end before they fill the memory.
+
+    Raises:
+        DataError: They do not.
+    """
+    content = bytearray()
+    for chunk in chunks:
+        content += chunk
+        if len(content) > MOST_BYTES:
+            raise DataError(
+                f"{path}: more than {MOST_BYTES:,} bytes, which no manifest has; write it again "
+                "with `mmscale index SHARDS...`, or split the folder"
+            )
+    return bytes(content)
 
 
 def parse_manifest(path: Path | str, content: bytes, *, lazily: bool = False) -> Manifest:

@@ -7,18 +7,23 @@ import io
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
+from typing import IO, cast
 
 from webdataset.tariterators import base_plus_ext
 
 from mmscale.data.complaints import tell_once
 from mmscale.data.lanes import Item
-from mmscale.data.members import IMAGE_SUFFIXES, describe_members, image_of
+from mmscale.data.members import IMAGE_SUFFIXES, describe_members, image_of, largest_member
 from mmscale.data.plain_tar import plain_members
 from mmscale.data.remote import is_remote
-from mmscale.data.shard_bytes import LocalShards, RemoteShards
+from mmscale.data.shard_bytes import LocalShards, RemoteShards, Span
 from mmscale.data.shards import ShardSet
 from mmscale.data.tar_header import SoundHeader
+from mmscale.errors import DataError
 
+# Of one sample; the rest of them is not looked at.
+_MOST_MEMBERS = 10_000
 _WANTED = (*IMAGE_SUFFIXES, "txt", "json")
 
 
@@ -76,6 +81,11 @@ class SampleReader:
         content, record = store.sample(shard, sample), self._set.shards[shard]
         where = f"{record.name} sample {sample}"
         found = parse_sample(content, where, record.captions[sample])
+        if len(found.captions) != record.captions[sample]:
+            raise DamagedSampleError(
+                f"{record.name} {found.key}: captions: {len(found.captions)}, its manifest says "
+                f"{record.captions[sample]}; run mmscale index on the shards"
+            )
         known = record.identities
         if known is None:
             return replace(found, image_id=self._set.image_id(shard, found.image_id))
@@ -105,24 +115,27 @@ class SampleReader:
             self._remote.close()
 
 
-def parse_sample(content: bytes, where: str, counted: int | None = None) -> Sample:
+def parse_sample(content: bytes | Span, where: str, counted: int | None = None) -> Sample:
     """A sample from its members' bytes; `counted` as in `describe_members`.
 
     Raises:
         DamagedSampleError: Not a tar, no image, no caption, or a wrong description.
+        DataError: Its bytes cannot be read.
     """
     key: str | None = None
     members: dict[str, bytes] = {}
+    file = io.BytesIO(content) if isinstance(content, bytes) else content
     try:
-        for base, suffix, start, end in _members(content):
-            if base is None:
+        for base, suffix, start, end in _members(content, file):
+            if base is None or end - start > largest_member(suffix):
                 continue
             if key is not None and base != key:
                 break
             if suffix in members:
                 raise DamagedSampleError(f"{where} {base}: has a member twice")
-            key, members[suffix] = base, content[start:end]
-    except DamagedSampleError:
+            file.seek(start)
+            key, members[suffix] = base, file.read(end - start)
+    except (DamagedSampleError, DataError):
         raise
     except Exception as error:
         raise DamagedSampleError(f"{where}: not a tar member ({error})") from error
@@ -131,15 +144,15 @@ def parse_sample(content: bytes, where: str, counted: int | None = None) -> Samp
     return sample_of(key, members, where, counted)
 
 
-def _members(content: bytes) -> Iterator[tuple[str | None, str, int, int]]:
+def _members(content: bytes | Span, file: io.IOBase) -> Iterator[tuple[str | None, str, int, int]]:
     """Key, ending, start and end of each member; no key where it is of no use."""
-    plain = plain_members(content)
+    plain = plain_members(content) if isinstance(content, bytes) else None
     if plain is not None:
         for name, start, end in plain:
             yield *_key_and_ending(name), start, end
         return
-    with tarfile.open(fileobj=io.BytesIO(content), mode="r:", tarinfo=SoundHeader) as tar:
-        for member in tar:
+    with tarfile.open(fileobj=cast(IO[bytes], file), mode="r:", tarinfo=SoundHeader) as tar:
+        for member in islice(tar, _MOST_MEMBERS):
             end = member.offset_data + member.size
             yield *wanted_name(member), member.offset_data, end
 

@@ -5,20 +5,26 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from functools import cached_property
 from urllib.parse import urlsplit, urlunsplit
 
 import httpx
 
+from mmscale.data.patience import ImpatientBackend, SlowError
 from mmscale.errors import DataError
 
 # Attempts in a row that may bring nothing, and the pause after the first, doubled each time.
 ATTEMPTS = 6
 FIRST_PAUSE = 0.25
 CHUNK = 2**18
+# An attempt that brings fewer bytes counts as one that brings nothing.
+_LEAST = 2**13
+# Attempts in a row that may bring them too slowly.
+_SLOW_ATTEMPTS = 2
 _OPENING = 512
+_MOST_DIGITS = 20
 _TIMEOUT = httpx.Timeout(20.0)
 # Answers that another attempt may turn into a better one.
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
@@ -63,7 +69,13 @@ class Web:
         """Made where something is read: loading certificates takes a while."""
         # As they lie on the server: a range of a compressed answer would be another one.
         headers = {"Accept-Encoding": "identity", "User-Agent": "mmscale"}
-        return httpx.Client(headers=headers, follow_redirects=True, timeout=_TIMEOUT)
+        client = httpx.Client(headers=headers, follow_redirects=True, timeout=_TIMEOUT)
+        for transport in (client._transport, *client._mounts.values()):
+            pool = getattr(transport, "_pool", None)
+            if pool is not None:
+                # httpx has no setting for it, and its own timeouts begin anew with every byte.
+                pool._network_backend = ImpatientBackend(pool._network_backend)
+        return client
 
     def has_ranges(self, url: str) -> bool:
         """False once the server has answered a request for a part with the whole file."""
@@ -87,7 +99,7 @@ class Web:
 
     def chunks(
         self, url: str, start: int = 0, end: int | None = None, size: int | None = None
-    ) -> Iterator[bytes]:
+    ) -> Generator[bytes, None, None]:
         """Bytes of a file; after a dropped connection it goes on where that left off.
 
         Args:
@@ -99,7 +111,7 @@ class Web:
         Raises:
             DataError: The server refuses, fails too often, or has a file of another size.
         """
-        at, failures = start, 0
+        at, failures, slow = start, 0, 0
         while True:
             before = at
             try:
@@ -111,13 +123,19 @@ class Web:
                     return
             except httpx.UnsupportedProtocol as error:
                 raise DataError(f"{shown(url)}: {error}; name an http or https server") from error
-            except (httpx.TransportError, httpx.TooManyRedirects, _PassingError) as error:
-                failures = 1 if at > before else failures + 1
-                if failures >= ATTEMPTS:
-                    reason = str(error) or type(error).__name__
+            except (
+                httpx.TransportError,
+                httpx.TooManyRedirects,
+                _PassingError,
+                SlowError,
+            ) as error:
+                slow = slow + 1 if isinstance(error, SlowError) else 0
+                failures = 1 if at >= before + _LEAST else failures + 1
+                if failures >= ATTEMPTS or slow >= _SLOW_ATTEMPTS:
+                    reason = f"{error or type(error).__name__}, {slow or failures} times in a row"
                     raise DataError(
-                        f"{shown(url)}: {reason}, {failures} times in a row; mend the network or "
-                        "the server, then go on from the last checkpoint"
+                        f"{shown(url)}: {reason}; mend the network or the server, then go on from "
+                        "the last checkpoint"
                     ) from error
                 time.sleep(FIRST_PAUSE * 2 ** (failures - 1))
 
@@ -189,7 +207,8 @@ def _length(answer: httpx.Response) -> int | None:
     """Size of the whole file, where the answer tells it."""
     told = answer.headers.get("Content-Length", "") if answer.status_code == 200 else ""
     told = told or answer.headers.get("Content-Range", "").rpartition("/")[2]
-    return int(told) if told.isdecimal() else None
+    # No file is larger than 63 bits tell; Python refuses numbers of thousands of digits.
+    return int(told) if told.isdecimal() and len(told) < _MOST_DIGITS else None
 
 
 def _check_complete(url: str, answer: httpx.Response, at: int, end: int | None) -> None:
@@ -210,7 +229,7 @@ def _wrong_size(url: str, actual: int | None, wanted: int) -> DataError:
     )
 
 
-def piped(where: str) -> Iterator[bytes]:
+def piped(where: str) -> Generator[bytes, None, None]:
     """What the command of a `pipe:` URL writes.
 
     Raises:

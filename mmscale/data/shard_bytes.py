@@ -4,13 +4,16 @@ What is fetched over the network is fetched once: a block holds neighbouring sam
 memory until the lane's shuffling comes to them.
 """
 
+import io
 import os
 import tempfile
 import threading
 from bisect import bisect_left
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import IO
@@ -35,6 +38,53 @@ def bounds(shard: Shard, first: int, after: int) -> tuple[int, int]:
     return shard.offsets[first], end
 
 
+# What a sample takes up at most as one piece. Of more, such as a film beside its picture, only the
+# members are read that somebody asks for.
+PIECE = 2**26
+
+
+class Span(io.RawIOBase):
+    """A stretch of a shard as a file, of which only what is read is fetched.
+
+    Args:
+        read: Gives the bytes from one place in the shard to another.
+        start: First byte of the stretch.
+        end: Byte after the last.
+    """
+
+    def __init__(self, read: Callable[[int, int], bytes], start: int, end: int):
+        super().__init__()
+        self._read, self._start, self._size, self._at = read, start, end - start, 0
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """As any file."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def tell(self) -> int:
+        """As any file."""
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        """As any file."""
+        left = max(0, self._size - self._at)
+        count = left if size < 0 else min(size, left)
+        if count == 0:
+            return b""
+        start = self._start + self._at
+        self._at += count
+        return self._read(start, start + count)
+
+
 class LocalShards:
     """Files of this machine; a bounded number stays open."""
 
@@ -42,14 +92,19 @@ class LocalShards:
         self._shards, self._paths = shards, paths
         self._files: OrderedDict[int, IO[bytes]] = OrderedDict()
 
-    def sample(self, shard: int, sample: int) -> bytes:
+    def sample(self, shard: int, sample: int) -> bytes | Span:
         """A sample's bytes.
 
         Raises:
-            DataError: The shard is gone, or not what its manifest says.
+            DataError: The shard is gone, or not what its manifest says; a `Span` raises it too.
         """
+        start, end = bounds(self._shards[shard], sample, sample + 1)
+        if end - start > PIECE:
+            return Span(partial(self._piece, shard), start, end)
+        return self._piece(shard, start, end)
+
+    def _piece(self, shard: int, start: int, end: int) -> bytes:
         path, record = Path(self._paths[shard]), self._shards[shard]
-        start, end = bounds(record, sample, sample + 1)
         try:
             descriptor = self._open(shard, path).fileno()
             status = os.fstat(descriptor)
@@ -107,12 +162,16 @@ class RemoteShards:
         self._coming: dict[tuple[int, int], Future[bytes]] = {}
         self._fetchers: _Fetchers | None = None
 
-    def sample(self, shard: int, sample: int) -> bytes:
+    def sample(self, shard: int, sample: int) -> bytes | Span:
         """A sample's bytes.
 
         Raises:
-            DataError: The shard cannot be fetched, or is not what its manifest says.
+            DataError: The shard cannot be fetched, or is not what its manifest says; a `Span`
+                raises it too.
         """
+        start, end = bounds(self._shards[shard], sample, sample + 1)
+        if end - start > PIECE:
+            return Span(partial(self._source.read, shard), start, end)
         if (shard, sample) in self._held:
             return self._let_go((shard, sample))
         block = self._block(shard, sample)
@@ -150,7 +209,12 @@ class RemoteShards:
 
     def _ask(self, item: Item) -> None:
         block = self._block(item.shard, item.sample)
-        if block in self._waiting_in or block in self._coming or len(self._coming) >= _MOST_AHEAD:
+        if (
+            item.sample >= self._samples_of(block)[1]
+            or block in self._waiting_in
+            or block in self._coming
+            or len(self._coming) >= _MOST_AHEAD
+        ):
             return
         if self._fetchers is None:
             self._fetchers = _Fetchers(self._source)
@@ -167,7 +231,9 @@ class RemoteShards:
         shard, number = block
         offsets = self._shards[shard].offsets
         first, after = (bisect_left(offsets, n * _BLOCK) for n in (number, number + 1))
-        return first, after
+        # A sample of many blocks is the last that begins in its block, and is read by itself.
+        start, end = bounds(self._shards[shard], after - 1, after)
+        return first, after - 1 if end - start > PIECE else after
 
     def _hold(self, place: tuple[int, int], content: bytes) -> None:
         block = self._block(*place)
@@ -216,18 +282,40 @@ class _Ranges:
             # Open for as long as anybody reads it.
             file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
             chunks = piped(url) if is_pipe(url) else self._web.chunks(url, size=size)
-            for chunk in chunks:
-                file.write(chunk)
-            if file.tell() != size:
+            with closing(chunks):
+                written = _copied(chunks, file, size)
+            if written != size:
+                has = f"more than {size}" if written > size else f"{written}"
                 raise DataError(
-                    f"{shown(url)}: {file.tell()} bytes, its manifest says {size}; restore the "
-                    "shard or write its manifest again"
+                    f"{shown(url)}: {has} bytes, its manifest says {size}; restore the shard or "
+                    "write its manifest again"
                 )
             self._spools[shard] = file
             if len(self._spools) > _OPEN_FILES:
                 # Not closed here: another thread may be reading it; it goes with its last reader.
                 self._spools.popitem(last=False)
             return file
+
+
+def _copied(chunks: Iterator[bytes], file: IO[bytes], size: int) -> int:
+    """Bytes that came, of which no more than `size` are kept.
+
+    Raises:
+        DataError: There is no room for them.
+    """
+    written = 0
+    try:
+        for chunk in chunks:
+            written += len(chunk)
+            if written > size:
+                break
+            file.write(chunk)
+    except OSError as error:
+        raise DataError(
+            f"{tempfile.gettempdir()}: cannot keep {size:,} bytes of a shard ({error.strerror}); "
+            "free space there, or let TMPDIR name a folder with more"
+        ) from error
+    return written
 
 
 class _Fetchers:

@@ -5,6 +5,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,14 @@ import braceexpand
 
 from mmscale.config.schema import DataConfig
 from mmscale.config.sources import SourceConfig
-from mmscale.data.manifest import MANIFEST_NAME, Manifest, Shard, parse_manifest, read_manifest
+from mmscale.data.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    Shard,
+    joined,
+    parse_manifest,
+    read_manifest,
+)
 from mmscale.data.remote import NotThereError, Web, is_pipe, is_remote, is_web, piped, shown
 from mmscale.data.unread import raw
 from mmscale.errors import ConfigError, DataError
@@ -313,7 +321,9 @@ class _Finder:
     def _fetch_manifest(self, folder: str) -> Manifest:
         where = str(_beside(folder, MANIFEST_NAME))
         try:
-            content = b"".join(piped(where) if is_pipe(where) else self._web.chunks(where))
+            chunks = piped(where) if is_pipe(where) else self._web.chunks(where)
+            with closing(chunks):
+                content = joined(shown(where), chunks)
         except DataError as error:
             if is_web(where) and not isinstance(error, NotThereError):
                 raise
