@@ -257,7 +257,7 @@ def verify(
     from mmscale.report.progress import progress_of
 
     with progress_of("verified") as progress:
-        faults = verify_all(folder, workers, progress)
+        faults = verify_all(folder, workers, progress, _say)
     for fault in faults:
         _say(fault)
     _say(f"{len(faults)} faults" if faults else "every shard is what its manifest says")

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from dataclasses import field as dataclass_field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,11 @@ from mmscale.durable import replace_file
 from mmscale.errors import DataError
 
 MANIFEST_NAME = "manifest.json"
-_FORMAT, _VERSION = "mmscale-manifest", 1
+# Version 1 had no digest of its own.
+_FORMAT, _VERSION = "mmscale-manifest", 2
+_READABLE = (1, 2)
+# How a manifest ends: with the digest of all that stands before.
+_SEAL = b', "digest": "%s"}\n'
 _TAR_BLOCK = 512
 # 40 million samples; what is larger is no manifest, or more than a run's memory should hold.
 MOST_BYTES = 2**31
@@ -62,6 +67,7 @@ class Manifest:
         settings: Digest of what `pack` was asked for; None for shards made elsewhere.
         classes: Names of the labels' numbers, where the labels had names.
         shards_in: Folder of the tars, where they do not lie beside the manifest.
+        is_sealed: It was read, and holds a digest of itself, so that no bit in it has changed.
     """
 
     split: str | None
@@ -70,6 +76,7 @@ class Manifest:
     settings: str | None = None
     classes: tuple[str, ...] = ()
     shards_in: str | None = None
+    is_sealed: bool = dataclass_field(default=False, compare=False)
 
     @property
     def samples(self) -> int:
@@ -151,13 +158,29 @@ def parse_manifest(path: Path | str, content: bytes, *, lazily: bool = False) ->
         parsed = load_json(content) if lazily else json.loads(content)
     except (ValueError, RecursionError) as error:
         raise _malformed(path, f"cannot be read as JSON ({error})") from error
-    return _parse(path, parsed)
+    manifest = _parse(path, parsed)
+    if parsed["version"] > 1 and not _is_sealed(content):
+        raise _malformed(path, "is not as it was written: its digest is another")
+    return replace(manifest, is_sealed=parsed["version"] > 1)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write a folder's manifest in one step: readers see the old one or the new one."""
-    content = {"format": _FORMAT, "version": _VERSION, **asdict(manifest)}
-    replace_file(Path(folder) / MANIFEST_NAME, json.dumps(content).encode() + b"\n")
+    fields = {name: value for name, value in asdict(manifest).items() if name != "is_sealed"}
+    content = {"format": _FORMAT, "version": _VERSION, **fields}
+    replace_file(Path(folder) / MANIFEST_NAME, sealed(content))
+
+
+def sealed(content: dict[str, Any]) -> bytes:
+    """A manifest as it is written, with its digest at the end."""
+    body = json.dumps({k: v for k, v in content.items() if k != "digest"}).encode()[:-1]
+    return body + _SEAL % hashlib.sha256(body).hexdigest().encode()
+
+
+def _is_sealed(content: bytes) -> bool:
+    length = len(_SEAL % bytes(64))
+    body, seal = memoryview(content)[:-length], content[-length:]
+    return seal == _SEAL % hashlib.sha256(body).hexdigest().encode()
 
 
 def with_identities(
@@ -175,8 +198,9 @@ def _malformed(path: Path | str, fault: str) -> DataError:
 def _parse(path: Path | str, content: Any) -> Manifest:
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise _malformed(path, f'is not a manifest (no "format": "{_FORMAT}")')
-    if content.get("version") != _VERSION:
-        raise _malformed(path, f"has version {content.get('version')!r}, not {_VERSION}")
+    version = content.get("version")
+    if version not in _READABLE or isinstance(version, bool):
+        raise _malformed(path, f"has version {version!r}, not {_VERSION}")
     split, source, settings, shards_in = (
         content.get(name) for name in ("split", "source", "settings", "shards_in")
     )

@@ -27,28 +27,48 @@ def packed_folders(folder: Path) -> list[Path]:
 
 
 def verify_all(
-    folder: Path, workers: int = 1, progress: Callable[[int, int], None] | None = None
+    folder: Path,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> list[str]:
-    """Faults of every packed folder that `packed_folders` finds, one sentence each."""
+    """Faults of every packed folder that `packed_folders` finds, one sentence each.
+
+    Args:
+        folder: A packed folder, or one that holds several.
+        workers: Processes that read shards.
+        progress: Called with shards done and shards in all.
+        note: Called with a line on what is no fault but should be known.
+    """
     faults = []
     for packed in packed_folders(folder):
         try:
-            faults += verify(packed, workers, progress)
+            faults += verify(packed, workers, progress, note)
         except DataError as error:
             faults.append(str(error))
     return faults
 
 
 def verify(
-    folder: Path, workers: int = 1, progress: Callable[[int, int], None] | None = None
+    folder: Path,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> list[str]:
     """Faults of a packed folder against its manifest, one sentence each; empty when it is sound.
+
+    Arguments as `verify_all`.
 
     Raises:
         DataError: There is no manifest that can be read.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    if not manifest.is_sealed:
+        note(
+            f"{folder / MANIFEST_NAME}: is of a version without a digest of itself, so that a "
+            "changed number in it may go unseen; mmscale index writes it anew"
+        )
     folder = manifest.beside(folder)
     listed = {shard.name for shard in manifest.shards}
     faults = [

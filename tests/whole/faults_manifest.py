@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mmscale.data.manifest import sealed
 from tests.whole.damage import Place
 from tests.whole.faults_shards import Fault
 
@@ -16,12 +17,12 @@ NONE = ("verify", 0, ())
 def lie(
     name: str, change: Callable[[dict[str, Any]], object], verify: str, stream: str = ""
 ) -> Fault:
-    """A manifest that says something else of the first shard."""
+    """A manifest that was written to say something else of the first shard."""
 
     def make(place: Place) -> None:
         content = json.loads((place.folder / "manifest.json").read_text())
         change(content["shards"][0])
-        (place.folder / "manifest.json").write_text(json.dumps(content))
+        (place.folder / "manifest.json").write_bytes(sealed(content))
 
     # What only a look at every sample can find is verify's to find.
     last = ("stream", 4, (stream,)) if stream else ("stream", 0, ())
@@ -65,6 +66,12 @@ def cut(content: bytearray) -> None:
 
 def flip(content: bytearray) -> None:
     content[600] ^= 0xFF
+
+
+def other_number(content: bytearray) -> None:
+    """The id of an image, which training would believe."""
+    place = content.index(b'"images": [') + 14
+    content[place] ^= 1
 
 
 def swap_captions(content: bytearray) -> None:
@@ -142,7 +149,16 @@ FAULTS = [
     ),
     lie("places that fall", lambda s: s["offsets"].reverse(), "do not rise", "do not rise"),
     lie("a place behind the end", set_field("offsets", [0, 2**40]), "no tar block", "no tar block"),
-    lie("too many captions", set_field("captions", [9, 9]), "the manifest says 9"),
+    Fault(
+        "too many captions",
+        lie("", set_field("captions", [9, 1]), "").make,
+        (
+            ("verify", 4, ("the manifest says 9",)),
+            ("stream", 0, ("captions: 1, its manifest says 9",)),
+        ),
+        keys=frozenset("bcd"),
+        packed=True,
+    ),
     lie("no captions", set_field("captions", [0, 1]), "has no caption", "has no caption"),
     lie("wrong identities", foreign_ids, "identities are not those"),
     lie("identities of others", set_field("identities", {}), "not a list", "not a list"),
@@ -156,6 +172,12 @@ FAULTS = [
     lie("an absolute name", set_field("name", "/etc/passwd"), "plain file name", "plain file name"),
     lie("a name with NUL", set_field("name", "a\0.tar"), "plain file name", "plain file name"),
     lie("a shard twice", set_field("name", "train-000001.tar"), "a shard twice", "a shard twice"),
+    changed(
+        "a number changed in a manifest",
+        lambda p: edit(p, "manifest.json", other_number),
+        "its digest is another",
+        "its digest is another",
+    ),
     torn("half a manifest", b'{"format": "mmscale-manifest", "version": 1, "sha', "as JSON"),
     torn("an empty manifest", b"", "as JSON"),
     torn("a manifest 100,000 levels deep", b"[" * 10**5, "as JSON"),
