@@ -67,11 +67,10 @@ class Identities:
         images, captions = mapped(self.images, change), mapped(self.captions, change)
         return replace(self, images=images, captions=captions, groups=groups)
 
-    def relabelled(self, names: Sequence[str], among: Sequence[str]) -> "Identities":
-        """The same with its classes, if they have `names`, numbered by their places in `among`."""
-        if self.labels is None or not names:
+    def relabelled(self, numbers: Sequence[int]) -> "Identities":
+        """The same with `numbers` in place of the classes 0, 1 and so on; none: as they are."""
+        if self.labels is None or not numbers:
             return self
-        numbers = tuple(among.index(name) for name in names)
         return replace(self, labels=mapped(self.labels, partial(_renumbered, numbers)))
 
 

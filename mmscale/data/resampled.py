@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate, count, islice
 
 from mmscale.config.schema import DataConfig
@@ -20,7 +21,8 @@ from mmscale.data.lanes import seeded
 from mmscale.data.members import image_id_of
 from mmscale.data.reader import Drawn, Sample
 from mmscale.data.remote import Web, is_web, shown
-from mmscale.data.shards import AT_ONCE, Place, ShardSet
+from mmscale.data.shard_set import Place, ShardSet
+from mmscale.data.shards import AT_ONCE, scopes_of
 from mmscale.data.tar_stream import read_from, read_through, size_of
 from mmscale.errors import DataError
 
@@ -51,6 +53,22 @@ class Resampling:
     epoch_samples: int
     sizes: tuple[float, ...] = ()
     _counts: dict[Place, int] = field(default_factory=dict, compare=False, repr=False)
+
+    def identified(self, shard: int, content: Sample | str) -> Sample | str:
+        """A sample with an id that no other image has.
+
+        An id that its json brings counts within its source, a key within its shard.
+        """
+        if isinstance(content, str):
+            return content
+        source, name = self._scopes[shard]
+        own = image_id_of(name, content.key) if content.is_keyed else content.image_id
+        # Of the first source as they are; wherever the sources lie.
+        return replace(content, image_id=own ^ (seeded("source", source) if source else 0))
+
+    @cached_property
+    def _scopes(self) -> list[tuple[int, str]]:
+        return scopes_of(self.paths)
 
     def lanes(
         self, count: int, length: int, buffer: int, seed: int, epoch: int
@@ -184,7 +202,7 @@ class SequentialLane:
                 samples = read_through(paths[shard], web)
             for sample, content in enumerate(samples):
                 empty = 0
-                yield Drawn(shard, sample, turn, turn, _of_shard(paths[shard], content))
+                yield Drawn(shard, sample, turn, turn, plan.identified(shard, content))
             if empty >= _MOST_EMPTY:
                 raise DataError(
                     f"{shown(paths[shard])}: holds no sample, like {empty - 1} drawn before it; "
@@ -200,13 +218,6 @@ class SequentialLane:
 
     def _draw(self, edges: Sequence[float], number: int) -> int:
         return min(bisect_right(edges, _fraction(self._seed, number) * edges[-1]), len(edges) - 1)
-
-
-def _of_shard(path: Place, content: Sample | str) -> Sample | str:
-    """A sample whose id says whose image it is in any shard: others may use the same keys."""
-    if isinstance(content, str) or not content.is_keyed:
-        return content
-    return replace(content, image_id=image_id_of(str(path), content.key))
 
 
 def _fraction(*seed: object) -> float:

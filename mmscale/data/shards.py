@@ -1,12 +1,11 @@
 """Which shards a setting names, and where they lie: folders, globs, brace lists, URLs, commands."""
 
 import glob
-import hashlib
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TypeAlias
@@ -25,10 +24,9 @@ from mmscale.data.manifest import (
     read_manifest,
 )
 from mmscale.data.remote import NotThereError, Web, is_pipe, is_remote, is_web, piped, shown
-from mmscale.data.unread import raw
+from mmscale.data.shard_set import Origin, Place, ShardSet, told_apart
 from mmscale.errors import ConfigError, DataError
 
-Place: TypeAlias = Path | str
 Setting: TypeAlias = "str | list[str] | list[SourceConfig]"
 
 _MOST_SHARDS = 1_000_000
@@ -39,52 +37,6 @@ _TAR_NAME = re.compile(r"[^\s/'\"=:]+\.tar")
 _MARK = "\0"
 # Sizes are asked of a file server many at a time.
 AT_ONCE = 16
-
-
-@dataclass(frozen=True)
-class ShardSet:
-    """Shards and where they lie.
-
-    Attributes:
-        shards: Their manifests' records; none where they are read without a manifest.
-        paths: A file, a URL or a command each.
-        digest: Changes when any byte of any shard does.
-        sources: How many of the shards each source has, in their order, and its weight.
-        salts: For each shard, what the image ids in its tar are combined with, by exclusive or, to
-            give the ids that count: an id says whose image it is within one manifest only. None
-            where the ids count as they are, with a single manifest.
-        labels_clash: Whether labels have names in one manifest and are bare numbers in another.
-    """
-
-    shards: tuple[Shard, ...]
-    paths: tuple[Place, ...]
-    digest: str
-    sources: tuple[tuple[int, float], ...]
-    salts: tuple[int, ...] = ()
-    labels_clash: bool = False
-
-    @property
-    def samples(self) -> int:
-        """Images in all shards."""
-        return sum(shard.samples for shard in self.shards)
-
-    @property
-    def copies(self) -> int:
-        """Images that have the bytes of another, as far as the manifests count them."""
-        return sum(shard.identities.copies for shard in self.shards if shard.identities)
-
-    @property
-    def described(self) -> str:
-        """Changes when the manifests count other samples, captions or ids in the same shards."""
-        digest = hashlib.sha256()
-        for shard in self.shards:
-            digest.update(raw(shard.captions) + b";")
-            digest.update(b";" if shard.identities is None else raw(shard.identities.images))
-        return digest.hexdigest()
-
-    def image_id(self, shard: int, own: int) -> int:
-        """The identity of an image whose tar says that it is `own`."""
-        return own ^ self.salts[shard] if self.salts else own
 
 
 def open_train(data: DataConfig) -> ShardSet:
@@ -108,7 +60,7 @@ def open_shards(setting: str, where: Setting, allow_pipe: bool = False) -> Shard
         DataError: No shard matches, or there is no manifest.
     """
     finder = _Finder(setting, allow_pipe)
-    picked: list[tuple[Place, Shard, _Origin]] = []
+    picked: list[tuple[Place, Shard, Origin]] = []
     sources = []
     for patterns, weight in _sources(where):
         found = [pair for pattern in patterns for pair in finder.indexed(pattern)]
@@ -119,32 +71,7 @@ def open_shards(setting: str, where: Setting, allow_pipe: bool = False) -> Shard
     names = ",".join(shard.sha256 for shard in shards)
     count = sum(len(patterns) for patterns, _ in _sources(where))
     opened = ShardSet(shards, paths, f"{count}:{names}", tuple(sources))
-    return opened if len(set(origins)) == 1 else _told_apart(opened, origins)
-
-
-def _told_apart(shards: ShardSet, origins: Sequence["_Origin"]) -> ShardSet:
-    """Shards of several manifests, with ids that no two of them share and one count of classes."""
-    labelled = {
-        origin.classes
-        for origin, shard in zip(origins, shards.shards, strict=True)
-        if shard.identities is not None and shard.identities.labels is not None
-    }
-    classes = sorted({name for names in labelled for name in names})
-    clash = () in labelled and len(labelled) > 1
-    salts = tuple(origin.salt for origin in origins)
-    records = tuple(
-        shard
-        if shard.identities is None
-        else replace(
-            shard,
-            identities=(shard.identities ^ origin.salt)
-            if clash
-            else (shard.identities ^ origin.salt).relabelled(origin.classes, classes),
-        )
-        for shard, origin in zip(shards.shards, origins, strict=True)
-    )
-    digest = f"{shards.digest}:{','.join(origin.digest for origin in origins)}"
-    return replace(shards, shards=records, digest=digest, salts=salts, labels_clash=clash)
+    return opened if len(set(origins)) == 1 else told_apart(opened, origins)
 
 
 def list_shards(setting: str, where: Setting, allow_pipe: bool = False) -> ShardSet:
@@ -181,24 +108,6 @@ def _is_folder(pattern: str) -> bool:
         return False
 
 
-@dataclass(frozen=True)
-class _Origin:
-    """A manifest that shards come from.
-
-    Attributes:
-        digest: Of the shards that it lists: the same wherever it lies.
-        classes: Names of its labels' numbers; empty where labels are numbers.
-    """
-
-    digest: str
-    classes: tuple[str, ...]
-
-    @property
-    def salt(self) -> int:
-        """63 bits that set its ids apart from those of others."""
-        return int(self.digest[:16], 16) >> 1
-
-
 @dataclass
 class _Finder:
     """What patterns of one setting match; reads each manifest once."""
@@ -207,10 +116,10 @@ class _Finder:
     allow_pipe: bool
     _web: Web = field(default_factory=Web)
     _manifests: dict[str, dict[str, Shard]] = field(default_factory=dict)
-    _origins: dict[str, _Origin] = field(default_factory=dict)
+    _origins: dict[str, Origin] = field(default_factory=dict)
     _shards_in: dict[str, Path] = field(default_factory=dict)
 
-    def indexed(self, pattern: str) -> list[tuple[Place, Shard, _Origin]]:
+    def indexed(self, pattern: str) -> list[tuple[Place, Shard, Origin]]:
         """Shards of a pattern with their manifest's records, and which manifest that is."""
         folder = self._folder(pattern)
         if folder is not None:
@@ -298,7 +207,7 @@ class _Finder:
                 else self._fetch_manifest(str(folder))
             )
             self._manifests[str(folder)] = {shard.name: shard for shard in manifest.shards}
-            self._origins[str(folder)] = _Origin(manifest.digest, manifest.classes)
+            self._origins[str(folder)] = Origin(manifest.digest, manifest.classes)
             if manifest.shards_in is not None:
                 self._shards_in[str(folder)] = self._elsewhere(folder, manifest)
         return self._manifests[str(folder)]
@@ -362,6 +271,20 @@ def _split(path: Place) -> tuple[Place, str]:
     parts = urlsplit(path)
     folder, _, name = parts.path.rpartition("/")
     return urlunsplit((parts.scheme, parts.netloc, folder, parts.query, "")), unquote(name)
+
+
+def scopes_of(paths: Sequence[Place]) -> list[tuple[int, str]]:
+    """For shards without a manifest: which source each is of, by its folder, and its name there."""
+    numbers: dict[str, int] = {}
+    found = []
+    for path in paths:
+        try:
+            folder, name = _split(path)
+        except DataError:
+            # A command that names no tar is a source of its own.
+            folder, name = path, ""
+        found.append((numbers.setdefault(str(folder), len(numbers)), name))
+    return found
 
 
 def _on_disk(pattern: str) -> list[Path]:

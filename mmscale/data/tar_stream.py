@@ -15,7 +15,7 @@ from typing import IO, TypeVar, cast
 from mmscale.data.members import largest_member
 from mmscale.data.reader import DamagedSampleError, Sample, sample_of, wanted_name
 from mmscale.data.remote import CHUNK, Web, is_pipe, is_web, piped, shown
-from mmscale.data.shards import Place
+from mmscale.data.shard_set import Place
 from mmscale.data.tar_header import SoundHeader
 from mmscale.errors import DataError
 

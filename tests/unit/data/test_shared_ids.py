@@ -11,7 +11,7 @@ from PIL import Image
 
 from mmscale.config.load import load_config
 from mmscale.data.index import index
-from mmscale.data.manifest import read_manifest
+from mmscale.data.manifest import read_manifest, sealed
 from mmscale.data.reader import SampleReader
 from mmscale.data.resampled import plan_resampling
 from mmscale.data.shards import open_shards, open_train
@@ -167,7 +167,7 @@ def test_a_manifest_cannot_name_commands_or_addresses(tmp_path, place):
     path = tmp_path / "s" / "manifest.json"
     content = json.loads(path.read_text())
     content["shards_in"] = place.format(canary=tmp_path / "canary")
-    path.write_text(json.dumps(content))
+    path.write_bytes(sealed(content))
     for words in ("data.allow_pipe=false", "data.allow_pipe=true"):
         config = load_config(["demo", f"data.train={tmp_path / 's'}", words])
         with pytest.raises(DataError, match="which is no folder here"):

@@ -18,8 +18,9 @@ from mmscale.contracts import InputSpec, Position, World
 from mmscale.data.index import index
 from mmscale.data.manifest import read_manifest, write_manifest
 from mmscale.data.reader import SampleReader
+from mmscale.data.resampled import plan_resampling
 from mmscale.data.schedule import plan_schedule
-from mmscale.data.shards import open_shards, open_train
+from mmscale.data.shards import open_shards, open_train, scopes_of
 from mmscale.data.stream import TrainStream
 from mmscale.diagnostics.retrieval import recalls
 from mmscale.dist.device import choose
@@ -266,3 +267,43 @@ def test_classes_that_cannot_be_matched_are_refused(tmp_path):
     config = load_config([*words, kinds, "model.fusion.classes=8"])
     with pytest.raises(DataError, match="names in one source"):
         plan_schedule(config, open_train(config.data), 1)
+
+
+def drawn_ids(where):
+    """Ids of what is drawn without a manifest: by source, shard and key."""
+    config = load_config(["demo", f"data.train={where}", "data.resampled=true"])
+    shards = open_train(config.data)
+    found = {}
+    for lane in plan_resampling(config.data, shards).lanes(2, 100, 4, 0, 0):
+        for item in lane.items():
+            path = shards.paths[item.shard]
+            place = (path.parent.name, path.name, item.content.key)
+            assert found.setdefault(place, item.content.image_id) == item.content.image_id
+    return found
+
+
+def test_without_a_manifest_a_key_counts_in_its_shard_and_an_id_in_its_source(tmp_path):
+    for kind in ("keys", "ids"):
+        for source in ("a", "b"):
+            for shard in range(2):
+                write(tmp_path / kind / f"{source}{shard}", f"{source}{shard}", kind=kind, shards=1)
+                folder = tmp_path / kind / source
+                folder.mkdir(exist_ok=True)
+                (tmp_path / kind / f"{source}{shard}" / "00000.tar").rename(folder / f"{shard}.tar")
+    # The same keys in four shards: 32 images; the same ids in two sources of two shards each: 16.
+    for kind, images in (("keys", 32), ("ids", 16)):
+        one, other = tmp_path / kind / "a", tmp_path / kind / "b"
+        found = drawn_ids(f"[{one},{other}]")
+        assert len(found) == 32
+        assert len(set(found.values())) == images
+        # The first source's do not change with what is read beside it, nor with where it lies.
+        (tmp_path / kind).rename(tmp_path / f"moved-{kind}")
+        alone = drawn_ids(tmp_path / f"moved-{kind}" / "a")
+        assert alone == {place: number for place, number in found.items() if place[0] == "a"}
+    assert sorted(set(alone.values())) == list(range(8))
+
+
+def test_a_command_without_a_tars_name_is_a_source(tmp_path):
+    folder = write(tmp_path / "a", 0, shards=1)
+    commands = [f"pipe:cat '{folder}'/*", f"pipe:head -c 999999 '{folder}'/*"]
+    assert scopes_of(commands) == [(0, ""), (1, "")]
