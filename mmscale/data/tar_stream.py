@@ -126,7 +126,7 @@ def _is_header(block: bytes) -> bool:
         return False
     try:
         tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
-    except tarfile.HeaderError:  # type: ignore[attr-defined]
+    except tarfile.HeaderError:
         return False
     return True
 
