@@ -71,12 +71,12 @@ def measured(stage, words, queue):
             found.update(persistent(engine, stage, Storages(before), bank))
             apply(factor, norm)
 
-        def spied_backward(loss, last):
+        def spied_backward(loss, last, scaled=False):
             if last:
                 found["whole gradients"] = sum(
                     p.grad.nbytes for p in engine.module.parameters() if p.grad is not None
                 )
-            backward(loss, last)
+            backward(loss, last, scaled)
 
         kept = {}
 
