@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mmscale.dist.signals import heeding_signals
-from mmscale.errors import CheckpointError, ConfigError, printable, saying_how_to_go_on
+from mmscale.errors import CheckpointError, ConfigError, DataError, printable, saying_how_to_go_on
 from mmscale.options import file_out, folder_out, reading
 from mmscale.outputs import file_output, require_file, require_folder, write_output, writing
 
@@ -575,7 +575,11 @@ def _trained(run: Path, data: str | None, words: list[str] | None) -> tuple[Any,
     where = data or trained.config.data.eval
     if where is None:
         raise ConfigError(f"{run} was trained without data.eval; name the pairs with --data")
-    shards = open_shards("--data" if data else "data.eval", where)
+    try:
+        shards = open_shards("--data" if data else "data.eval", where)
+    except DataError as error:
+        # A run may name its pairs as they lay from another working folder.
+        raise (error if data else DataError(f"{error}; or name the pairs with --data")) from error
     if line := copies_line(str(where), shards.copies, shards.samples):
         _tell(line)
     return trained, shards

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -122,7 +122,7 @@ def heeding_signals(command: Callable[[], int]) -> int:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _with_signals(command: Callable[[], int], mask: set[signal.Signals]) -> int:
+def _with_signals(command: Callable[[], int], mask: Iterable[int]) -> int:
     blocked = signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
         return command()

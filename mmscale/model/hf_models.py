@@ -31,7 +31,7 @@ def model_folder(name: str, key: str) -> str:
     Raises:
         ConfigError: The name is a path and nothing is there.
     """
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_dir():
         return str(path)
     if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:

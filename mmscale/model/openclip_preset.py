@@ -175,7 +175,7 @@ def _weights_file(name: str, weights: str) -> Path | None:
                 f"file of them, or to random."
             )
         return Path(found)
-    file = Path(weights).expanduser()
+    file = Path(weights)
     if not file.is_file():
         tags = open_clip.list_pretrained_tags_by_model(name)
         raise ConfigError(

@@ -53,7 +53,7 @@ def read_weights(file: str, key: str) -> dict[str, Tensor]:
         ConfigError: There is no such file.
         CheckpointError: It cannot be read as weights.
     """
-    path = Path(file).expanduser()
+    path = Path(file)
     if not path.is_file():
         raise ConfigError(
             f"{key}={file} is neither `pretrained` nor `random`, and there is no such file: "

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmscale.config.paths import path_of
 from mmscale.config.yaml import read_yaml
 from mmscale.errors import ConfigError, DataError
 
@@ -39,7 +40,10 @@ def read_recipe(path: Path) -> Recipe:
     splits = content.get("splits")
     if splits is not None and not isinstance(splits, dict):
         raise DataError(f"{path}: splits={_shown(splits)} is not a table of `split: list file`")
-    root = path.parent / Path(content.get("root", ".")).expanduser()
+    try:
+        root = path.parent / path_of(content.get("root", "."), f"{path}: root")
+    except ConfigError as error:
+        raise DataError(str(error)) from error
     if not root.is_dir():
         raise DataError(
             f"{path}: its root {root} is no folder; unpack the data there or change root"
