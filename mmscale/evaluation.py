@@ -9,7 +9,6 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from mmscale.assembly import Training
 from mmscale.checkpoint.files import Checkpoint
 from mmscale.checkpoint.resume import open_trained
 from mmscale.config.load import overridden, stage_config
@@ -23,9 +22,9 @@ from mmscale.diagnostics.reranking import reranked_recalls, shortlists
 from mmscale.diagnostics.retrieval import RECALLS, recalls
 from mmscale.dist.device import choose
 from mmscale.encoding import HeldOut, encode_set
+from mmscale.engine.ema import averaged
 from mmscale.engine.encode import Call
 from mmscale.engine.inference import Inference
-from mmscale.engine.momentum import averaged
 from mmscale.engine.rerank import match_scores
 from mmscale.errors import HaltError, printable
 from mmscale.model.build import build_model
@@ -61,7 +60,7 @@ def load_trained(
         ConfigError: A word would make it another model.
     """
     checkpoint = open_trained(path)
-    run, stage = overridden(checkpoint.config, words), checkpoint.progress.stage
+    run, stage = overridden(checkpoint.config, words), checkpoint.state.stage
     config = stage_config(run, stage)
     config = config.model_copy(update={"model": _kept(checkpoint, config.model)})
     if check is not None:
@@ -106,34 +105,32 @@ def evaluate_set(trained: Trained, shards: ShardSet, peers: Peers) -> dict[str, 
 
 
 def evaluate(
-    training: Training, progress: Callable[[int, int], None] = lambda done, total: None
-) -> tuple[dict[str, float], Pairs] | None:
-    """Recall on the held-out pairs, and their embeddings; None without any. Collective.
+    config: Config,
+    call: Call,
+    device: torch.device,
+    held_out: HeldOut,
+    peers: Peers,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[dict[str, float], Pairs]:
+    """Recall on held-out pairs, named as it is logged, and their embeddings. Collective.
 
     Args:
-        training: The run.
+        config: The run.
+        call: Forward of a model in evaluation mode.
+        device: Where it computes.
+        held_out: The pairs.
+        peers: All ranks.
         progress: Called as images are encoded, with how many and of how many.
+
+    Raises:
+        HaltError: The embeddings are not finite.
     """
-    held_out, engine = training.held_out, training.engine
-    if held_out is None:
-        return None
-    engine.module.eval()
-    momentum, call = training.companions.momentum, engine.call
-    if training.config.eval.weights == "ema" and momentum is not None:
-        call = momentum.call
-    table = held_out.table or encode_set(
-        training.config,
-        call,
-        engine.device,
-        held_out.shards,
-        held_out.spec,
-        training.peers,
-        progress,
-    )
-    pairs = embed(call, engine.device, table)
+    table = held_out.table
+    if table is None:
+        table = encode_set(config, call, device, held_out.shards, held_out.spec, peers, progress)
+    pairs = embed(call, device, table)
     require_finite(pairs, cached=held_out.table is not None)
-    figures = _figures(training.config, call, engine.device, held_out, training.peers, table, pairs)
-    engine.module.train()
+    figures = _figures(config, call, device, held_out, peers, table, pairs)
     named = {f"eval/{name}": value for name, value in figures.items()}
     return named | {"eval/mean": fmean(figures[name] for name in RECALLS)}, pairs
 

@@ -16,18 +16,20 @@ from typing import Any
 import torch
 from transformers import BertTokenizer
 
+from mmscale.checkpoint.state import RunState
 from mmscale.config.load import validate
 from mmscale.config.schema import Config
 from mmscale.contracts import Batch, InputSpec, World
 from mmscale.dist.device import choose
 from mmscale.dist.peers import Alone
 from mmscale.engine.accelerate import AccelerateEngine
-from mmscale.engine.step import update
 from mmscale.loss.objective import Objective
 from mmscale.model.build import build_model
 from mmscale.model.dual_encoder import Tokenizer
 from mmscale.model.registry import curated, curated_names, entries
 from mmscale.model.registry_measure import config_of
+from mmscale.training.part import Step
+from mmscale.training.step import Learner, train_step
 
 CAPTIONS = ["a red circle", "two dogs run over the green field", "a cat", "the small blue square"]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({*" ".join(CAPTIONS).split()})]
@@ -172,8 +174,10 @@ def _train(config: Config, vision: str, text: str, size: int) -> TrainedPair:
     objective = Objective(config, peers)
     losses = []
     for step, batch in enumerate(_batches(spec)):
-        record = update(
-            engine, objective, peers, batch, len(batch), config.optim.lr, 1.0, step, False
+        record = train_step(
+            Learner(engine, objective, peers, len(batch)),
+            batch,
+            Step(RunState(step), config.optim.lr),
         ).record
         assert record.applied, f"{vision} with {text}: the gradient of step {step} is not finite"
         losses.append(record.loss)

@@ -9,13 +9,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from mmscale.checkpoint.state import FileRecord, Progress, State, rank_file, read_state
+from mmscale.checkpoint.state import FileRecord, State, rank_file, read_state
 from mmscale.config.load import validate
 from mmscale.config.schema import Config
 from mmscale.config.staging import expanded
@@ -24,7 +24,7 @@ from mmscale.dist.peers import from_all, from_main
 from mmscale.errors import CheckpointError, ConfigError
 
 # What tensors that are not the model's are named with.
-COMPANIONS = ("momentum.", "hard_batches.", "queue.", "prototypes.")
+NOT_THE_MODEL = ("momentum.", "hard_batches.", "queue.", "prototypes.")
 # Suffix of a folder that is being written.
 PARTIAL = ".partial"
 
@@ -44,27 +44,6 @@ def step_folders(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "checkpoints").glob("step-" + "[0-9]" * 8), reverse=True)
 
 
-class Origin(Protocol):
-    """What a segment of a run goes on from: named whole tensors and how far the run had come."""
-
-    progress: Progress
-
-    def load_weights(self, model: nn.Module) -> None:
-        """Fill the model's parameters and buffers."""
-
-    def load_momentum(self, own: Mapping[str, Tensor]) -> None:
-        """Fill what the momentum encoder averages, by the names that the model has for it."""
-
-    def moments(self, name: str) -> dict[str, Tensor]:
-        """The optimizer state of a parameter; empty for one that was not trained."""
-
-    def random(self, rank: int) -> dict[str, Tensor]:
-        """Random state of a rank; empty where that rank did not exist."""
-
-    def companions(self, prefix: str) -> dict[str, Tensor]:
-        """Tensors that are not the model's, by what follows `prefix` in their names."""
-
-
 class Checkpoint:
     """A checkpoint on disk, verified when opened.
 
@@ -75,7 +54,8 @@ class Checkpoint:
         world: How many ranks wrote it.
         tensors: Every tensor by name.
         files: Names of what lies in it besides the ranks' files.
-        progress: How far the run had come.
+        state: What the run was at.
+        parts: What its parts remember, by their names.
     """
 
     def __init__(self, folder: Path, readers: World | None = None):
@@ -98,7 +78,8 @@ class Checkpoint:
         self.files = sorted(
             set(state.files) - {rank_file(r, self.world) for r in range(self.world)}
         )
-        self.progress = state.progress
+        self.state = state.state
+        self.parts = state.parts
 
     def _configuration(self, state: State) -> Config:
         try:
@@ -108,9 +89,9 @@ class Checkpoint:
                 f"{self.folder}: its configuration is none of this mmscale: "
                 f"{'; '.join(str(error).splitlines())}"
             ) from error
-        if state.progress.stage >= max(1, len(expanded(config))):
+        if state.state.stage >= max(1, len(expanded(config))):
             raise CheckpointError(
-                f"{self.folder}: is in stage {state.progress.stage} of a run without it"
+                f"{self.folder}: is in stage {state.state.stage} of a run without it"
             )
         return config
 
@@ -179,7 +160,7 @@ class Checkpoint:
         Raises:
             CheckpointError: The model is another; names the first differing tensors.
         """
-        theirs = [name for name in self.tensors if not name.startswith(COMPANIONS)]
+        theirs = [name for name in self.tensors if not name.startswith(NOT_THE_MODEL)]
         self._fill(model.state_dict(), theirs, "")
 
     def load_momentum(self, own: Mapping[str, Tensor]) -> None:
@@ -188,15 +169,16 @@ class Checkpoint:
         Raises:
             CheckpointError: There is none, or that of another model.
         """
-        prefix = COMPANIONS[0]
+        prefix = NOT_THE_MODEL[0]
         self._fill(own, [name for name in self.tensors if name.startswith(prefix)], prefix)
 
-    def companions(self, prefix: str) -> dict[str, Tensor]:
-        """Tensors that are not the model's, by what follows `prefix` in their names.
+    def tensors_of(self, part: str) -> dict[str, Tensor]:
+        """Tensors named `PART.*`, by what follows the dot.
 
         Raises:
             CheckpointError: There are none.
         """
+        prefix = f"{part}."
         names = [name for name in self.tensors if name.startswith(prefix)]
         if not names:
             raise CheckpointError(f"{self.folder}: holds no {prefix}*; start another run.dir")

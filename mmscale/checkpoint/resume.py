@@ -126,8 +126,8 @@ def open_trained(path: Path) -> Checkpoint:
         CheckpointError: Neither.
     """
     opened = open_checkpoint(path, World())
-    best = opened.progress.best
-    if opened.folder == path or best is None or best.step == opened.progress.step:
+    best = opened.state.best
+    if opened.folder == path or best is None or best.step == opened.state.step:
         return opened
     return Checkpoint(step_folder(path, best.step))
 
@@ -161,7 +161,7 @@ def require_same_run(
     Raises:
         ConfigError: Names each such setting with both values.
     """
-    folder, progress = checkpoint.folder, checkpoint.progress
+    folder, state = checkpoint.folder, checkpoint.state
     repair = "put it back, or start another run.dir"
     if config.run.resume not in ("auto", "never"):
         repair = (
@@ -179,11 +179,11 @@ def require_same_run(
             f"{DATA}={config.data.train} holds other shards (digest {now[:12]}) than those "
             f"({before[:12]}) that {folder} was trained on; restore them, or start another run.dir"
         )
-    now_lanes = lanes[progress.stage] if progress.stage < len(lanes) else progress.lanes
-    if progress.lanes != now_lanes:
+    now_lanes = lanes[state.stage] if state.stage < len(lanes) else state.lanes
+    if state.lanes != now_lanes:
         faults.append(
-            f"data.lanes={now_lanes} differs from the {progress.lanes} that {folder} was trained "
-            f"with; use a number of ranks that divides {progress.lanes}"
+            f"data.lanes={now_lanes} differs from the {state.lanes} that {folder} was trained "
+            f"with; use a number of ranks that divides {state.lanes}"
         )
     if needs_momentum(config) and not needs_momentum(checkpoint.config):
         faults.append(

@@ -160,7 +160,7 @@ class Saver:
             self.settle()
 
     def _start(self, snapshot: Snapshot, counts: Counts) -> None:
-        folder = step_folder(self._run_dir, snapshot.progress.step)
+        folder = step_folder(self._run_dir, snapshot.run.step)
         fault = self._agreed(self._make_aside(folder.with_suffix(PARTIAL)))
         if fault:
             self._failed(folder, fault)
@@ -173,7 +173,7 @@ class Saver:
         needed = sum(from_all(self._world, snapshot.bytes))
         if self._world.is_main:
             with suppress(OSError):
-                step = snapshot.progress.step
+                step = snapshot.run.step
                 removed = make_room(self._run_dir, step, snapshot.best_step, needed)
         removed = from_main(self._world, removed)
         if removed:
@@ -207,7 +207,7 @@ class Saver:
         except OSError as error:
             return _Fault.of(0, error)
         snapshot = flight.snapshot
-        self._thread.submit(self._prune, snapshot.progress.step, flight.counts, snapshot.best_step)
+        self._thread.submit(self._prune, snapshot.run.step, flight.counts, snapshot.best_step)
         return None
 
     def _prune(self, step: int, counts: Counts, best_step: int | None) -> None:

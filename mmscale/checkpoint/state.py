@@ -38,46 +38,36 @@ class Best:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far a run has come.
+class RunState:
+    """What a run is at.
 
     Attributes:
         step: Batches taken.
         updates: Updates made; smaller than `step` by those that were skipped.
+        samples: Rows taken since the run began.
         position: Where the stream goes on.
         damaged: Rows of this epoch that stood in for undecodable samples.
         lanes: Lanes of the data; the order of the rows depends on it.
-        metrics: The newest evaluation.
         stage: Number of the stage that trains, from 0.
         stage_start: `step` at which that stage began.
-        went_back: How often the weights went back to an earlier checkpoint's.
+        stage_updates: `updates` at which it began.
+        over: `stage` or `run` where an evaluation ended one of them before its time.
         best: The best evaluation by `checkpoint.best`.
         scaler: State of the engine's loss scaling; empty without one.
-        stage_updates: `updates` at which it began.
-        samples: Rows taken since the run began.
-        over: `stage` or `run` where an evaluation ended one of them before its time.
-        watched: What decides about that, by name.
-        parts: What else decides from update to update, by its name, as JSON.
-        owes_evaluation: The run was told to stop before an evaluation that was due.
     """
 
     step: int = 0
     updates: int = 0
+    samples: int = 0
     position: Position = field(default_factory=Position)
     damaged: int = 0
     lanes: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
     stage: int = 0
     stage_start: int = 0
-    went_back: int = 0
+    stage_updates: int = 0
+    over: str = ""
     best: Best | None = None
     scaler: dict[str, float] = field(default_factory=dict)
-    stage_updates: int = 0
-    samples: int = 0
-    over: str = ""
-    watched: dict[str, float] = field(default_factory=dict)
-    parts: dict[str, dict[str, Any]] = field(default_factory=dict)
-    owes_evaluation: bool = False
 
 
 class _Record(BaseModel):
@@ -115,7 +105,8 @@ class State(_Record):
         world: How many ranks wrote it.
         config: The resolved configuration, as JSON has it.
         contents: Digest of what each setting that names files or folders stood for.
-        progress: How far the run had come.
+        state: What the run was at.
+        parts: What its parts remember, by their names.
         tensors: Every tensor by name.
         files: Every other file of the folder; a file that is not among them is never read.
     """
@@ -125,18 +116,19 @@ class State(_Record):
     world: Annotated[int, Field(gt=0, lt=2**31)]
     config: dict[str, Any]
     contents: dict[str, str]
-    progress: Progress
+    state: RunState
+    parts: dict[str, dict[str, Any]]
     tensors: dict[str, TensorRecord]
     files: dict[str, FileRecord]
 
     @model_validator(mode="after")
     def _agrees(self) -> "State":
-        progress = self.progress
-        for name, value in {**vars(progress), **vars(progress.position)}.items():
+        state = self.state
+        for name, value in {**vars(state), **vars(state.position)}.items():
             if isinstance(value, int) and not 0 <= value < 2**63:
-                raise ValueError(f"progress.{name}={value} is not a count")
-        if progress.over not in ("", "stage", "run"):
-            raise ValueError(f"progress.over={progress.over!r} is neither `stage` nor `run`")
+                raise ValueError(f"state.{name}={value} is not a count")
+        if state.over not in ("", "stage", "run"):
+            raise ValueError(f"state.over={state.over!r} is neither `stage` nor `run`")
         if odd := next((name for name in self.files if not _PLAIN.fullmatch(name)), None):
             raise ValueError(f"files: {odd!r} is not the name of a file in the folder")
         ranks = [rank_file(rank, self.world) for rank in range(min(self.world, len(self.files)))]
@@ -181,7 +173,7 @@ def read_state(folder: Path) -> State:
     _refuse_older(folder, content)
     try:
         state = State.model_validate_json(content, strict=True)
-        _require_all_keys(json.loads(content)["progress"])
+        _require_all_keys(json.loads(content)["state"])
     except ValueError as error:
         raise CheckpointError(
             f"{folder / STATE}: does not describe a checkpoint ({_told(error)})"
@@ -196,12 +188,12 @@ def _told(error: ValueError) -> str:
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
-def _require_all_keys(progress: dict[str, Any]) -> None:
+def _require_all_keys(state: dict[str, Any]) -> None:
     """A dataclass would take its default for what is missing."""
-    _require_keys("progress", progress, Progress)
-    _require_keys("progress.position", progress["position"], Position)
-    if progress["best"] is not None:
-        _require_keys("progress.best", progress["best"], Best)
+    _require_keys("state", state, RunState)
+    _require_keys("state.position", state["position"], Position)
+    if state["best"] is not None:
+        _require_keys("state.best", state["best"], Best)
 
 
 def _require_keys(place: str, value: dict[str, Any], kind: type) -> None:

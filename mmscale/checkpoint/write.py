@@ -20,7 +20,7 @@ from mmscale.checkpoint.state import (
     FORMAT,
     VERSION,
     FileRecord,
-    Progress,
+    RunState,
     rank_file,
     write_state,
 )
@@ -55,7 +55,7 @@ class Snapshot:
     Attributes:
         tensors: This rank's share, in host memory of its own.
         state: What `state.json` is going to hold, the files' digests excepted.
-        progress: How far the run has come.
+        run: What the run is at.
         rank: This rank.
         attached: Further files by their names in the folder; rank 0 writes them.
         trained: Names of the parameters that are trained.
@@ -63,7 +63,7 @@ class Snapshot:
 
     tensors: dict[str, Tensor]
     state: dict[str, Any]
-    progress: Progress
+    run: RunState
     rank: int
     attached: Mapping[str, bytes] = field(default_factory=dict)
     trained: frozenset[str] = frozenset()
@@ -76,7 +76,7 @@ class Snapshot:
     @property
     def best_step(self) -> int | None:
         """Step of the best checkpoint so far."""
-        return None if self.progress.best is None else self.progress.best.step
+        return None if self.run.best is None else self.run.best.step
 
     @property
     def bytes(self) -> int:
@@ -85,7 +85,8 @@ class Snapshot:
 
 
 def take_snapshot(
-    progress: Progress,
+    run: RunState,
+    parts: Mapping[str, Any],
     kept: Kept,
     tensors: Iterable[NamedTensor],
     random: dict[str, Tensor],
@@ -94,9 +95,10 @@ def take_snapshot(
     """Copy the run's state to host memory, dealt out over ranks. Collective.
 
     Args:
-        progress: How far the run has come.
+        run: What the run is at.
+        parts: What its parts remember, as JSON by their names.
         kept: What is the same in all checkpoints of the run.
-        tensors: The engine's and its companions', in the same order on all ranks.
+        tensors: The engine's and its parts', in the same order on all ranks.
         random: This rank's random state.
         world: The ranks.
     """
@@ -108,10 +110,10 @@ def take_snapshot(
         if tensor.trained:
             trained.add(tensor.name)
         owner = load.index(min(load))
-        parts = {f"value/{tensor.name}": tensor.value} | {
+        values = {f"value/{tensor.name}": tensor.value} | {
             f"{key}/{tensor.name}": value for key, value in tensor.moments.items()
         }
-        load[owner] += sum(value.nbytes for value in parts.values())
+        load[owner] += sum(value.nbytes for value in values.values())
         shapes[tensor.name] = {
             "shape": list(tensor.value.shape),
             "rank": owner,
@@ -119,7 +121,7 @@ def take_snapshot(
         }
         if owner == world.rank:
             # A copy: the file must hold this moment, whatever the engine does with its memory.
-            mine |= {k: v.detach().to("cpu", copy=True).contiguous() for k, v in parts.items()}
+            mine |= {k: v.detach().to("cpu", copy=True).contiguous() for k, v in values.items()}
     mine |= {f"rng/{name}": state for name, state in random.items()}
     state = {
         "format": FORMAT,
@@ -127,10 +129,11 @@ def take_snapshot(
         "world": world.size,
         "config": kept.config,
         "contents": dict(kept.contents),
-        "progress": asdict(progress),
+        "state": asdict(run),
+        "parts": dict(parts),
         "tensors": shapes,
     }
-    return Snapshot(mine, state, progress, world.rank, kept.attached, frozenset(trained))
+    return Snapshot(mine, state, run, world.rank, kept.attached, frozenset(trained))
 
 
 def write_share(snapshot: Snapshot, aside: Path) -> None:

@@ -9,6 +9,9 @@ from mmscale.config.section import Section
 
 Share = Annotated[Ramp, within(0, 1)]
 ALL = Ramp.constant(1.0)
+# Sets up to this size get one slot an image; larger ones the latest rows.
+WHOLE_SET = 8192
+LATEST = 4096
 
 
 class QueueConfig(Section):
@@ -20,6 +23,12 @@ class QueueConfig(Section):
     """What encoded the remembered rows: the running mean of the weights, or the weights."""
     share: Share = ALL
     """Share of the slots, the latest, that losses look at; a number or a ramp."""
+
+    def slots(self, images: int) -> tuple[int, bool]:
+        """Slots for a set of so many images, and whether each image has one of its own."""
+        if self.size == "all" or (self.size == "auto" and images <= WHOLE_SET):
+            return images, True
+        return (LATEST if self.size == "auto" else int(self.size)), False
 
 
 class MiningConfig(Section):

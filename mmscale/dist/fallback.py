@@ -1,6 +1,5 @@
 """What happens where a device cannot do what a run needs: MPS, whose operations have gaps."""
 
-import sys
 import warnings
 from collections.abc import Callable, Collection
 from typing import Any
@@ -8,9 +7,6 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmscale.config.schema import Config
-from mmscale.dist.device import device_kind, this_machine
-from mmscale.errors import LaunchError
 
 # Dispatch keys under which an operation is there for every device.
 _COMPOSITE = ("CompositeImplicitAutograd", "CompositeExplicitAutograd")
@@ -61,44 +57,3 @@ def fall_back_line(
         return None
     warnings.filterwarnings("ignore", message=".*will fall back to run on the CPU")
     return f"{device} lacks {', '.join(lacking)}: run on the CPU, with copies each way"
-
-
-Attempt = Callable[[Config, Callable[[], None]], int]
-
-
-def starting_again_on_cpu(config: Config, attempt: Attempt) -> int:
-    """Train; where MPS fails before the first update is done, train again on the CPU.
-
-    Args:
-        config: The run.
-        attempt: Trains, and calls its second argument after each update.
-
-    Raises:
-        LaunchError: MPS failed later.
-    """
-    updates = 0
-
-    def updated() -> None:
-        nonlocal updates
-        updates += 1
-
-    try:
-        return attempt(config, updated)
-    except (RuntimeError, NotImplementedError, TypeError) as error:
-        if device_kind(config.engine, this_machine()) != "mps":
-            raise
-        what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        if updates:
-            raise LaunchError(
-                f"engine.device={config.engine.device}: mps failed after {updates} updates "
-                f"({what}); go on from the last checkpoint with engine.device=cpu"
-            ) from error
-    sys.stderr.write(
-        f"mmscale: the first step failed on mps ({what}); the run starts again on the CPU, as with "
-        f"engine.device=cpu\n"
-    )
-    engine = config.engine.model_copy(update={"device": "cpu"})
-    # What the first attempt left in the folder is no run that anyone would miss.
-    fresh = {"overwrite": True} if config.run.resume == "never" else {}
-    run = config.run.model_copy(update=fresh)
-    return attempt(config.model_copy(update={"engine": engine, "run": run}), updated)

@@ -19,7 +19,7 @@ from mmscale.contracts import NamedTensor, Shadow, World
 from mmscale.dist.device import DevicePolicy
 from mmscale.dist.peers import average_gradients
 from mmscale.dist.world import check_world
-from mmscale.engine.momentum import Replica
+from mmscale.engine.ema import Replica
 from mmscale.engine.optimizer import (
     parameter_groups,
     persistent_buffers,

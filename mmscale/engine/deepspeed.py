@@ -19,8 +19,8 @@ from mmscale.config.schema import Config
 from mmscale.contracts import NamedTensor, Shadow, World
 from mmscale.dist.device import DevicePolicy
 from mmscale.dist.world import check_world
+from mmscale.engine.ema import Replica, averaged
 from mmscale.engine.loss_scale import LossScale
-from mmscale.engine.momentum import Replica, averaged
 from mmscale.engine.optimizer import (
     parameter_groups,
     persistent_buffers,

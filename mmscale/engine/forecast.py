@@ -10,7 +10,6 @@ from mmscale.config.deepspeed import read_deepspeed
 from mmscale.config.schema import Config
 from mmscale.data.schedule import plan_schedule
 from mmscale.data.shards import open_train
-from mmscale.engine.bank import slots
 from mmscale.engine.deepspeed import deepspeed_settings
 from mmscale.engine.efficiency import GPUS, Step, predict
 from mmscale.engine.footprint import Footprint, footprint
@@ -103,7 +102,7 @@ def forecast(
             "lower it"
         )
     seen = footprint(model, spec, config, batch, tokens or spec.context_length, dtype)
-    queue, _ = slots(config.negatives.queue.size, data.images)
+    queue, _ = config.negatives.queue.slots(data.images)
     words: tuple[Any, ...] = (config, batch, queue, dtype)
     memory = {s.name: holdings(seen, s, *words) for s in shardings}
     _require_room(memory, chosen, batch, cluster)

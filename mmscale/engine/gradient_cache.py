@@ -12,10 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from mmscale.contracts import Batch, Embeddings, Engine, Features, LossOutput
+from mmscale.contracts import Batch, Engine, Features, LossInput, LossOutput
 from mmscale.dist.device import rng_state, set_rng_state
 from mmscale.dist.phases import phase
 
@@ -23,19 +22,15 @@ TOWERS = {"image": "vision", "text": "text"}
 
 
 @dataclass(frozen=True)
-class Judged:
+class StepOutput:
     """What comes after the towers, for all of a rank's rows.
 
     Attributes:
-        image: Images' embeddings.
-        text: Captions' embeddings.
-        scale: 1 / temperature.
-        loss: The objective.
+        rows: What the objective saw.
+        loss: What it made of them.
     """
 
-    image: Embeddings
-    text: Embeddings
-    scale: Float[Tensor, "1"]
+    rows: LossInput
     loss: LossOutput
 
 
@@ -50,16 +45,16 @@ def forward_backward(
     batch: Batch,
     micro_rows: int,
     sequences: bool,
-    judge: Callable[[Features], Judged],
-) -> Judged:
+    compute_loss: Callable[[Features], StepOutput],
+) -> StepOutput:
     """One window: all gradients of the batch's loss.
 
     Args:
         engine: With its window open.
         batch: This rank's rows, on the engine's device.
         micro_rows: Rows that fit in memory at once.
-        sequences: `judge` wants both towers' tokens too.
-        judge: From the features of all rows to embeddings and loss, with a graph.
+        sequences: `compute_loss` wants both towers' tokens too.
+        compute_loss: From the features of all rows to embeddings and loss, with a graph.
     """
     chunks, features = _encode(engine, batch, micro_rows, sequences)
     # A tower whose output has no gradient to receive is frozen: nothing to replay.
@@ -70,13 +65,13 @@ def forward_backward(
     ]
     for name, leaf in _named(features).items():
         leaf.requires_grad_(name.split("_")[0] in trained)
-    judged = judge(features)
+    output = compute_loss(features)
     with phase("backward"):
-        engine.backward(judged.loss.total, last=not trained)
+        engine.backward(output.loss.total, last=not trained)
     if trained:
         gradients = {name: leaf.grad for name, leaf in _named(features).items()}
         _replay(engine, batch, chunks, gradients, trained)
-    return judged
+    return output
 
 
 def encode_rows(engine: Engine, batch: Batch, rows: slice, sequences: bool) -> Features:

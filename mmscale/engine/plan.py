@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from mmscale.config.schema import Config
+from mmscale.contracts import World
 from mmscale.errors import ConfigError
 
 
@@ -38,6 +39,14 @@ class BatchPlan:
             f"chunk{'s' * (self.chunks > 1)} = {self.global_rows:,} pairs, "
             f"each contrasted with {self.global_rows - 1:,} others; {self.lanes} lanes"
         )
+
+
+def engine_kind(config: Config, world: World) -> str:
+    """`deepspeed` or `accelerate`."""
+    if config.engine.kind != "auto":
+        return config.engine.kind
+    sharded = config.engine.deepspeed is not None or world.launcher == "deepspeed"
+    return "deepspeed" if sharded else "accelerate"
 
 
 def plan_batch(config: Config, world: int) -> BatchPlan:

@@ -8,7 +8,7 @@ import torch
 
 from mmscale.checkpoint.files import Checkpoint
 from mmscale.checkpoint.saver import Saver
-from mmscale.checkpoint.state import Progress
+from mmscale.checkpoint.state import RunState
 from mmscale.checkpoint.write import Kept, take_snapshot
 from mmscale.config.schema import CheckpointConfig
 from mmscale.contracts import Position, World
@@ -16,9 +16,10 @@ from mmscale.dist.device import choose
 from mmscale.dist.peers import connect
 from mmscale.dist.world import join
 from mmscale.engine.plan import plan_batch
-from mmscale.engine.step import update
 from mmscale.loss.objective import Objective
 from mmscale.model.build import build_model
+from mmscale.training.part import Step
+from mmscale.training.step import Learner, train_step
 from tests.ranks import tiny
 from tests.ranks.launch import run_on_ranks
 
@@ -50,8 +51,8 @@ def _snapshot(engine):
 def _update(engine, config, world, step):
     objective, peers = Objective(config, connect(world)), connect(world)
     batch = tiny.share(tiny.joint_batch(step), world.rank, world.size)
-    rows = tiny.ROWS // world.size
-    return update(engine, objective, peers, batch, rows, 1e-2, 1.0, step, False).record
+    learner = Learner(engine, objective, peers, tiny.ROWS // world.size)
+    return train_step(learner, batch, Step(RunState(step), 1e-2)).record
 
 
 def _save_each(folder, stages):
@@ -67,12 +68,12 @@ def _train_and_save(folder, config, stage, world):
     engine = _engine(build_model(config.model, None, 0)[0], config, stage, world)
     for step in range(UPDATES):
         _update(engine, config, world, step)
-    progress = Progress(UPDATES, UPDATES, Position(0, UPDATES * tiny.ROWS), lanes=4)
+    at = RunState(UPDATES, UPDATES, position=Position(0, UPDATES * tiny.ROWS), lanes=4)
     state = _snapshot(engine)
     random = {"cpu": torch.get_rng_state()}
     saver = Saver(folder, world, CheckpointConfig(), print)
     kept = Kept(config.model_dump(mode="json"))
-    saver.save(take_snapshot(progress, kept, engine.tensors(), random, world))
+    saver.save(take_snapshot(at, {}, kept, engine.tensors(), random, world))
     # Training goes on while the files are written.
     record = _update(engine, config, world, UPDATES)
     saver.finish()
@@ -97,7 +98,7 @@ def _go_on(folder, config, stage, world):
     model, _ = build_model(config.model, None, 1)
     checkpoint.load_weights(model)
     engine = _engine(model, config, stage, world)
-    engine.restore(checkpoint.moments, checkpoint.progress.updates, {})
+    engine.restore(checkpoint.moments, checkpoint.state.updates, {})
     state = _snapshot(engine)
     record = _update(engine, config, world, UPDATES)
     after = _snapshot(engine)

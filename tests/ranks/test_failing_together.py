@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from mmscale.checkpoint.state import RunState
 from mmscale.contracts import World
 from mmscale.dist.failure import failing_together
 from mmscale.dist.peers import connect
 from mmscale.dist.world import join
-from mmscale.engine.step import update
 from mmscale.errors import DataError, explained
 from mmscale.loss.objective import Objective
+from mmscale.training.part import Step
+from mmscale.training.step import Learner, train_step
 from tests.ranks.launch import free_port
 from tests.ranks.tiny import ROWS, build_engine, joint_batch, share, tiny_config
 
@@ -54,7 +56,9 @@ def _train_until(kind: str, stage: str, failing: int, how: str) -> int:
                 print("fails now", flush=True)
                 _fail(how)
             batch = share(joint_batch(step), rank, size)
-            update(engine, objective, peers, batch, ROWS // size, 1e-2, 1.0, 0, False)
+            train_step(
+                Learner(engine, objective, peers, ROWS // size), batch, Step(RunState(0), 1e-2)
+            )
             step += 1
 
 

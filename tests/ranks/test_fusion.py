@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 
+from mmscale.checkpoint.state import RunState
 from mmscale.contracts import World
 from mmscale.dist.peers import connect
 from mmscale.dist.world import join
-from mmscale.engine.companions import Companions
-from mmscale.engine.matching import Matcher
-from mmscale.engine.step import update
 from mmscale.loss.objective import Objective
+from mmscale.training.part import Step
+from mmscale.training.parts.matching import Matching
+from mmscale.training.step import Learner, train_step
 from tests.ranks.launch import run_on_ranks
 from tests.ranks.tiny import ROWS, build_engine, joint_batch, read_gradients, share, tiny_config
 
@@ -39,7 +40,7 @@ def _updates(kind, file, chunks, dtype, world, frozen):
     config = tiny_config(**settings | ({"engine__deepspeed": file} if file else {}))
     engine, peers = build_engine(config, world, kind, dtype), connect(world)
     rows = ROWS // world.size
-    companions = Companions(matcher=Matcher(0, rows // chunks, negatives=True))
+    parts = [Matching(engine.call, 0, rows // chunks, negatives=True)]
     objective, records, gradients = Objective(config, peers), [], {}
     apply = engine.apply
 
@@ -50,8 +51,8 @@ def _updates(kind, file, chunks, dtype, world, frozen):
     engine.apply = keep_gradients
     for step in range(UPDATES):
         batch = share(joint_batch(step, dtype), world.rank, world.size)
-        args = (rows // chunks, 1e-2, 1.0, step, False, companions)
-        records.append(update(engine, objective, peers, batch, *args).record)
+        learner = Learner(engine, objective, peers, rows // chunks)
+        records.append(train_step(learner, batch, Step(RunState(step), 1e-2), parts).record)
     engine.close()
     return records, gradients
 

@@ -12,16 +12,18 @@ from typing import Any
 import pytest
 import torch
 
+from mmscale.checkpoint.state import RunState
 from mmscale.contracts import World
-from mmscale.course.skips import lowers_the_scale
 from mmscale.dist.device import choose
 from mmscale.dist.peers import connect
 from mmscale.engine.accelerate import AccelerateEngine
 from mmscale.engine.deepspeed import DeepSpeedEngine
 from mmscale.engine.plan import plan_batch
-from mmscale.engine.step import update
 from mmscale.loss.objective import Objective
 from mmscale.model.build import build_model
+from mmscale.training.part import Step
+from mmscale.training.parts.non_finite import lowers_the_scale
+from mmscale.training.step import Learner, train_step
 from tests.ranks.launch import run_on_ranks
 from tests.ranks.tiny import ROWS, joint_batch, share, tiny_config, weights
 
@@ -69,11 +71,10 @@ def trained(stage, dtype, first_scale, micro=ROWS // 2):
     peers = connect(world)
     objective = Objective(config, peers)
     records, scales = [], []
+    learner = Learner(engine, objective, peers, micro)
     for step in range(STEPS):
         batch = share(joint_batch(step), rank, 2)
-        records.append(
-            update(engine, objective, peers, batch, micro, 1e-2, 1.0, step, False).record
-        )
+        records.append(train_step(learner, batch, Step(RunState(step), 1e-2)).record)
         scales.append(engine.scaler().get("scale"))
     result = records, scales, weights(engine)
     engine.close()

@@ -10,18 +10,19 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from mmscale.checkpoint.state import RunState
 from mmscale.config.deepspeed import read_deepspeed
 from mmscale.contracts import World
 from mmscale.dist.peers import connect
-from mmscale.engine.bank import RowBank
-from mmscale.engine.companions import Companions
 from mmscale.engine.footprint import footprint
 from mmscale.engine.memory import Sharding, holdings
 from mmscale.engine.plan import plan_batch
-from mmscale.engine.step import update
 from mmscale.engine.wire import transfers
 from mmscale.loss.objective import Objective
 from mmscale.model.outline import outline
+from mmscale.training.part import Step
+from mmscale.training.parts.queue import Queue, RowBank
+from mmscale.training.step import Learner, train_step
 from tests.ranks.launch import run_on_ranks
 from tests.ranks.live import Storages, listening
 from tests.ranks.tiny import CPU, ROWS, build_engine, joint_batch, share, tiny_config
@@ -101,8 +102,13 @@ def measured(stage, words, queue):
             heard.clear()
             batch = share(joint_batch(step), rank, WORLD)
             micro = config.train.micro_batch_size
-            with_queue = Companions(bank=bank)
-            update(engine, objective, peers, batch, micro, 1e-2, 1.0, step, False, with_queue)
+            with_queue = [Queue(bank, peers, lambda step: 1.0, of_momentum=False)] if bank else []
+            train_step(
+                Learner(engine, objective, peers, micro),
+                batch,
+                Step(RunState(step), 1e-2),
+                with_queue,
+            )
         sizes = {mode: sum(size for size, _ in saved.values()) for mode, saved in kept.items()}
         found["tower activations"] = sizes["image"] + sizes["text"]
         engine.close()

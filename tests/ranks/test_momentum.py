@@ -8,20 +8,21 @@ import torch
 
 from mmscale.checkpoint.files import Checkpoint, step_folder
 from mmscale.checkpoint.saver import Saver
-from mmscale.checkpoint.state import Progress
+from mmscale.checkpoint.state import RunState
 from mmscale.checkpoint.write import Kept, take_snapshot
 from mmscale.config.schema import CheckpointConfig
 from mmscale.contracts import Position, World
 from mmscale.dist.device import choose
 from mmscale.dist.peers import connect
 from mmscale.dist.world import join
-from mmscale.engine.companions import Companions
-from mmscale.engine.momentum import MomentumEncoder, averaged, copy_of
+from mmscale.engine.ema import averaged, copy_of
 from mmscale.engine.plan import plan_batch
-from mmscale.engine.step import update
 from mmscale.loss.objective import Objective
 from mmscale.model.batch_norm import connect_batch_norms
 from mmscale.model.build import build_model
+from mmscale.training.part import Step
+from mmscale.training.parts.momentum import Momentum
+from mmscale.training.step import Learner, train_step
 from tests.ranks.launch import run_on_ranks
 from tests.ranks.tiny import ROWS, joint_batch, share, tiny_config, weights
 
@@ -50,27 +51,27 @@ class _Run:
         policy = choose(self.config.engine)
         self.engine = _engine(model.train(), self.config, stage, policy, world)
         if checkpoint is not None:
-            self.engine.restore(checkpoint.moments, checkpoint.progress.updates, {})
+            self.engine.restore(checkpoint.moments, checkpoint.state.updates, {})
         shadow = self.engine.shadow(follower)
-        self.momentum = MomentumEncoder(shadow, policy, DECAY, MICRO)
+        self.momentum = Momentum(shadow, policy, DECAY, MICRO, encodes=False)
         self.objective = Objective(self.config, connect(world))
 
     def update(self, step):
         batch = share(joint_batch(step), self.world.rank, self.world.size)
-        peers, companions = connect(self.world), Companions(self.momentum)
-        args = (ROWS // self.world.size, 1e-2, 1.0, step, False, companions)
-        return update(self.engine, self.objective, peers, batch, *args).record
+        rows = ROWS // self.world.size
+        learner = Learner(self.engine, self.objective, connect(self.world), rows)
+        return train_step(learner, batch, Step(RunState(step), 1e-2), [self.momentum]).record
 
     def mean(self):
         return {t.name: t.value.detach().clone() for t in self.momentum.tensors()}
 
     def save(self, folder):
         tensors = [*self.engine.tensors(), *self.momentum.tensors()]
-        progress = Progress(UPDATES, UPDATES, Position(0, UPDATES * ROWS), lanes=4)
+        state = RunState(UPDATES, UPDATES, position=Position(0, UPDATES * ROWS), lanes=4)
         config = self.config.model_dump(mode="json")
         random = {"cpu": torch.get_rng_state()}
         saver = Saver(folder, self.world, CheckpointConfig(), print)
-        saver.save(take_snapshot(progress, Kept(config), tensors, random, self.world))
+        saver.save(take_snapshot(state, {}, Kept(config), tensors, random, self.world))
         saver.finish()
 
     def close(self):

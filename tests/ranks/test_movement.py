@@ -4,12 +4,14 @@ import os
 
 import pytest
 
+from mmscale.checkpoint.state import RunState
 from mmscale.contracts import COMPONENTS, World
 from mmscale.dist.peers import connect
 from mmscale.dist.world import join
 from mmscale.engine.movement import Movement, trained_names
-from mmscale.engine.step import update
 from mmscale.loss.objective import Objective
+from mmscale.training.part import Step
+from mmscale.training.step import Learner, train_step
 from tests.ranks.launch import run_on_ranks
 from tests.ranks.tiny import build_engine, joint_batch, share, tiny_config, weights
 
@@ -31,7 +33,9 @@ def _moved(world_size, kind, settings):
     for step in range(STEPS):
         movement, before = Movement(engine), weights(engine)
         batch = share(joint_batch(step), world.rank, world_size)
-        record = update(engine, objective, peers, batch, 99, 1e-2, 1.0, step, False).record
+        record = train_step(
+            Learner(engine, objective, peers, 99), batch, Step(RunState(step), 1e-2)
+        ).record
         moved = movement.since(names, peers)
     after, whole = weights(engine), {}
     for component in COMPONENTS:

@@ -5,10 +5,12 @@ import os
 import pytest
 import torch
 
+from mmscale.checkpoint.state import RunState
 from mmscale.contracts import LossOutput, World
 from mmscale.dist.peers import connect
-from mmscale.engine.step import update
 from mmscale.loss.objective import Objective
+from mmscale.training.part import Step
+from mmscale.training.step import Learner, train_step
 from tests.ranks import tiny
 from tests.ranks.launch import run_on_ranks
 
@@ -33,7 +35,7 @@ def _train(kind, spoilt):
     for step in range(3):
         batch = tiny.share(tiny.joint_batch(step), rank, size)
         micro = tiny.ROWS // size
-        done = update(engine, judged, peers, batch, micro, 1e-2, 1.0, step, False)
+        done = train_step(Learner(engine, judged, peers, micro), batch, Step(RunState(step), 1e-2))
         states.append(tiny.weights(engine))
         applied.append(done.record.applied)
     engine.close()

@@ -6,19 +6,19 @@ import os
 import pytest
 import torch
 
-from mmscale.checkpoint.carried import Carried
-from mmscale.checkpoint.state import Progress
+from mmscale.checkpoint.state import RunState
 from mmscale.config.load import stage_config
 from mmscale.contracts import World
 from mmscale.dist.device import choose
 from mmscale.dist.peers import connect
 from mmscale.dist.world import join
-from mmscale.engine.balance import ModalityBalancer
 from mmscale.engine.plan import plan_batch
-from mmscale.engine.step import update
 from mmscale.loss.objective import Objective
 from mmscale.model.build import build_model
 from mmscale.model.selection import select
+from mmscale.training.part import Step
+from mmscale.training.parts.balance import ModalityBalancer
+from mmscale.training.step import Learner, train_step
 from tests.ranks import tiny
 from tests.ranks.launch import run_on_ranks
 
@@ -33,12 +33,12 @@ def _config(stage):
     return tiny.tiny_config(stages=STAGES, **sharded)
 
 
-def _engine(run, number, world, sharded, origin=None):
+def _engine(run, number, world, sharded, weights=None):
     config = stage_config(run, number)
     # Another seed: every weight must come from the stage before.
     model, _ = build_model(config.model, None, number)
-    if origin:
-        origin.load_weights(model)
+    if weights:
+        model.load_state_dict(weights)
     select(model, run, number)
     policy, plan = choose(config.engine), plan_batch(config, world.size)
     if sharded:
@@ -56,7 +56,8 @@ def _train(engine, config, world, steps):
     rows = tiny.ROWS // world.size
     for step in steps:
         batch = tiny.share(tiny.joint_batch(step), world.rank, world.size)
-        update(engine, objective, peers, batch, rows, 1e-2, 1.0, step, False)
+        learner = Learner(engine, objective, peers, rows)
+        train_step(learner, batch, Step(RunState(step), 1e-2))
 
 
 def _held(engine):
@@ -77,10 +78,9 @@ def _change_stage(stages):
         first, _ = _held(engine)
         _train(engine, config, world, (0, 1))
         before, _ = _held(engine)
-        carried = Carried(engine.tensors(), Progress(2, 2, stage=1, stage_start=2, stage_updates=2))
+        weights = {t.name: t.value.detach().cpu().clone() for t in engine.tensors()}
         engine.close()
-        engine, config = _engine(run, 1, world, stage, carried)
-        engine.restore(carried.moments, 0, {})
+        engine, config = _engine(run, 1, world, stage, weights)
         after, moments = _held(engine)
         _train(engine, config, world, (2, 3))
         found[stage] = first, before, after, moments, _held(engine)[0]
@@ -128,7 +128,8 @@ def _rates_with_balance(stage):
     join(World(), "gloo", 60, alone_too=True)
     world = World(rank, size, rank, "test")
     engine, config = _engine(_config(stage), 1, world, stage)
-    ModalityBalancer(config.optim.balance, engine, connect(world), {"balance": math.log(0.25)})
+    balancer = ModalityBalancer(config.optim.balance, engine, connect(world))
+    balancer.load({"balance": math.log(0.25)})
     _train(engine, config, world, (0,))
     inner = engine._zero if stage else engine._optimizer
     rates = {group["component"]: group["lr"] for group in inner.param_groups}

@@ -1,26 +1,29 @@
 """A tiny dual encoder and fixed rows: what the tests with real processes train."""
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 
+from mmscale.checkpoint.state import RunState
 from mmscale.config.load import validate
 from mmscale.config.needs import needs_momentum, needs_momentum_rows
 from mmscale.config.ramp import whole_steps
 from mmscale.config.schema import Config
-from mmscale.contracts import Batch, World
+from mmscale.contracts import Batch, Peers, World
 from mmscale.dist.device import choose
 from mmscale.dist.peers import connect
-from mmscale.engine.bank import RowBank, slots
-from mmscale.engine.clusters import EpochClusters
-from mmscale.engine.companions import Companions
-from mmscale.engine.momentum import MomentumEncoder, copy_of
+from mmscale.engine.ema import copy_of
 from mmscale.engine.plan import plan_batch
-from mmscale.engine.step import update
 from mmscale.loss.objective import Objective
 from mmscale.model.batch_norm import connect_batch_norms
 from mmscale.model.build import build_model
+from mmscale.training.part import Step
+from mmscale.training.parts.momentum import Momentum
+from mmscale.training.parts.prototypes import EpochClusters
+from mmscale.training.parts.queue import Queue, RowBank
+from mmscale.training.step import Learner, train_step
 
 ROWS = 12
 CPU = torch.device("cpu")
@@ -119,16 +122,11 @@ def train(
     engine = build_engine(config, world, kind, dtype)
     peers = connect(world)
     objective = Objective(config, peers)
-    size, unique = slots(config.negatives.queue.size, ROWS)
-    bank = RowBank(size, config.model.embed_dim, unique, CPU, dtype) if size else None
-    companions = Companions(
-        momentum=_momentum(engine, config, micro),
-        momentum_rows=needs_momentum_rows(config),
-        bank=bank,
-        bank_momentum=config.negatives.queue.source == "momentum",
-        bank_share=partial(config.negatives.queue.share.at, steps_of=whole_steps),
-        clusters=_clusters(config, world),
-    )
+    parts = [
+        *_momentum(engine, config, micro),
+        *_queue(config, peers, dtype),
+        *_clusters(config, world),
+    ]
     records, gradients = [], {}
     apply = engine.apply
 
@@ -140,8 +138,8 @@ def train(
     for step in range(steps):
         batch = share(joint_batch(step, dtype), rank, world_size)
         records.append(
-            update(
-                engine, objective, peers, batch, micro, 1e-2, 1.0, step, False, companions
+            train_step(
+                Learner(engine, objective, peers, micro), batch, Step(RunState(step), 1e-2), parts
             ).record
         )
     result = {"records": records, "gradients": gradients, "weights": weights(engine)}
@@ -149,17 +147,28 @@ def train(
     return result
 
 
-def _momentum(engine: Any, config: Config, micro: int) -> MomentumEncoder | None:
-    if not needs_momentum(config):
-        return None
-    shadow = engine.shadow(copy_of(engine.module, share_frozen=True))
-    return MomentumEncoder(shadow, choose(config.engine), config.model.momentum, micro)
+def _momentum(engine: Any, config: Config, micro: int) -> Iterator[Momentum]:
+    if needs_momentum(config):
+        shadow = engine.shadow(copy_of(engine.module, share_frozen=True))
+        queue = config.negatives.queue
+        encodes = needs_momentum_rows(config) or (queue.size and queue.source == "momentum")
+        decay = config.model.momentum
+        yield Momentum(shadow, choose(config.engine), decay, micro, bool(encodes))
 
 
-def _clusters(config: Config, world: World) -> EpochClusters | None:
+def _queue(config: Config, peers: Peers, dtype: torch.dtype) -> Iterator[Queue]:
+    queue = config.negatives.queue
+    size, unique = queue.slots(ROWS)
+    if size:
+        bank = RowBank(size, config.model.embed_dim, unique, CPU, dtype)
+        share = partial(queue.share.at, steps_of=whole_steps)
+        yield Queue(bank, peers, share, queue.source == "momentum")
+
+
+def _clusters(config: Config, world: World) -> Iterator[EpochClusters]:
     """Of the images of `joint_batch`, made anew every three updates."""
-    terms = [term for term in config.loss.terms if term.kind == "prototypes"]
-    return EpochClusters(terms[0], ROWS, 3, 0, world, CPU) if terms else None
+    for term in [term for term in config.loss.terms if term.kind == "prototypes"][:1]:
+        yield EpochClusters(term, ROWS, 3, 0, world, connect(world), CPU)
 
 
 def read_gradients(engine: Any, kind: str) -> dict[str, torch.Tensor]:

@@ -141,10 +141,6 @@ def main() -> None:
     draw, folder = random.Random(int(seed)), Path(trial)
     import torch  # noqa: F401 - once for all children
 
-    import mmscale.assembly
-    import mmscale.cli
-    import mmscale.train  # noqa: F401
-
     usual: set[str] = set()
     results = []
     for number in range(int(count) + 1):

@@ -79,7 +79,7 @@ def test_a_stage_takes_the_hard_batches_that_its_own_model_finds(synthetic, tmp_
     done = succeed([*ALONE, *words])
     assert "neighbours by the model as it is now" in done.stderr
     straight = course(folder)
-    kept = Neighbours.of(Checkpoint(step_folder(folder, 6)).companions("hard_batches."))
+    kept = Neighbours.of(Checkpoint(step_folder(folder, 6)).tensors_of("hard_batches"))
     pairs = embed_set(
         load_trained(step_folder(folder, 3)),
         open_shards("data.train", str(synthetic.train)),

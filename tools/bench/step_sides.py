@@ -64,10 +64,12 @@ def make_rows(rows: int, tokens: int, rank: int) -> tuple[Tensor, Tensor]:
 
 def ours(world: World, rows: int, tokens: int, chunks: int) -> tuple[Run, int]:
     """`engine.step.update` through the accelerate engine."""
+    from mmscale.checkpoint.state import RunState
     from mmscale.engine.accelerate import AccelerateEngine
-    from mmscale.engine.step import update
     from mmscale.loss.objective import Objective
     from mmscale.model.build import build_model
+    from mmscale.training.part import Step
+    from mmscale.training.step import Learner, train_step
 
     tower = {"name": "openclip:ViT-B-32", "weights": "random"}
     config = validate(
@@ -104,9 +106,11 @@ def ours(world: World, rows: int, tokens: int, chunks: int) -> tuple[Run, int]:
         captions=[""] * rows,
     )
 
+    learner = Learner(engine, objective, peers, rows // chunks)
+
     def run(steps: int) -> None:
         for step in range(steps):
-            update(engine, objective, peers, batch, rows // chunks, RATE, 1.0, step, False)
+            train_step(learner, batch, Step(RunState(step), RATE))
 
     return run, sum(parameter.numel() for parameter in model.parameters())
 

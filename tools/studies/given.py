@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from mmscale.checkpoint.state import RunState
 from mmscale.config.load import validate, with_words
 from mmscale.config.schema import Config
 from mmscale.contracts import Batch, World
@@ -20,16 +21,16 @@ from mmscale.diagnostics.pairs import Pairs
 from mmscale.dist.device import choose
 from mmscale.dist.peers import Alone
 from mmscale.engine.accelerate import AccelerateEngine
-from mmscale.engine.bank import RowBank, slots
-from mmscale.engine.companions import Companions
 from mmscale.engine.schedule import rate_factor
-from mmscale.engine.step import update
 from mmscale.loss.objective import Objective
 from mmscale.model.batch_norm import connect_batch_norms
 from mmscale.model.build import drawing_from
 from mmscale.model.heads import Head
 from mmscale.model.scale import LogitScale
 from mmscale.model.two_tower import TwoTower
+from mmscale.training.part import Step
+from mmscale.training.parts.queue import Queue, RowBank
+from mmscale.training.step import Learner, train_step
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,9 @@ class Model:
         connect_batch_norms(model, peers)
         self._engine = AccelerateEngine(model.train(), config, policy, World())
         self._objective = Objective(config, peers)
-        size, unique = slots(config.negatives.queue.size, len(pairs))
-        width = config.model.embed_dim
-        self._bank = RowBank(size, width, unique, policy.device) if size else None
+        size, unique = config.negatives.queue.slots(len(pairs))
+        bank = RowBank(size, config.model.embed_dim, unique, policy.device)
+        self._parts = [Queue(bank, peers, lambda step: 1.0, of_momentum=False)] if size else []
 
     def train(self, steps: int, told: Told = lambda step, model: None) -> None:
         """Some updates; `told` is called before the first and after each."""
@@ -110,17 +111,11 @@ class Model:
         for step in range(steps):
             chosen = torch.randperm(len(self._pairs), generator=self._generator)[:rows]
             factor = rate_factor(step, steps, warmup, config.optim.schedule)
-            update(
-                self._engine,
-                self._objective,
-                Alone(),
+            train_step(
+                Learner(self._engine, self._objective, Alone(), rows),
                 _batch(self._spoil(self._pairs.rows(chosen))),
-                rows,
-                config.optim.lr * factor,
-                factor,
-                step,
-                False,
-                Companions(bank=self._bank),
+                Step(RunState(step), config.optim.lr * factor, factor),
+                self._parts,
             )
             told(step + 1, self)
 

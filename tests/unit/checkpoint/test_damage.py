@@ -10,7 +10,7 @@ import torch
 
 from mmscale.checkpoint.files import Checkpoint, newest_sound, step_folder
 from mmscale.checkpoint.resume import open_trained
-from mmscale.checkpoint.state import DIGEST, STATE, Best, Progress
+from mmscale.checkpoint.state import DIGEST, STATE, Best, RunState
 from mmscale.checkpoint.write import Kept, publish_if_whole, take_snapshot, write_share
 from mmscale.config.load import validate
 from mmscale.contracts import NamedTensor, Position, World
@@ -32,19 +32,18 @@ def run_dir(tmp_path):
                 NamedTensor(name, torch.full((3, 4), float(step)), {"exp_avg": torch.ones(3, 4)})
                 for name in ("vision.weight", "text.weight", "momentum.text.weight")
             ]
-            progress = Progress(
+            run = RunState(
                 step,
                 step - 1,
-                Position(1, 3 * step),
+                position=Position(1, 3 * step),
                 lanes=4,
-                metrics={"eval/i2t_r1": 50.0, "eval/odd": float("nan")},
                 best=Best("eval/i2t_r1", 50.0, 10),
                 scaler={"scale": 1024.0},
-                watched={"stale": 1.0},
             )
+            parts = {"evaluation": {"metrics": {"eval/i2t_r1": 50.0, "eval/odd": float("nan")}}}
             noise = {"cpu": torch.get_rng_state()}
             kept = Kept(CONFIG, {"data.train": "0" * 64}, ATTACHED)
-            write_share(take_snapshot(progress, kept, tensors, noise, World(rank, 2)), aside)
+            write_share(take_snapshot(run, parts, kept, tensors, noise, World(rank, 2)), aside)
         assert publish_if_whole(aside)
     return tmp_path
 
@@ -83,16 +82,16 @@ def test_five_hundred_damages_are_seen_and_the_checkpoint_before_serves(run_dir)
         kind, content = _damage(path, draw)
         told = []
         found = newest_sound(run_dir, World(), told.append)
-        assert found.progress.step == 10, (path.name, kind)
+        assert found.state.step == 10, (path.name, kind)
         assert "falling back" in told[0]
         path.write_bytes(content)
         done[kind, path.name] += 1
     assert len(done) == 3 * len(files), "each kind, in each file"
-    assert newest_sound(run_dir, World()).progress.step == 20
+    assert newest_sound(run_dir, World()).state.step == 20
 
 
 def test_a_best_checkpoint_that_is_damaged_is_not_replaced_by_another(run_dir):
-    assert open_trained(run_dir).progress.step == 10
+    assert open_trained(run_dir).state.step == 10
     _damage(step_folder(run_dir, 10) / STATE, random.Random(1))
     with pytest.raises(CheckpointError, match="step-00000010"):
         open_trained(run_dir)
@@ -122,7 +121,7 @@ def _at(state, path):
 
 
 # Whose keys are names that a run is free to choose.
-FREE = {"config", "contents", "metrics", "scaler", "watched", "tensors"}
+FREE = {"config", "contents", "parts", "scaler", "tensors"}
 
 
 def _changes(holder, key):
@@ -145,7 +144,7 @@ def test_a_key_that_is_missing_unknown_or_of_another_kind_is_a_fault_not_a_defau
         for path in _places(whole)
         if not FREE & set(path[:-1]) and path[-1] not in {"best", *ATTACHED}
     ]
-    assert ("progress", "position", "rows") in places
+    assert ("state", "position", "rows") in places
     tried = 0
     for path in places:
         for changed in _changes(_at(whole, path[:-1]), path[-1]):
@@ -160,18 +159,18 @@ def test_a_key_that_is_missing_unknown_or_of_another_kind_is_a_fault_not_a_defau
             tried += 1
     assert tried > 100
     seal(folder, whole)
-    assert Checkpoint(folder).progress.step == 20
+    assert Checkpoint(folder).state.step == 20
 
 
 @pytest.mark.parametrize(
     ("place", "value"),
     [
-        (("progress", "step"), -1),
-        (("progress", "position", "rows"), 2**80),
-        (("progress", "stage"), 1),
-        (("progress", "over"), "never"),
-        (("progress", "step"), 20.5),
-        (("progress", "owes_evaluation"), 0),
+        (("state", "step"), -1),
+        (("state", "position", "rows"), 2**80),
+        (("state", "stage"), 1),
+        (("state", "over"), "never"),
+        (("state", "step"), 20.5),
+        (("parts", "evaluation"), 0),
         (("world",), 3),
         (("world",), 10**9),
         (("tensors", "vision.weight", "rank"), 2),
@@ -188,7 +187,7 @@ def test_a_value_that_cannot_be_is_refused_although_its_digest_is_right(run_dir,
     seal(folder, state)
     with pytest.raises(CheckpointError):
         Checkpoint(folder)
-    assert newest_sound(run_dir, World()).progress.step == 10
+    assert newest_sound(run_dir, World()).state.step == 10
 
 
 @pytest.mark.parametrize("content", [b"", b"null", b"[" * 100_000, b'{"a": ' * 100_000, b"\xff"])
@@ -217,7 +216,7 @@ def test_an_older_version_is_named(run_dir):
     folder = step_folder(run_dir, 20)
     (folder / DIGEST).unlink()
     state = read_state_of(folder)
-    (folder / STATE).write_text(json.dumps({**state, "version": 1, **state.pop("progress")}))
+    (folder / STATE).write_text(json.dumps({**state, "version": 1, **state.pop("state")}))
     with pytest.raises(CheckpointError, match="format version 1, this mmscale reads 2"):
         Checkpoint(folder)
 
@@ -228,6 +227,6 @@ def test_something_else_in_the_place_of_a_file_is_not_waited_for(run_dir):
         content = path.read_bytes()
         path.unlink()
         os.mkfifo(path)
-        assert newest_sound(run_dir, World()).progress.step == 10
+        assert newest_sound(run_dir, World()).state.step == 10
         path.unlink()
         path.write_bytes(content)

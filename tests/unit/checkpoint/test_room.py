@@ -6,7 +6,7 @@ from torch import nn
 
 from mmscale.checkpoint.files import newest_sound, step_folders
 from mmscale.checkpoint.saver import Saver
-from mmscale.checkpoint.state import Best, Progress
+from mmscale.checkpoint.state import Best, RunState
 from mmscale.checkpoint.write import Kept, take_snapshot
 from mmscale.config.duration import Duration
 from mmscale.config.load import validate
@@ -33,8 +33,8 @@ def _config(folder, **checkpoint) -> Config:
 def _snapshot(step, best=None, numel=NUMEL):
     config = _config("run").model_dump(mode="json")
     tensors = [NamedTensor("a", torch.full((numel,), float(step)), {})]
-    progress = Progress(step, best=None if best is None else Best("eval/mean", 1.0, best))
-    return take_snapshot(progress, Kept(config), tensors, {}, ALONE)
+    state = RunState(step, best=None if best is None else Best("eval/mean", 1.0, best))
+    return take_snapshot(state, {}, Kept(config), tensors, {}, ALONE)
 
 
 def _saver(folder, told, keep):

@@ -9,7 +9,7 @@ from mmscale.checkpoint.contents import contents_of
 from mmscale.checkpoint.files import Checkpoint, step_folder
 from mmscale.checkpoint.resume import require_same_run, starting_point
 from mmscale.checkpoint.saver import Saver
-from mmscale.checkpoint.state import Progress
+from mmscale.checkpoint.state import RunState
 from mmscale.checkpoint.write import Kept, take_snapshot
 from mmscale.config.load import load_config
 from mmscale.config.schema import CheckpointConfig
@@ -60,7 +60,7 @@ def _trained(folder, *words):
     contents = contents_of(config, open_train(config.data), ALONE, None)
     kept = Kept(config.model_dump(mode="json"), contents)
     saver = Saver(Path(folder), ALONE, CheckpointConfig(), print)
-    saver.save(take_snapshot(Progress(3, 3, lanes=64), kept, [], {}, ALONE))
+    saver.save(take_snapshot(RunState(3, 3, lanes=64), {}, kept, [], {}, ALONE))
     saver.finish()
     return config, Checkpoint(step_folder(Path(folder), 3))
 

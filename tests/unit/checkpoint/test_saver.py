@@ -8,7 +8,7 @@ import torch
 from mmscale.checkpoint.files import Checkpoint, newest_sound, step_folder
 from mmscale.checkpoint.resume import open_checkpoint, open_trained
 from mmscale.checkpoint.saver import Saver
-from mmscale.checkpoint.state import Best, Progress
+from mmscale.checkpoint.state import Best, RunState
 from mmscale.checkpoint.write import Kept, adopt_partial, take_snapshot, write_share
 from mmscale.config.load import validate
 from mmscale.config.schema import CheckpointConfig
@@ -21,8 +21,8 @@ KEPT = Kept(validate({"data": {"train": "shards"}}).model_dump(mode="json"))
 
 def _snapshot(step, world=ALONE, best=None, numel=1000):
     tensors = [NamedTensor(name, torch.full((numel,), float(step)), {}) for name in ("a", "b")]
-    progress = Progress(step, step, Position(0, step), lanes=1, best=best)
-    return take_snapshot(progress, KEPT, tensors, {"cpu": torch.get_rng_state()}, world)
+    state = RunState(step, step, position=Position(0, step), lanes=1, best=best)
+    return take_snapshot(state, {}, KEPT, tensors, {"cpu": torch.get_rng_state()}, world)
 
 
 def _save(saver, *snapshots):
@@ -43,7 +43,7 @@ def test_a_snapshot_holds_its_moment_whatever_becomes_of_the_tensors(tmp_path):
     living = torch.ones(100_000)
     tensors = [NamedTensor("a", living, {"exp_avg": living * 2})]
     saver = _saver(tmp_path)
-    saver.save(take_snapshot(Progress(3), KEPT, tensors, {}, ALONE))
+    saver.save(take_snapshot(RunState(3), {}, KEPT, tensors, {}, ALONE))
     living.zero_()
     saver.finish()
     read = Checkpoint(step_folder(tmp_path, 3))
@@ -67,9 +67,9 @@ def test_the_newest_stay_and_the_best(tmp_path):
     best = Best("eval/i2t_r1", 50.0, 2)
     _save(_saver(tmp_path, keep=2), *(_snapshot(step, best=best) for step in range(1, 7)))
     assert _steps(tmp_path) == [2, 5, 6]
-    assert open_checkpoint(tmp_path, ALONE).progress.step == 6
-    assert open_trained(tmp_path).progress.step == 2
-    assert open_trained(step_folder(tmp_path, 5)).progress.step == 5
+    assert open_checkpoint(tmp_path, ALONE).state.step == 6
+    assert open_trained(tmp_path).state.step == 2
+    assert open_trained(step_folder(tmp_path, 5)).state.step == 5
 
 
 def test_checkpoints_of_a_course_that_was_left_go(tmp_path):
@@ -86,11 +86,11 @@ def test_what_all_ranks_had_written_is_published_at_the_next_start(tmp_path):
         aside.mkdir()
         for rank in written:
             write_share(_snapshot(step, World(rank, 2)), aside)
-    assert newest_sound(tmp_path, ALONE).progress.step == 1
+    assert newest_sound(tmp_path, ALONE).state.step == 1
     adopt_partial(tmp_path)
     assert _steps(tmp_path) == [1, 2]
     newest = newest_sound(tmp_path, ALONE)
-    assert newest.progress.step == 2
+    assert newest.state.step == 2
     assert newest.read("value", "b").eq(2).all()
     assert sorted(path.name for path in newest.folder.iterdir()) == [
         "rank-00000-of-00002.safetensors",
@@ -149,7 +149,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_is_borne_so_often(small_di
     saver.save(_snapshot(7, numel=200_000))
     with pytest.raises(CheckpointError, match=r"step-00000007.*3 in a row"):
         saver.settle()
-    assert newest_sound(small_disk, ALONE).progress.step == 4
+    assert newest_sound(small_disk, ALONE).state.step == 4
 
 
 def test_a_run_does_not_end_well_without_its_last_checkpoint(small_disk):
@@ -162,15 +162,15 @@ def test_a_run_does_not_end_well_without_its_last_checkpoint(small_disk):
 def test_the_best_is_remembered_in_the_state(tmp_path):
     best = Best("eval/i2t_r1", 50.0, 1)
     _save(_saver(tmp_path), _snapshot(2, best=best), _snapshot(3))
-    assert Checkpoint(step_folder(tmp_path, 2)).progress.best == best
-    assert Checkpoint(step_folder(tmp_path, 3)).progress.best is None
+    assert Checkpoint(step_folder(tmp_path, 2)).state.best == best
+    assert Checkpoint(step_folder(tmp_path, 3)).state.best is None
 
 
 def test_files_beside_the_tensors_are_kept_under_digests(tmp_path):
     attached = {"text/tokenizer.json": b"{}", "vision.json": bytes(range(256))}
     kept = Kept(KEPT.config, {"data.train": "0" * 64}, attached)
     saver = _saver(tmp_path)
-    saver.save(take_snapshot(Progress(3), kept, [], {}, ALONE))
+    saver.save(take_snapshot(RunState(3), {}, kept, [], {}, ALONE))
     saver.finish()
     read = Checkpoint(step_folder(tmp_path, 3))
     assert {name: read.attached(name) for name in read.files} == attached
@@ -193,8 +193,8 @@ def test_weights_that_are_not_finite_are_never_published(tmp_path):
         )
     ):
         saver = _saver(tmp_path / str(number), failures=9)
-        saver.save(take_snapshot(Progress(1), KEPT, [sound, constant], {}, ALONE))
-        saver.save(take_snapshot(Progress(2), KEPT, [sound, tensor], {}, ALONE))
+        saver.save(take_snapshot(RunState(1), {}, KEPT, [sound, constant], {}, ALONE))
+        saver.save(take_snapshot(RunState(2), {}, KEPT, [sound, tensor], {}, ALONE))
         with pytest.raises(HaltError, match="not written, since rank 0: b is not finite"):
             saver.settle()
         assert _steps(tmp_path / str(number)) == [1], "nothing is left of it"

@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mmscale.checkpoint.state import RunState
 from mmscale.contracts import Features, LossInput, World
 from mmscale.dist.peers import Alone
 from mmscale.engine.gradient_cache import encode_rows
-from mmscale.engine.step import update
 from mmscale.loss.objective import Objective
+from mmscale.training.part import Step
+from mmscale.training.step import Learner, train_step
 from tests.ranks.tiny import build_engine, joint_batch, read_gradients, tiny_config
 
 DROPOUT = {
@@ -43,7 +45,7 @@ def gradients_of(settings, batch, micro, dtype=torch.float64):
     apply = engine.apply
     engine.apply = lambda *args: (kept.update(read_gradients(engine, "accelerate")), apply(*args))
     torch.manual_seed(SEED)
-    done = update(engine, objective, Alone(), batch, micro, 1e-2, 1.0, 0, False)
+    done = train_step(Learner(engine, objective, Alone(), micro), batch, Step(RunState(0), 1e-2))
     engine.close()
     return kept, done.record.loss
 

@@ -1,0 +1,420 @@
+"""From a configuration to a run: what all of its stages share, a stage, and its parts."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mmscale.checkpoint.files import Checkpoint, newest_sound
+from mmscale.checkpoint.lock import RunLock
+from mmscale.checkpoint.resume import first_weights, require_same_run
+from mmscale.checkpoint.state import RunState
+from mmscale.config.batches import OWN_MODEL
+from mmscale.config.deepspeed import zero_stage
+from mmscale.config.load import stage_config
+from mmscale.config.loss import PrototypesTerm
+from mmscale.config.needs import (
+    fusion_heads,
+    needs_momentum,
+    needs_momentum_rows,
+    with_fusion_decided,
+)
+from mmscale.config.schema import Config, ModelConfig
+from mmscale.config.staging import expanded
+from mmscale.contracts import Engine, InputSpec, World
+from mmscale.data.caption_text import with_cleaning
+from mmscale.data.features import CachedStream
+from mmscale.data.neighbours import Neighbours, read_neighbours
+from mmscale.data.schedule import Schedule, plan_schedule
+from mmscale.data.shards import open_train
+from mmscale.data.stream import TrainStream
+from mmscale.dist.device import DevicePolicy, choose, set_rng_state
+from mmscale.dist.peers import connect, from_all, from_main
+from mmscale.dist.world import join
+from mmscale.encoding import Tell, encoded_sets, found_alike
+from mmscale.engine.ema import averaged, copy_of
+from mmscale.engine.fit_heads import fit_heads
+from mmscale.engine.flops import count_flops
+from mmscale.engine.inference import Inference
+from mmscale.engine.optimizer_kind import optimizer_kind
+from mmscale.engine.plan import BatchPlan, engine_kind, plan_batch
+from mmscale.engine.rehearsal import gaps_line, update_fault
+from mmscale.engine.stages import stage_lengths
+from mmscale.errors import CheckpointError, LaunchError
+from mmscale.loss.objective import Objective
+from mmscale.model.batch_norm import connect_batch_norms
+from mmscale.model.build import build_model
+from mmscale.model.kept import kept_towers, tower_files
+from mmscale.model.presets import fill_preset, stand_in_line
+from mmscale.model.scale import with_scale_fitted
+from mmscale.model.selection import check_patterns, select
+from mmscale.model.two_tower import TwoTower
+from mmscale.model.unseen import unseen_line
+from mmscale.preflight import begin, checkpoints_ahead, require_outputs, require_room
+from mmscale.training.part import Part
+from mmscale.training.parts.balance import ModalityBalancer
+from mmscale.training.parts.checkpoints import Checkpoints
+from mmscale.training.parts.damage import Damage
+from mmscale.training.parts.divergence import Divergence
+from mmscale.training.parts.evaluation import Evaluation
+from mmscale.training.parts.health import Health
+from mmscale.training.parts.matching import Matching
+from mmscale.training.parts.momentum import Momentum
+from mmscale.training.parts.non_finite import NonFinite
+from mmscale.training.parts.prototypes import EpochClusters
+from mmscale.training.parts.queue import Queue, RowBank
+from mmscale.training.parts.stopping import Stopping
+from mmscale.training.stage import Job, Services, Stage, Start, Timetable
+from mmscale.training.step import Learner
+
+
+def prepare(config: Config, lock: RunLock, world: World, say: Tell) -> tuple[Job, Start]:
+    """What all stages share, and where the run begins or goes on. Collective.
+
+    Args:
+        config: The run's, as the user wrote it.
+        lock: Taken before anything looks into the run's folder.
+        world: The launcher's promise.
+        say: Takes a line about what is decided.
+    """
+    policy = choose(config.engine, world.local_rank)
+    run = _filled(config, policy, say)
+    if policy.has_gaps and (fault := update_fault(run, policy)):
+        # Nothing is built yet: the run is built on the CPU as if it had been asked for.
+        say(f"an update failed on {policy.device} ({fault}); the run is built on the CPU")
+        engine = config.engine.model_copy(update={"device": "cpu"})
+        config = config.model_copy(update={"engine": engine})
+        policy = choose(config.engine, world.local_rank)
+        run = _filled(config, policy, say)
+    kind = engine_kind(run, world)
+    stages = tuple(stage_config(run, number) for number in range(max(1, len(expanded(run)))))
+    plans = tuple(plan_batch(stage, world.size) for stage in stages)
+    for stage in stages:
+        optimizer_kind(stage.optim, policy.fused_optimizer, sharded=kind == "deepspeed")
+    _share_cores(policy, world)
+    join(world, policy.backend, run.engine.timeout, alone_too=kind == "deepspeed")
+    require_outputs(run, world)
+    shards = open_train(run.data)
+    lanes = [plan.lanes for plan in plans]
+    origin, kept = begin(run, lanes, shards, lock, world, say)
+    schedule = plan_schedule(stages[0], shards, lanes[0])
+    source = origin or first_weights(run.model)
+    if world.is_main:
+        kept = replace(kept, attached=tower_files(_towers(run.model, source)))
+    job = Job(
+        config=run,
+        stages=stages,
+        plans=plans,
+        kind=kind,
+        policy=policy,
+        world=world,
+        peers=connect(world),
+        shards=shards,
+        schedule=schedule,
+        lengths=tuple(stage_lengths(run, stages, schedule.items)),
+        kept=kept,
+        source=source,
+    )
+    if origin is None:
+        return job, Start(RunState(), {}, first_weights=source)
+    return job, Start(origin.state, origin.parts, origin)
+
+
+def _filled(config: Config, policy: DevicePolicy, say: Tell) -> Config:
+    """The configuration with all that is left to presets and to what is there."""
+    filled = fill_preset(config.model, policy.failing_towers)
+    if stand_in := stand_in_line(config.model, filled):
+        say(f"{policy.device}: {stand_in}")
+    return with_fusion_decided(config.model_copy(update={"model": filled}))
+
+
+def build_stage(job: Job, start: Start, say: Tell) -> Stage:
+    """A stage's data, model and engine, as they are where it starts. Collective.
+
+    Args:
+        job: The run.
+        start: Where the stage begins.
+        say: Takes a line about what is built, as it is built.
+    """
+    number = start.state.stage
+    config, plan = job.stages[number], job.plans[number]
+    start = replace(start, state=replace(start.state, lanes=plan.lanes))
+    table = _neighbours(config, job.world, start)
+    schedule = _schedule(job, number, table, say)
+    model, spec = _model(job, config, start)
+    if start.checkpoint is not None and start.checkpoint is job.source:
+        # A model of another kind has told itself by its tensors.
+        lanes = [plan.lanes for plan in job.plans]
+        require_same_run(start.checkpoint, job.config, job.kept.contents, lanes)
+    _freeze(job, number, model, spec, say)
+    timetable = _timetable(job, plan, schedule, start.state)
+    ahead = checkpoints_ahead(config, timetable.total_steps - start.state.step, timetable.uncut)
+    require_room(config, model, ahead, needs_momentum(config), job.world)
+    inference = Inference(model, job.policy)
+    features, held_out = encoded_sets(config, model, spec, inference, job.peers, job.shards, say)
+    stream: TrainStream | CachedStream = (
+        TrainStream(config, job.shards, schedule, spec, job.world)
+        if features is None
+        else CachedStream(schedule, job.shards, features, job.world)
+    )
+    if start.is_fresh:
+        fit_heads(model, inference, stream, job.peers, plan.micro_rows, spec)
+    if config.data.hard_batches.table == OWN_MODEL and table is None:
+        say("hard batches: neighbours by the model as it is now")
+        table = found_alike(
+            config, inference, features, job.shards, spec, job.world, job.peers, say
+        )
+        stream.schedule = plan_schedule(config, job.shards, plan.lanes, table)
+    connect_batch_norms(model, job.peers)
+    model.scale.follow(timetable.uncut)
+    follower = _follower(job, config, model, start)
+    is_counted = features is None and job.world.is_main  # cached features do not pass the towers
+    flops = count_flops(model.train(), spec) if is_counted else None
+    engine = _engine(job, config, plan, model.train())
+    _restore(engine, start, job)
+    objective = Objective(config, job.peers, timetable.uncut)
+    return Stage(
+        job=job,
+        config=config,
+        plan=plan,
+        learner=Learner(engine, objective, job.peers, plan.micro_rows),
+        follower=follower,
+        stream=stream,
+        spec=spec,
+        held_out=held_out,
+        flops=flops,
+        timetable=timetable,
+        start=start,
+        end=_end(job, start.state),
+    )
+
+
+def build_parts(stage: Stage, services: Services) -> tuple[Part, ...]:
+    """Whatever else the stage needs, as its start left it, in the order of their collectives.
+
+    Raises:
+        LaunchError: Ranks built different ones.
+    """
+    momentum = _momentum(stage)
+    evaluation = Evaluation(stage, services, momentum)
+    parts: list[Part] = [
+        *([momentum] if momentum else []),
+        *_queue(stage),
+        *_prototypes(stage),
+        *_matching(stage),
+        *_balance(stage),
+        NonFinite(stage, services, evaluation),
+        _divergence(stage),
+        Damage(stage.config.data, stage.stream.schedule.items, stage.job.world, services.report),
+        Health(stage, services),
+        evaluation,
+        Stopping(stage.config, _patience(stage), evaluation, services.report),
+    ]
+    parts.append(Checkpoints(stage, services, parts, evaluation))
+    names = [part.name for part in parts]
+    if any(theirs != names for theirs in from_all(stage.job.world, names)):
+        raise LaunchError(
+            f"the ranks' parts differ ({', '.join(names)} on rank {stage.job.world.rank}); start "
+            "every rank with the same words and files"
+        )
+    for part in parts:
+        _load(part, stage.start)
+    return tuple(parts)
+
+
+def _load(part: Part, start: Start) -> None:
+    """Give a part what it remembered."""
+    try:
+        if part.name in start.parts:
+            part.load(start.parts[part.name])
+        if part.has_tensors and start.checkpoint:
+            part.restore(start.checkpoint.tensors_of(part.name))
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{start.checkpoint.folder if start.checkpoint else 'the stage before'}: what it keeps "
+            f"of {part.name} is not what this mmscale writes ({error})"
+        ) from error
+
+
+def _momentum(stage: Stage) -> Momentum | None:
+    if stage.follower is None:
+        return None
+    config, queue = stage.config, stage.config.negatives.queue
+    return Momentum(
+        stage.learner.engine.shadow(stage.follower),
+        stage.job.policy,
+        config.model.momentum,
+        stage.plan.micro_rows,
+        needs_momentum_rows(config) or (queue.size != 0 and queue.source == "momentum"),
+    )
+
+
+def _queue(stage: Stage) -> Iterator[Queue]:
+    queue, engine = stage.config.negatives.queue, stage.learner.engine
+    size, unique = queue.slots(stage.job.shards.samples)
+    if size:
+        share = partial(queue.share.at, steps_of=stage.timetable.uncut)
+        bank = RowBank(size, stage.config.model.embed_dim, unique, engine.device)
+        yield Queue(bank, stage.job.peers, share, queue.source == "momentum")
+
+
+def _prototypes(stage: Stage) -> Iterator[EpochClusters]:
+    job, terms = stage.job, stage.config.loss.terms
+    for term in [term for term in terms if isinstance(term, PrototypesTerm)][:1]:
+        yield EpochClusters(
+            term,
+            job.shards.samples,
+            stage.timetable.epoch_steps,
+            stage.config.run.seed,
+            job.world,
+            job.peers,
+            stage.learner.engine.device,
+        )
+
+
+def _matching(stage: Stage) -> Iterator[Matching]:
+    if heads := fusion_heads(stage.config):
+        seed, rows = stage.config.run.seed, stage.plan.micro_rows
+        yield Matching(stage.learner.engine.call, seed, rows, negatives="matching" in heads)
+
+
+def _balance(stage: Stage) -> Iterator[ModalityBalancer]:
+    if stage.config.optim.balance.band is not None:
+        yield ModalityBalancer(stage.config.optim.balance, stage.learner.engine, stage.job.peers)
+
+
+def _divergence(stage: Stage) -> Divergence:
+    return Divergence(stage.config.stop, stage.timetable.steps(stage.config.optim.warmup))
+
+
+def _patience(stage: Stage) -> int | None:
+    stages = expanded(stage.job.config)
+    return stages[stage.start.state.stage].patience if stages else None
+
+
+def _timetable(job: Job, plan: BatchPlan, schedule: Schedule, state: RunState) -> Timetable:
+    left = 0 if state.over == "run" else sum(job.lengths[state.stage + 1 :])
+    return Timetable(schedule.steps, plan.global_rows, _end(job, state) + left)
+
+
+def _end(job: Job, state: RunState) -> int:
+    return state.step if state.over else state.stage_start + job.lengths[state.stage]
+
+
+def _schedule(job: Job, number: int, table: Neighbours | None, say: Tell) -> Schedule:
+    """The order of a stage's data, with what is alike together where a table says what is."""
+    config, lanes = job.stages[number], job.plans[number].lanes
+    if table is None:
+        return plan_schedule(config, job.shards, lanes) if number else job.schedule
+    say(f"hard batches: neighbours from {config.data.hard_batches.table}")
+    schedule = plan_schedule(config, job.shards, lanes, table)
+    say(f"hard batches: {schedule.with_neighbours:.0%} of the images have neighbours")
+    return schedule
+
+
+def _neighbours(config: Config, world: World, start: Start) -> Neighbours | None:
+    """The table that the stage began with, else the one that it is given; equal on every rank.
+
+    None without any yet.
+    """
+    hard = config.data.hard_batches
+    if hard.table is None:
+        return None
+    if start.checkpoint is not None:
+        return Neighbours.of(start.checkpoint.tensors_of("hard_batches"))
+    if hard.table == OWN_MODEL:
+        return None
+    read = read_neighbours(Path(hard.table), hard.by).tensors() if world.is_main else None
+    return Neighbours.of(from_main(world, read))
+
+
+def _model(job: Job, config: Config, start: Start) -> tuple[TwoTower, InputSpec]:
+    """The model with its first weights or the start's, and what it is fed."""
+    # No weights are fetched for a model that the start fills.
+    wanted = with_scale_fitted(_towers(config.model, _source(job, start)), job.shards.samples)
+    size, seed = config.data.image_size, config.run.seed
+    model, spec = build_model(wanted, size, seed, fill=start.is_fresh)
+    if start.weights is not None:
+        with torch.no_grad():
+            for name, own in model.state_dict().items():
+                own.copy_(start.weights[name])
+    elif (filled := start.checkpoint or start.first_weights) is not None:
+        filled.load_weights(model)
+    return model, with_cleaning(spec, config.data.caption_cleaning)
+
+
+def _source(job: Job, start: Start) -> Checkpoint | None:
+    """The checkpoint that keeps the towers' files, where the run did not begin without one."""
+    if start.checkpoint is not None or job.source is None or job.source.folder.is_dir():
+        return start.checkpoint or job.source
+    # The run has gone on for so long that the one it went on from is no longer kept.
+    return newest_sound(job.folder, job.world)
+
+
+def _towers(model: ModelConfig, source: Checkpoint | None) -> ModelConfig:
+    """`model`, its towers read from a checkpoint that keeps them."""
+    if source is None:
+        return model
+    return kept_towers(model, source.config.model, source.folder, source.files)
+
+
+def _freeze(job: Job, number: int, model: TwoTower, spec: InputSpec, say: Tell) -> None:
+    """Freeze what the stage does not train, and say what is built."""
+    check_patterns(model, job.config)
+    for line in select(model, job.config, number):
+        say(line)
+    say(f"batch: {job.plans[number]}")
+    say(f"device: {job.policy}")
+    for tower in (model.vision, model.text):
+        if tower.left_out:
+            say(tower.left_out)
+    if unseen := unseen_line(model.vision, spec.image_size):
+        say(unseen)
+    if gaps := gaps_line(model, spec, job.policy):
+        say(gaps)
+
+
+def _follower(job: Job, config: Config, model: nn.Module, start: Start) -> nn.Module | None:
+    """What becomes the momentum encoder; taken before an engine shards the model."""
+    if not needs_momentum(config):
+        return None
+    sharded = job.kind == "deepspeed" and zero_stage(config.engine.deepspeed) == 3
+    follower = copy_of(model, share_frozen=not sharded)
+    if start.checkpoint is not None:
+        start.checkpoint.load_momentum(averaged(follower, model))
+    return follower
+
+
+def _engine(job: Job, config: Config, plan: BatchPlan, model: nn.Module) -> Engine:
+    # Imported here: each engine's library is needed by its own runs only.
+    if job.kind == "deepspeed":
+        from mmscale.engine.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(model, config, plan, job.policy, job.world)
+    from mmscale.engine.accelerate import AccelerateEngine
+
+    return AccelerateEngine(model, config, job.policy, job.world)
+
+
+def _restore(engine: Engine, start: Start, job: Job) -> None:
+    """Moments, loss scale and random numbers as the start has them."""
+    rank, checkpoint = job.world.rank, start.checkpoint
+    # Ranks draw different dropout masks; a resumed run gets each rank's own state back.
+    torch.manual_seed(job.config.run.seed * 1_000_003 + start.state.stage * 500_009 + rank)
+    if checkpoint is None:
+        return
+    trained = checkpoint.state.updates - checkpoint.state.stage_updates
+    engine.restore(checkpoint.moments, trained, checkpoint.state.scaler)
+    if random := checkpoint.random(rank):
+        set_rng_state(job.policy.device, random)
+
+
+def _share_cores(policy: DevicePolicy, world: World) -> None:
+    """Ranks on one machine's CPU share its cores, unless the user said how."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world.size)))
+    if policy.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and local > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))

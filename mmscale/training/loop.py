@@ -1,0 +1,233 @@
+"""The training loop: stages of a run, one after another, and the updates of each."""
+
+import time
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeAlias
+
+from mmscale.checkpoint.lock import RunLock
+from mmscale.checkpoint.saver import Saver
+from mmscale.checkpoint.state import RunState
+from mmscale.config.schema import Config
+from mmscale.config.yaml import as_yaml
+from mmscale.contracts import Batch, Position, World
+from mmscale.data.caption_text import unknown_words
+from mmscale.dist.failure import wait_for
+from mmscale.dist.phases import PhaseClock
+from mmscale.dist.signals import StopSignal
+from mmscale.dist.watchdog import Watchdog
+from mmscale.engine.feed import on_device
+from mmscale.engine.schedule import rate_factor
+from mmscale.errors import HaltError
+from mmscale.outputs import write_output
+from mmscale.report.console import early_line
+from mmscale.report.report import Report
+from mmscale.training.build import build_parts, build_stage, prepare
+from mmscale.training.finish import finish
+from mmscale.training.lines import (
+    first_batch_line,
+    opening_lines,
+    repeats_warning,
+    rows_of,
+    training_line,
+)
+from mmscale.training.part import Event, Halt, Part, Rollback, StageOver, Step, StepResult
+from mmscale.training.parts.checkpoints import Checkpoints
+from mmscale.training.parts.evaluation import Evaluation
+from mmscale.training.stage import Job, Services, Stage, Start
+from mmscale.training.step import train_step
+from mmscale.training.trace import Trace
+
+Batches: TypeAlias = Generator[tuple[Batch, Position, float], None, None]
+
+
+def train(config: Config, world: World) -> None:
+    """Train as configured, stage after stage, to the run's end. Collective.
+
+    Raises:
+        MmscaleError: The run cannot be built, or ends early.
+    """
+    with RunLock(Path(config.run.dir)) as lock:
+        _train(config, lock, world)
+
+
+def _train(config: Config, lock: RunLock, world: World) -> None:
+    stop, say = StopSignal(at_once=True), early_line(world)
+    job, begin = prepare(config, lock, world, say)
+    stage = build_stage(job, begin, say)
+    if world.is_main:
+        content = as_yaml(job.config.model_dump(mode="json")).encode()
+        write_output("run.dir", job.folder / "config.yaml", content)
+    total, begun = stage.timetable.total_steps, begin.state.step
+    with Report(stage.config, world, total, begun) as report:
+        saver = Saver(job.folder, world, config.checkpoint, report.warn)
+        wait_for(saver.wait)
+        services = Services(report, stop, saver, Watchdog(world, config.engine.timeout))
+        while (start := train_stage(stage, services)) is not None:
+            stage = build_stage(job, start, report.say)
+
+
+def train_stage(stage: Stage, services: Services) -> Start | None:
+    """Train a stage to its end; returns where the run goes on, None where it is complete.
+
+    Raises:
+        HaltError: A part says that the run is to end; its checkpoint is written.
+    """
+    parts = build_parts(stage, services)
+    for line in opening_lines(stage):
+        services.report.say(line)
+    traced = stage.config.log.profile
+    folder = stage.job.folder if stage.job.world.is_main else None
+    # Closed, so that decoding processes end here and not when their loader is collected.
+    with (
+        closing(_batches(stage, services)) as batches,
+        Trace(folder, None if traced is None else stage.timetable.steps(traced)) as trace,
+        services.watchdog,
+    ):
+        state, event = _updates(stage, services, parts, batches, trace)
+    if isinstance(event, Halt):
+        _save(parts, state)
+        services.saver.finish()
+        raise HaltError(event.sentence)
+    start = _next_start(stage, parts, state, event)
+    if start is None:
+        finish(stage, services, parts, state)
+    for part in parts:
+        part.close()
+    stage.learner.engine.close()
+    return start
+
+
+def _updates(
+    stage: Stage, services: Services, parts: Sequence[Part], batches: Batches, trace: Trace
+) -> tuple[RunState, Event | None]:
+    """Update until the stage ends; returns what the run is at, and what ended it early."""
+    config, timetable, report = stage.config, stage.timetable, services.report
+    state = stage.start.state
+    length, warmup = stage.end - state.stage_start, timetable.steps(config.optim.warmup)
+    phases = PhaseClock(stage.job.policy.device)
+    for part in parts:
+        part.begin(state)
+    clock = time.perf_counter()
+    for batch, position, waited in () if state.over else batches:
+        if state.step == stage.start.state.step:
+            _tell_first_batch(stage, services, batch)
+        factor = rate_factor(state.step - state.stage_start, length, warmup, config.optim.schedule)
+        for part in parts:
+            factor *= part.rate()
+        lr = config.optim.lr * factor
+        is_logged = timetable.is_due(config.log.every, state.step + 1)
+        is_measured = is_logged or any(part.measures(state) for part in parts)
+        stop, written = services.stop.wanted, services.saver.written
+        step = Step(state, lr, factor, stop, written, is_measured)
+        with phases.timing(is_logged):
+            result = train_step(stage.learner, batch, step, parts)
+        trace.step()
+        state = _advanced(state, position, result, stage.plan.global_rows)
+        if is_logged:
+            spent = {"data": waited, "step": time.perf_counter() - clock, **phases.seconds}
+            report.training(training_line(stage, parts, result, state, spent))
+        state, event = _observed(parts, result, state)
+        if event is not None:
+            return state, event
+        clock = time.perf_counter()
+    return state, None
+
+
+def _tell_first_batch(stage: Stage, services: Services, batch: Batch) -> None:
+    """A look at what really reaches the model, and what is odd about it. Collective."""
+    services.report.say(first_batch_line(batch))
+    repeats = repeats_warning(batch, stage.config.data)
+    unknown = unknown_words(stage.spec, rows_of(batch), stage.job.peers)
+    for warning in filter(None, (repeats, unknown)):
+        services.report.warn(warning)
+
+
+def _observed(
+    parts: Sequence[Part], result: StepResult, state: RunState
+) -> tuple[RunState, Event | None]:
+    """Every part sees the update's record; the first event is what the run does next."""
+    event: Event | None = None
+    for part in parts:
+        found = part.observe(result, state)
+        if isinstance(found, Rollback | Halt):
+            return state, found
+        if isinstance(found, StageOver):
+            # Said in a checkpoint that a later part writes.
+            event, state = found, replace(state, over=found.what)
+    return state, event
+
+
+def _batches(stage: Stage, services: Services) -> Batches:
+    """The stage's batches on the device, the position after each, and the seconds waited."""
+    state, watchdog = stage.start.state, services.watchdog
+    stream = stage.stream.batches(state.position)
+    for step in range(state.step + 1, stage.end + 1):
+        watchdog.alive(f"the wait for the batch of step {step}")
+        start = time.perf_counter()
+        batch, position = next(stream)
+        # What is trained from here on is lost without a checkpoint.
+        services.stop.note_from_now()
+        batch = on_device(batch, stage.job.policy.device, stage.spec)
+        watchdog.alive(f"the update of step {step}", in_exchange=True)
+        yield batch, position, time.perf_counter() - start
+
+
+def _advanced(state: RunState, position: Position, result: StepResult, rows: int) -> RunState:
+    before = state.damaged if state.position.rows else 0
+    return replace(
+        state,
+        step=state.step + 1,
+        updates=state.updates + result.record.applied,
+        position=position,
+        damaged=before + result.record.damaged,
+        samples=state.samples + rows,
+    )
+
+
+def _save(parts: Sequence[Part], state: RunState) -> None:
+    for part in parts:
+        if isinstance(part, Checkpoints):
+            part.save(state)
+
+
+def _next_start(
+    stage: Stage, parts: Sequence[Part], state: RunState, event: Event | None
+) -> Start | None:
+    """Where the run goes on after a stage. Collective where another stage follows."""
+    (evaluation,) = (part for part in parts if isinstance(part, Evaluation))
+    state = replace(state, best=evaluation.best)
+    if isinstance(event, Rollback):
+        past = event.checkpoint.state
+        state = replace(state, updates=past.updates, stage_updates=past.stage_updates)
+        return Start(state, {part.name: part.state() for part in parts}, event.checkpoint)
+    job, number = stage.job, state.stage + 1
+    if state.over == "run" or number >= len(job.stages):
+        return None
+    state = replace(
+        state,
+        stage=number,
+        stage_start=state.step,
+        stage_updates=state.updates,
+        position=_first_position(job, number, state.position),
+        over="",
+        scaler={},
+    )
+    lasting = {part.name: part.state() for part in parts if part.lasts == "run"}
+    weights = {
+        tensor.name: tensor.value.detach().cpu().clone()
+        for tensor in stage.learner.engine.tensors()
+    }
+    return Start(state, lasting, weights=weights)
+
+
+def _first_position(job: Job, number: int, position: Position) -> Position:
+    """Where a stage's data begins: in a new pass where its batches are made up otherwise."""
+    before, after = job.stages[number - 1], job.stages[number]
+    same = (
+        before.train.global_batch_size == after.train.global_batch_size
+        and before.data.hard_batches == after.data.hard_batches
+    )
+    return position if same or not position.rows else Position(position.epoch + 1, 0)

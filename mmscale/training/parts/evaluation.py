@@ -1,0 +1,122 @@
+"""Recall on the held-out pairs every so often, and which evaluation was the best."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mmscale.checkpoint.state import Best, RunState
+from mmscale.config.schema import CheckpointConfig
+from mmscale.diagnostics.pairs import Pairs
+from mmscale.dist.peers import from_all
+from mmscale.errors import ConfigError, Stop
+from mmscale.evaluation import evaluate
+from mmscale.training.part import Part, StepResult
+from mmscale.training.parts.momentum import Momentum
+from mmscale.training.stage import Services, Stage
+
+
+class Evaluation(Part):
+    """Evaluates when it is due, and after a stop that left no time for it when the run goes on.
+
+    Attributes:
+        metrics: The newest evaluation's, by name.
+        best: The best evaluation by `checkpoint.best`.
+        is_fresh: `metrics` were measured after the newest batch.
+        was_stopped: The run was told to stop while it evaluated.
+    """
+
+    name = "evaluation"
+    lasts = "run"
+
+    def __init__(self, stage: Stage, services: Services, momentum: Momentum | None):
+        """Take what is evaluated.
+
+        Args:
+            stage: The model and its held-out pairs.
+            services: Takes the figures.
+            momentum: Evaluated in the model's place, where `eval.weights` says so.
+        """
+        self._stage, self._services = stage, services
+        self._momentum = momentum if stage.config.eval.weights == "ema" else None
+        self._is_owed = False
+        self.metrics: dict[str, float] = {}
+        self.best = stage.start.state.best
+        self.is_fresh = self.was_stopped = False
+
+    def begin(self, state: RunState) -> None:
+        self.is_fresh = self._is_owed
+        if self._is_owed:
+            self.evaluate(state)
+            self._is_owed = False
+
+    def observe(self, result: StepResult, state: RunState) -> None:
+        stage = self._stage
+        is_due = stage.timetable.is_due(stage.config.eval.every, state.step)
+        self.is_fresh = False
+        if not is_due or state.step == stage.timetable.total_steps:
+            # After the last batch the run's end evaluates.
+            return
+        # A stop leaves while there is time: the evaluation is made when the run goes on.
+        self._is_owed = True
+        if result.record.stop:
+            return
+        try:
+            self.evaluate(state)
+        except Stop:
+            self.was_stopped = True
+        else:
+            self._is_owed, self.is_fresh = False, True
+
+    def evaluate(self, state: RunState) -> Pairs | None:
+        """Measure and report; returns the held-out pairs' embeddings, None without any. Collective.
+
+        Raises:
+            ConfigError: `checkpoint.best` is not measured.
+            Stop: A rank was told to end; all of them leave after the same batch.
+        """
+        stage, services = self._stage, self._services
+        if stage.held_out is None:
+            return None
+
+        def heard(done: int, total: int) -> None:
+            services.watchdog.alive(f"the evaluation after {done} of {total}")
+            if any(from_all(stage.job.world, services.stop.wanted)):
+                raise Stop
+
+        engine = stage.learner.engine
+        engine.module.eval()
+        figures, pairs = evaluate(
+            stage.config,
+            engine.call if self._momentum is None else self._momentum.call,
+            engine.device,
+            stage.held_out,
+            stage.learner.peers,
+            heard,
+        )
+        engine.module.train()
+        services.report.evaluation({"step": state.step, **figures}, pairs)
+        self.metrics, self.best = figures, _best(stage.config.checkpoint, self.best, figures, state)
+        return pairs
+
+    def state(self) -> dict[str, Any]:
+        return {"metrics": self.metrics, "is_owed": self._is_owed}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.metrics, self._is_owed = dict(state["metrics"]), state["is_owed"]
+
+
+def _best(
+    settings: CheckpointConfig, before: Best | None, figures: Mapping[str, float], state: RunState
+) -> Best | None:
+    """The best evaluation, with the new one in view."""
+    if settings.best is None:
+        return None
+    if settings.best not in figures:
+        raise ConfigError(
+            f"checkpoint.best={settings.best}: the evaluation measures {', '.join(figures)}; name "
+            "one of these"
+        )
+    now = Best(settings.best, figures[settings.best], state.step)
+    if before is None or before.metric != now.metric:
+        return now
+    better = now.value > before.value if settings.best_is == "max" else now.value < before.value
+    return now if better else before
