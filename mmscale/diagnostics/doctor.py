@@ -3,11 +3,14 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mmscale.diagnostics.finding import Figures, Finding
+from mmscale.diagnostics.finding import Figures, Finding, picked
 from mmscale.diagnostics.geometry import PREFIX, health_figures
 from mmscale.diagnostics.in_training import InTraining
+from mmscale.diagnostics.mixture import mixture_figures
+from mmscale.diagnostics.order import order_figures
 from mmscale.diagnostics.pairing import pairing_figures
 from mmscale.diagnostics.pairs import Pairs
+from mmscale.diagnostics.rules_pairing import SHARES, pairs_in_doubt
 from mmscale.diagnostics.rules_space import too_few_samples
 from mmscale.diagnostics.verdicts import RULES
 
@@ -61,7 +64,9 @@ def diagnose(pairs: Pairs, training: InTraining | None = None) -> Diagnosis:
         pairs: Held-out pairs.
         training: What the run knows of its training pairs, where there is a run.
     """
-    figures = health_figures(pairs) | pairing_figures(pairs)
+    figures = health_figures(pairs) | pairing_figures(pairs) | mixture_figures(pairs)
+    if pairs_in_doubt(bare(figures)):
+        figures |= order_figures(pairs)
     if training is not None:
         # As many on both sides: the loss of more pairs is another.
         figures |= beside(training, health_figures(pairs, training.pairs))
@@ -89,12 +94,16 @@ def judge(health: Figures, training: InTraining | None = None) -> Diagnosis:
 
 def finding_of(name: str, health: Figures) -> Diagnosis:
     """What the rule of one verdict says, whether or not it holds by itself."""
-    figures = {key.removeprefix(PREFIX): value for key, value in health.items()}
-    return _diagnosis(name, (), RULES[name](figures))
+    return _diagnosis(name, (), RULES[name](bare(health)))
+
+
+def bare(health: Figures) -> dict[str, float]:
+    """Figures by the names that rules know them by."""
+    return {name.removeprefix(PREFIX): value for name, value in health.items()}
 
 
 def _judge(health: Figures) -> Diagnosis:
-    figures = {name.removeprefix(PREFIX): value for name, value in health.items()}
+    figures = bare(health)
     few = too_few_samples(figures)
     if few.holds:
         # On so few rows no other figure is to be believed.
@@ -103,8 +112,8 @@ def _judge(health: Figures) -> Diagnosis:
     holding = [name for name, finding in findings.items() if finding.holds]
     if holding:
         return _diagnosis(holding[0], tuple(holding[1:]), findings[holding[0]])
-    names = ("auc_centred", "delta_z", "variance_image", "variance_text")
-    evidence = {name: figures[name] for name in names}
+    names = ("auc_centred", "delta_z", *SHARES, "variance_image", "variance_text")
+    evidence = picked(figures, *names)
     sure = min(finding.confidence for finding in findings.values())
     return _diagnosis(HEALTHY, (), Finding(True, sure, evidence))
 

@@ -7,7 +7,8 @@ figures, what to check and what to set. Adding one: write it in a `rules_*` file
 from collections.abc import Callable
 
 from mmscale.diagnostics.finding import Figures, Finding
-from mmscale.diagnostics.rules_pairing import false_negatives, hubness, shuffled_pairs, unaligned
+from mmscale.diagnostics.rules_neighbours import false_negatives, hubness
+from mmscale.diagnostics.rules_pairing import shuffled_pairs, unaligned
 from mmscale.diagnostics.rules_space import (
     complete_collapse,
     dead_tower,

@@ -106,6 +106,52 @@ def shuffled(num: int, width: int, seed: int) -> Pairs:
     )
 
 
+def mispaired(make: Generator, share: float) -> Generator:
+    """Some captions are exchanged among the images that they were taken from."""
+
+    def made(num: int, width: int, seed: int) -> Pairs:
+        pairs = make(num, width, seed)
+        rng = np.random.default_rng(seed + 7)
+        taken = rng.permutation(num)[: round(share * num)]
+        text = pairs.text.clone()
+        # One turn of a random order leaves no caption where it was.
+        text[taken] = pairs.text[np.roll(taken, 1)]
+        return replace(pairs, text=text)
+
+    return made
+
+
+def moved(make: Generator, move: Callable[[torch.Tensor], torch.Tensor]) -> Generator:
+    """Captions in other rows."""
+
+    def made(num: int, width: int, seed: int) -> Pairs:
+        pairs = make(num, width, seed)
+        return replace(pairs, text=move(pairs.text))
+
+    return made
+
+
+def blockwise(block: int, shift: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Each block of rows turned by `shift`."""
+    return lambda rows: torch.cat([part.roll(shift, 0) for part in rows.split(block)])
+
+
+def anisotropic(num: int, width: int, seed: int) -> Pairs:
+    """A healthy space of random strength, noise, cone and spectrum; noise differs by row."""
+    rng = np.random.default_rng(seed)
+    rank = max(8, int(width * rng.choice([0.1, 0.25, 0.5, 1.0])))
+    sizes = np.arange(1, rank + 1) ** -rng.uniform(0, 0.5)
+    basis = np.linalg.qr(rng.normal(size=(width, rank)))[0].T
+    meaning = _unit(rng.normal(size=(num, rank)) * sizes @ basis)
+    noise, differs = rng.uniform(0.2, 2.0), rng.choice([0.0, 0.3, 0.6])
+    sides = []
+    for _ in range(2):
+        own = noise * np.exp(differs * rng.normal(size=(num, 1))) * _noise(rng, num, width)
+        cone = rng.choice([0.0, 0.7, 2.0]) * _unit(rng.normal(size=(1, width)))
+        sides.append(meaning + own + cone)
+    return as_pairs(*sides)
+
+
 def low_rank(rank: int, noise: float, side: str = "both") -> Generator:
     """The meaning squeezed into `rank` directions, with a little noise in all."""
 
@@ -200,7 +246,12 @@ MODES: dict[str, tuple[str, Generator]] = {
     "unaligned": ("unaligned", isotropic),
     "rotated": ("unaligned", rotated),
     "unaligned, pairs right": ("unaligned", with_features(isotropic, True)),
-    "shuffled, no features": ("unaligned", shuffled),
+    "shuffled, no features": ("shuffled_pairs", shuffled),
+    "half of the pairs mixed": ("shuffled_pairs", mispaired(healthy(0.5), 0.5)),
+    "most of the pairs mixed": ("shuffled_pairs", mispaired(healthy(0.5), 0.75)),
+    "captions shifted": ("shuffled_pairs", moved(healthy(0.7), lambda text: text.roll(3, 0))),
+    "captions shifted in shards": ("shuffled_pairs", moved(healthy(0.7), blockwise(32, 1))),
+    "captions reversed": ("shuffled_pairs", moved(weak, lambda text: text.flip(0))),
     "shuffled": ("shuffled_pairs", with_features(shuffled, False)),
     "scale saturated": ("scale_saturated", at_scale(sharp, 100.0)),
     "scale stuck low": ("scale_stuck_low", at_scale(healthy(0.5), 1.0)),

@@ -52,7 +52,7 @@ def narrow(num, width, seed):
 
 @pytest.mark.parametrize(
     ("make", "verdict"),
-    [(shuffled, "unaligned"), (dead("image"), "dead_tower"), (narrow, "dimensional_collapse")],
+    [(shuffled, "shuffled_pairs"), (dead("image"), "dead_tower"), (narrow, "dimensional_collapse")],
 )
 def test_the_same_deviation_comes_of_other_worlds_with_other_verdicts(make, verdict):
     """Deviations near 1 / sqrt(d) between modalities say nothing of what each is like."""
