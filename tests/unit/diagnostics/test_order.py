@@ -46,9 +46,9 @@ def test_rows_that_are_moved_are_told_how(make, words):
 
 
 def test_a_permutation_is_told():
-    for seed in range(3):
-        permuted = moved(healthy(0.7), lambda text: text[torch.randperm(len(text))])
-        diagnosis = diagnose(permuted(200, 128, seed))
+    permuted = moved(healthy(0.7), lambda text: text[torch.randperm(len(text))])
+    for width in (32, 64, 256):
+        diagnosis = diagnose(permuted(200, width, width))
         assert diagnosis.verdict == "shuffled_pairs"
         assert "a permutation" in diagnosis.causes[0]
 
@@ -144,7 +144,8 @@ def test_neighbours_that_resemble_each_other_are_no_shift():
 
 def test_a_constant_tower_has_no_order():
     figures = order_figures(dead("text")(200, 64, 0))
-    assert figures["health/shift_z"] == figures["health/elsewhere_z"] == 0.0
+    assert figures["health/shift_z"] == 0.0
+    assert figures["health/elsewhere_z"] <= 0.0
 
 
 def test_trained_clip_in_another_order(real_data):
