@@ -14,7 +14,7 @@ class GlobalBatchNorm(nn.Module):
     """Normalises each feature by the statistics of the global batch, whatever its cut.
 
     It must see all of a rank's rows at once, and as many of them on every rank. `peers` comes from
-    the assembly; without it the rows at hand are the batch. In evaluation, and for whoever calls a
+    the run; without it the rows at hand are the batch. In evaluation, and for whoever calls a
     single row, the running statistics stand in: mean and unbiased variance, as torch's BatchNorm.
 
     Source: Ioffe and Szegedy 2015 (arXiv 1502.03167), algorithm 1.

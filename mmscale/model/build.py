@@ -1,4 +1,4 @@
-"""From `model.*` to the module that trains and the input it wants. Called by assembly."""
+"""From `model.*` to the module that trains and the input it wants. Called by training."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

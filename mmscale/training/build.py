@@ -1,6 +1,5 @@
-"""From a configuration to a run: what all of its stages share, a stage, and its parts."""
+"""A stage of a run: its data, model and engine as they are where it starts, and its parts."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -10,51 +9,42 @@ import torch
 from torch import nn
 
 from mmscale.checkpoint.files import Checkpoint, newest_sound
-from mmscale.checkpoint.lock import RunLock
-from mmscale.checkpoint.resume import first_weights, require_same_run
+from mmscale.checkpoint.resume import require_same_run
 from mmscale.checkpoint.state import RunState
 from mmscale.config.batches import OWN_MODEL
 from mmscale.config.deepspeed import zero_stage
-from mmscale.config.load import stage_config
 from mmscale.config.loss import PrototypesTerm
 from mmscale.config.needs import (
     fusion_heads,
     needs_momentum,
     needs_momentum_rows,
-    with_fusion_decided,
 )
-from mmscale.config.schema import Config, ModelConfig
+from mmscale.config.schema import Config
 from mmscale.config.staging import expanded
 from mmscale.contracts import Engine, InputSpec, World
 from mmscale.data.caption_text import with_cleaning
 from mmscale.data.features import CachedStream
 from mmscale.data.neighbours import Neighbours, read_neighbours
 from mmscale.data.schedule import Schedule, plan_schedule
-from mmscale.data.shards import open_train
 from mmscale.data.stream import TrainStream
-from mmscale.dist.device import DevicePolicy, choose, set_rng_state
-from mmscale.dist.peers import connect, from_all, from_main
-from mmscale.dist.world import join
+from mmscale.dist.device import set_rng_state
+from mmscale.dist.peers import from_all, from_main
 from mmscale.encoding import Tell, encoded_sets, found_alike
 from mmscale.engine.ema import averaged, copy_of
 from mmscale.engine.fit_heads import fit_heads
 from mmscale.engine.flops import count_flops
 from mmscale.engine.inference import Inference
-from mmscale.engine.optimizer_kind import optimizer_kind
-from mmscale.engine.plan import BatchPlan, engine_kind, plan_batch
-from mmscale.engine.rehearsal import gaps_line, update_fault
-from mmscale.engine.stages import stage_lengths
+from mmscale.engine.plan import BatchPlan
+from mmscale.engine.rehearsal import gaps_line
 from mmscale.errors import CheckpointError, LaunchError
 from mmscale.loss.objective import Objective
 from mmscale.model.batch_norm import connect_batch_norms
 from mmscale.model.build import build_model
-from mmscale.model.kept import kept_towers, tower_files
-from mmscale.model.presets import fill_preset, stand_in_line
 from mmscale.model.scale import with_scale_fitted
 from mmscale.model.selection import check_patterns, select
 from mmscale.model.two_tower import TwoTower
 from mmscale.model.unseen import unseen_line
-from mmscale.preflight import begin, checkpoints_ahead, require_outputs, require_room
+from mmscale.preflight import checkpoints_ahead, require_room
 from mmscale.training.part import Part
 from mmscale.training.parts.balance import ModalityBalancer
 from mmscale.training.parts.checkpoints import Checkpoints
@@ -68,68 +58,9 @@ from mmscale.training.parts.non_finite import NonFinite
 from mmscale.training.parts.prototypes import EpochClusters
 from mmscale.training.parts.queue import Queue, RowBank
 from mmscale.training.parts.stopping import Stopping
+from mmscale.training.prepare import towers_of
 from mmscale.training.stage import Job, Services, Stage, Start, Timetable
 from mmscale.training.step import Learner
-
-
-def prepare(config: Config, lock: RunLock, world: World, say: Tell) -> tuple[Job, Start]:
-    """What all stages share, and where the run begins or goes on. Collective.
-
-    Args:
-        config: The run's, as the user wrote it.
-        lock: Taken before anything looks into the run's folder.
-        world: The launcher's promise.
-        say: Takes a line about what is decided.
-    """
-    policy = choose(config.engine, world.local_rank)
-    run = _filled(config, policy, say)
-    if policy.has_gaps and (fault := update_fault(run, policy)):
-        # Nothing is built yet: the run is built on the CPU as if it had been asked for.
-        say(f"an update failed on {policy.device} ({fault}); the run is built on the CPU")
-        engine = config.engine.model_copy(update={"device": "cpu"})
-        config = config.model_copy(update={"engine": engine})
-        policy = choose(config.engine, world.local_rank)
-        run = _filled(config, policy, say)
-    kind = engine_kind(run, world)
-    stages = tuple(stage_config(run, number) for number in range(max(1, len(expanded(run)))))
-    plans = tuple(plan_batch(stage, world.size) for stage in stages)
-    for stage in stages:
-        optimizer_kind(stage.optim, policy.fused_optimizer, sharded=kind == "deepspeed")
-    _share_cores(policy, world)
-    join(world, policy.backend, run.engine.timeout, alone_too=kind == "deepspeed")
-    require_outputs(run, world)
-    shards = open_train(run.data)
-    lanes = [plan.lanes for plan in plans]
-    origin, kept = begin(run, lanes, shards, lock, world, say)
-    schedule = plan_schedule(stages[0], shards, lanes[0])
-    source = origin or first_weights(run.model)
-    if world.is_main:
-        kept = replace(kept, attached=tower_files(_towers(run.model, source)))
-    job = Job(
-        config=run,
-        stages=stages,
-        plans=plans,
-        kind=kind,
-        policy=policy,
-        world=world,
-        peers=connect(world),
-        shards=shards,
-        schedule=schedule,
-        lengths=tuple(stage_lengths(run, stages, schedule.items)),
-        kept=kept,
-        source=source,
-    )
-    if origin is None:
-        return job, Start(RunState(), {}, first_weights=source)
-    return job, Start(origin.state, origin.parts, origin)
-
-
-def _filled(config: Config, policy: DevicePolicy, say: Tell) -> Config:
-    """The configuration with all that is left to presets and to what is there."""
-    filled = fill_preset(config.model, policy.failing_towers)
-    if stand_in := stand_in_line(config.model, filled):
-        say(f"{policy.device}: {stand_in}")
-    return with_fusion_decided(config.model_copy(update={"model": filled}))
 
 
 def build_stage(job: Job, start: Start, say: Tell) -> Stage:
@@ -335,7 +266,7 @@ def _neighbours(config: Config, world: World, start: Start) -> Neighbours | None
 def _model(job: Job, config: Config, start: Start) -> tuple[TwoTower, InputSpec]:
     """The model with its first weights or the start's, and what it is fed."""
     # No weights are fetched for a model that the start fills.
-    wanted = with_scale_fitted(_towers(config.model, _source(job, start)), job.shards.samples)
+    wanted = with_scale_fitted(towers_of(config.model, _source(job, start)), job.shards.samples)
     size, seed = config.data.image_size, config.run.seed
     model, spec = build_model(wanted, size, seed, fill=start.is_fresh)
     if start.weights is not None:
@@ -353,13 +284,6 @@ def _source(job: Job, start: Start) -> Checkpoint | None:
         return start.checkpoint or job.source
     # The run has gone on for so long that the one it went on from is no longer kept.
     return newest_sound(job.folder, job.world)
-
-
-def _towers(model: ModelConfig, source: Checkpoint | None) -> ModelConfig:
-    """`model`, its towers read from a checkpoint that keeps them."""
-    if source is None:
-        return model
-    return kept_towers(model, source.config.model, source.folder, source.files)
 
 
 def _freeze(job: Job, number: int, model: TwoTower, spec: InputSpec, say: Tell) -> None:
@@ -411,10 +335,3 @@ def _restore(engine: Engine, start: Start, job: Job) -> None:
     engine.restore(checkpoint.moments, trained, checkpoint.state.scaler)
     if random := checkpoint.random(rank):
         set_rng_state(job.policy.device, random)
-
-
-def _share_cores(policy: DevicePolicy, world: World) -> None:
-    """Ranks on one machine's CPU share its cores, unless the user said how."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world.size)))
-    if policy.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and local > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))

@@ -24,7 +24,7 @@ from mmscale.errors import HaltError
 from mmscale.outputs import write_output
 from mmscale.report.console import early_line
 from mmscale.report.report import Report
-from mmscale.training.build import build_parts, build_stage, prepare
+from mmscale.training.build import build_parts, build_stage
 from mmscale.training.finish import finish
 from mmscale.training.lines import (
     first_batch_line,
@@ -36,6 +36,7 @@ from mmscale.training.lines import (
 from mmscale.training.part import Event, Halt, Part, Rollback, StageOver, Step, StepResult
 from mmscale.training.parts.checkpoints import Checkpoints
 from mmscale.training.parts.evaluation import Evaluation
+from mmscale.training.prepare import prepare
 from mmscale.training.stage import Job, Services, Stage, Start
 from mmscale.training.step import train_step
 from mmscale.training.trace import Trace
