@@ -92,7 +92,8 @@ def _flat(value: Any) -> Iterable[Any]:
 
 def lines_of(text: str) -> list[str]:
     """The lines that are not blank."""
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    # Not `splitlines`, which also ends a line at separators that stand within captions.
+    return [line.strip() for line in re.split(r"\r\n|\n|\r", text) if line.strip()]
 
 
 def named_captions(fields: Mapping[str, Any]) -> list[Any]:

@@ -113,8 +113,9 @@ def index(
         more = f" ({len(damaged) - 1} more shards like it)" if len(damaged) > 1 else ""
         raise DataError(f"{damaged[0]}{more}")
     manifest, lines = _manifest_of(folder, target, found, most_left_out, skipped)
-    for line in lines if tell else ():
-        tell(line)
+    if tell:
+        for line in lines:
+            tell(line)
     target.mkdir(parents=True, exist_ok=True)
     write_manifest(target, manifest)
     return manifest
@@ -132,8 +133,9 @@ def _manifest_of(
     settled = settle(names, [described.bearers for described in found])
     own = [_without(*pair) for pair in zip(found, settled.repeats, strict=True)]
     faults = [fault for described in own for fault in described.faults]
-    for line in _few_of_each(faults) if skipped else ():
-        skipped(line)
+    if skipped:
+        for line in _few_of_each(faults):
+            skipped(line)
     _require_most(folder, own, faults, most_left_out)
     records = [described.shard for described in own]
     traits = [
@@ -152,8 +154,8 @@ def _manifest_of(
             f"{settled.renamed:,} samples bear the key or id of another image in another shard; "
             "each counts as an image of its own, named by its shard too"
         )
-    if line := copies_line(str(folder), manifest.copies, manifest.samples):
-        lines.append(line)
+    if copies := copies_line(str(folder), manifest.copies, manifest.samples):
+        lines.append(copies)
     return manifest, lines
 
 

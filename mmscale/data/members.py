@@ -81,10 +81,9 @@ def describe_members(
         fault = "has a json that is not an object"
     elif not _is_unicode(key):
         fault = "has a name that is not UTF-8"
-    image_id, source = fields.get("image_id"), str(fields.get("source", ""))
-    is_own = _is_id(image_id)
-    if not is_own:
-        image_id = image_id_of(source, key)
+    own, source = fields.get("image_id"), str(fields.get("source", ""))
+    is_own = _is_id(own)
+    image_id = own if _is_id(own) else image_id_of(source, key)
     label, group = (_number_or_name(fields.get(name)) for name in ("label", "group"))
     return Description(captions, image_id, label, group, fault, lines, source if is_own else None)
 
@@ -127,7 +126,7 @@ def _captions(
     if text is None or len(named) > 1 or captions_in(fields.get("captions")):
         return *_sound(named, fields), 0
     try:
-        words = text.decode()
+        words = text.decode().removeprefix("\ufeff")
     except UnicodeDecodeError:
         return (), "has a caption that is not UTF-8", 0
     if found := listed(words):

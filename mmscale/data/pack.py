@@ -79,8 +79,9 @@ def pack(
     data = read_source(source, images)
     if hold_out:
         data = held_out(data, hold_out)
-    for note in data.notes if tell else ():
-        tell(note)
+    if tell:
+        for note in data.notes:
+            tell(note)
     splits = _choose(data, Path(source), split)
     records, copies = without_copies(data.records, workers)
     if tell and copies:

@@ -143,7 +143,9 @@ class _Finder:
         """Shards of a pattern, whatever they hold."""
         folder = self._folder(pattern)
         if isinstance(folder, Path):
-            return self._tars(glob.escape(str(folder)) + "/*.tar")
+            beside = glob.escape(str(folder)) + "/*.tar"
+            if _on_disk(beside) or not (folder / MANIFEST_NAME).is_file():
+                return self._tars(beside)
         if folder is not None:
             return [path for path, _, _ in self.indexed(pattern)]
         return self._tars(pattern)

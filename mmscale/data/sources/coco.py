@@ -30,7 +30,11 @@ def read_coco(file: Path) -> Listing:
             entries[image["id"]] = Entry(str(image["file_name"]), [], split, number_of(image["id"]))
         for annotation in content["annotations"]:
             entries[annotation["image_id"]].captions.append(annotation["caption"])
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{file}: is not in COCO's caption layout ({error!r})") from error
+    except KeyError as error:
+        missing = f"nothing is called {error.args[0]}"
+        raise DataError(f"{file}: is not in COCO's caption layout ({missing})") from error
+    except TypeError as error:
+        odd = "an image or annotation is not an object"
+        raise DataError(f"{file}: is not in COCO's caption layout ({odd})") from error
     listing.entries = list(entries.values())
     return listing

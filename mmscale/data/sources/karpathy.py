@@ -24,8 +24,8 @@ def read_karpathy(file: Path) -> Listing:
             captions = [sentence["raw"] for sentence in image["sentences"]]
             # An empty name is no split, which is told of it later.
             split = image["split"] if isinstance(image["split"], str) else ""
-        except (KeyError, TypeError, AttributeError) as error:
-            reason = f"no filename, split or sentences with raw text ({error})"
+        except (KeyError, TypeError, AttributeError):
+            reason = "no filename, split or sentences with raw text"
             listing.faults.append(Rejection(f"{file.name}: image {place}", reason))
             continue
         image_id, label = number_of(image.get("cocoid")), label_of(image.get("label"))

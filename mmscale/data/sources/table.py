@@ -44,10 +44,9 @@ def read_table(file: Path) -> Listing:
     """
     lines = list(read_lines(file))
     # Excel's own line on the separator, which speaks of nothing else.
+    separators: tuple[str, ...] = _SEPARATORS
     if lines and (told := re.fullmatch(r"sep=(.)", lines[0][1].strip())):
         separators, lines = (told[1],), lines[1:]
-    else:
-        separators = _SEPARATORS
     if not lines:
         raise DataError(f"{file}: has no header line; it needs the columns image and caption")
     header = lines[0][1]

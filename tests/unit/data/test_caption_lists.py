@@ -142,6 +142,12 @@ def test_texts_of_several_lines_are_read_by_line_where_all_are(tmp_path):
     assert not any("2.tar: " in line or "3.tar: " in line for line in told)
 
 
+def test_a_byte_order_mark_is_no_caption_and_a_separator_no_line(tmp_path):
+    texts = ["\ufeffa dog", "one\u2028caption\x0bonly"]
+    index([shard(tmp_path / "s" / "0.tar", [[("txt", text)] for text in texts])])
+    assert read(tmp_path / "s") == [("a dog",), (texts[1],)]
+
+
 @pytest.mark.parametrize(
     ("description", "text", "wanted"),
     [

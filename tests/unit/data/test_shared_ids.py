@@ -148,6 +148,8 @@ def test_a_manifest_may_lie_elsewhere(tmp_path):
     opened = open_train(load_config(["demo", f"data.train={tmp_path / 'index'}"]).data)
     assert opened.paths == (tmp_path / "ro" / "0.tar", tmp_path / "ro" / "1.tar")
     assert verify(tmp_path / "index") == []
+    config = load_config(["demo", f"data.train={tmp_path / 'index'}", "data.resampled=true"])
+    assert open_train(config.data).paths == opened.paths
     reader = SampleReader(opened)
     assert reader.read(1, 3).captions == ("picture 3",)
     reader.close()
