@@ -68,7 +68,10 @@ def read_from(
     # Far enough before it to meet the header of the member in which it lies.
     start = max(0, place - _LOOK_BACK) // _BLOCK * _BLOCK
     with closing(_chunks(where, web, start)) as chunks:
-        yield from _samples(_from_header(chunks, start), _short_name(where), place)
+        flow = _from_header(chunks, start)
+        # None where the place is in the last member.
+        if flow is not None:
+            yield from _samples(flow, _short_name(where), place)
 
 
 def size_of(where: Place, web: Web) -> int | None:
@@ -108,8 +111,8 @@ def _on_file(where: Place, act: Callable[[Path], Found]) -> Found:
         raise DataError(f"{where}: cannot be read ({error.strerror}); restore it") from error
 
 
-def _from_header(chunks: Iterator[bytes], start: int) -> "_Flow":
-    """The chunks, which begin at a block's edge, from the first tar header in them on."""
+def _from_header(chunks: Iterator[bytes], start: int) -> "_Flow | None":
+    """The chunks, which begin at a block's edge, from the first tar header in them on, if any."""
     rest = b""
     for chunk in chunks:
         rest += chunk
@@ -118,7 +121,7 @@ def _from_header(chunks: Iterator[bytes], start: int) -> "_Flow":
             if _is_header(rest[at : at + _BLOCK]):
                 return _Flow(chain([rest[at:]], chunks), start + at)
         rest, start = rest[whole:], start + whole
-    return _Flow(iter(()), start)
+    return None
 
 
 def _is_header(block: bytes) -> bool:
