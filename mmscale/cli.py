@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mmscale.dist.signals import heeding_signals
-from mmscale.errors import CheckpointError, ConfigError, DataError, printable, saying_how_to_go_on
+from mmscale.errors import ConfigError, DataError, printable, saying_how_to_go_on
 from mmscale.options import file_out, folder_out, reading
 from mmscale.outputs import file_output, require_file, require_folder, write_output, writing
 
@@ -336,24 +336,15 @@ def doctor(
     """Name what is wrong with an embedding space; exit 0 if healthy, 3 if not."""
     if subject.is_file() and words:
         raise ConfigError(f"{words[0]}: {subject} holds embeddings, which no setting changes")
-    from mmscale.diagnostics.doctor import diagnose
-    from mmscale.diagnostics.in_training import InTraining
-    from mmscale.diagnostics.pairs import load_npz
-    from mmscale.report.metrics import read_metrics
+    from mmscale.report.verdicts import in_lines
 
-    pairs = load_npz(subject) if subject.is_file() else _pairs(subject, data, words)
-    log = subject / "metrics.jsonl"
-    own = InTraining.last_of(read_metrics(log)) if log.exists() else None
-    diagnosis = diagnose(pairs, own).to_json()
-    _say(f"verdict: {diagnosis['verdict']} (confidence {diagnosis['confidence']:.2f})")
-    for title in ("also", "evidence", "causes", "remedies"):
-        entries = diagnosis[title]
-        if isinstance(entries, dict):
-            entries = [f"{name} = {value:.4g}" for name, value in entries.items()]
-        if entries:
-            _say(f"{title}:")
-        for entry in entries:
-            _say(f"  {entry}")
+    _require_there(subject, "run, checkpoint or npz")
+    if subject.is_file():
+        diagnosis = _diagnosed_npz(subject)
+    else:
+        diagnosis = _diagnosed_run(subject, data, words)
+    for line in in_lines(diagnosis):
+        _say(line)
     _write(json_file, diagnosis)
     return 0 if diagnosis["verdict"] == "healthy" else 3
 
@@ -440,6 +431,7 @@ def export(
     words: Words = None,
 ) -> int:
     """Write a trained model in the format of OpenCLIP, Hugging Face or ONNX."""
+    _require_there(run, "run or checkpoint")
     from mmscale.checkpoint.export import Exported, require_exportable
     from mmscale.checkpoint.export import export as write
     from mmscale.loading import load_on_cpu
@@ -556,6 +548,39 @@ def _search_for_suspects(run: Path, data: str, words: list[str] | None) -> None:
     Examples.read(run).with_suspects_of(found).write(run)
 
 
+def _require_there(path: Path, kind: str) -> None:
+    """Refuse a path that names nothing: the command is wrong, not what it reads."""
+    if not path.exists():
+        raise ConfigError(f"{path}: no such {kind}; check the path")
+
+
+def _diagnosed_npz(path: Path) -> dict[str, Any]:
+    """Anybody's embeddings: what helps is said in words, for the settings are not ours."""
+    from dataclasses import replace
+
+    from mmscale.diagnostics.advice import in_words
+    from mmscale.diagnostics.doctor import diagnose
+    from mmscale.diagnostics.pairs import load_npz
+
+    diagnosis = diagnose(load_npz(path))
+    return replace(diagnosis, remedies=in_words(diagnosis.remedies)).to_json()
+
+
+def _diagnosed_run(run: Path, data: str | None, words: list[str] | None) -> dict[str, Any]:
+    from mmscale.diagnostics.in_training import InTraining
+    from mmscale.diagnostics.of_run import Course, diagnose_run
+    from mmscale.dist.peers import Alone
+    from mmscale.evaluation import embed_set
+    from mmscale.report.metrics import read_metrics
+
+    trained, shards = _trained(run, data, words)
+    pairs, state = embed_set(trained, shards, Alone()), trained.checkpoint.state
+    log = run / "metrics.jsonl"
+    own = InTraining.last_of(read_metrics(log)) if log.exists() else None
+    course = Course(trained.config, state.updates, state.samples, state.position.epoch)
+    return diagnose_run(pairs, course, own).to_json()
+
+
 def _pairs(run: Path, data: str | None, words: list[str] | None) -> Any:
     from mmscale.dist.peers import Alone
     from mmscale.evaluation import embed_set
@@ -569,8 +594,7 @@ def _trained(run: Path, data: str | None, words: list[str] | None) -> tuple[Any,
     from mmscale.data.shards import open_shards
     from mmscale.evaluation import load_trained
 
-    if not run.exists():
-        raise CheckpointError(f"{run}: no such run, checkpoint or npz; check the path")
+    _require_there(run, "run or checkpoint")
     trained = load_trained(run, words or ())
     where = data or trained.config.data.eval
     if where is None:

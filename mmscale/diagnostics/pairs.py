@@ -21,6 +21,9 @@ UNIT_TOLERANCE = 1e-2
 
 _LOG = logging.getLogger(__name__)
 
+_HOW = 'write numpy arrays: np.savez("pairs.npz", image=image.numpy(), text=text.numpy())'
+_MOST_NAMED = 10
+
 
 @dataclass(frozen=True)
 class Sources:
@@ -142,12 +145,13 @@ def save_npz(path: Path, pairs: Pairs) -> None:
 def load_npz(path: Path) -> Pairs:
     """Read `image` and `text` rows with their ids and what else is known of them.
 
-    Without ids row i belongs to row i; one array of ids serves both sides. Rows are divided by
-    their norms, with a warning where they were not unit rows; rows of zeros stay (a dead tower
-    gives them).
+    Without ids row i belongs to row i; one array of ids serves both sides. Ids are integers or
+    texts, such as names of files. Rows are divided by their norms, with a warning where they were
+    not unit rows; where all are zeros they stay (a dead tower gives them).
 
     Raises:
-        DataError: The file is not such an npz, or its arrays do not fit together or are not finite.
+        DataError: The file is not such an npz, or its arrays do not fit together, or some rows are
+            not finite or zeros.
     """
     arrays = _read(path)
     for name in ("image", "text"):
@@ -185,13 +189,20 @@ def _read(path: Path) -> dict[str, np.ndarray]:
                 raise DataError(
                     f"{path} is a single array; an npz with `image` and `text` is needed"
                 )
+            # A torch file is a zip too, of a pickle and raw storages.
+            if any(name.endswith("data.pkl") for name in content.files):
+                raise DataError(f"{path} is a torch file; {_HOW}")
             return {name: content[name] for name in content.files}
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         # numpy's own message recommends unpickling, which we never do.
-        reason = "it holds none" if "allow_pickle" in str(error) else error
-        raise DataError(f"{path} is not an npz of plain arrays: {reason}") from error
+        if "allow_pickle" in str(error):
+            raise DataError(
+                f"{path} is not an npz of plain arrays, but holds pickled objects, as lists of "
+                f"mixed kinds and old torch files do; {_HOW}, ids as np.array(ids, dtype=str)"
+            ) from error
+        raise DataError(f"{path} is not an npz of plain arrays: {error}") from error
 
 
 def _rows(path: Path, arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
@@ -216,8 +227,14 @@ def _unit(path: Path, rows: np.ndarray, name: str) -> Float[Tensor, "n d"]:
     wide /= np.where((peaks := np.abs(wide).max(axis=1, keepdims=True)) > 0, peaks, 1.0)
     norms = np.linalg.norm(wide, axis=1, keepdims=True)
     odd = int((np.abs(norms * peaks - 1) > UNIT_TOLERANCE).sum())
+    zeros = int((norms == 0).sum())
+    if 0 < zeros < len(rows):
+        those = _named(np.flatnonzero(norms[:, 0] == 0), name)
+        raise DataError(
+            f"{path}: {those} only zeros, which no division "
+            "makes a unit row; embed again what stands there, or leave it out on both sides"
+        )
     if odd:
-        zeros = int((norms == 0).sum())
         _LOG.warning(
             "%s: %d of %d rows of `%s` are not unit rows (%d are zeros); they are normalised here",
             path,
@@ -229,19 +246,30 @@ def _unit(path: Path, rows: np.ndarray, name: str) -> Float[Tensor, "n d"]:
     return torch.from_numpy((wide / np.where(norms > 0, norms, 1.0)).astype(np.float32))
 
 
+def _named(rows: np.ndarray, array: str) -> str:
+    """`2 rows (5, 17) of `image` hold`, not more of them than one can read."""
+    more = ", ..." * (len(rows) > _MOST_NAMED)
+    several = len(rows) > 1
+    return (
+        f"{len(rows)} row{'s' * several} ({', '.join(map(str, rows[:_MOST_NAMED]))}{more}) of "
+        f"`{array}` hold{'s' * (not several)}"
+    )
+
+
 def _ids(
     path: Path, arrays: dict[str, np.ndarray], images: int, texts: int
 ) -> tuple[np.ndarray, np.ndarray]:
     given = {name: arrays[name] for name in ("image_ids", "text_ids") if name in arrays}
     for name, ids in given.items():
         rows = images if name == "image_ids" else texts
-        if ids.shape != (rows,) or ids.dtype.kind not in "iu":
+        if ids.shape != (rows,) or ids.dtype.kind not in "iuUS":
             raise DataError(
                 f"{path}: `{name}` is {ids.dtype} of shape {ids.shape}; "
-                f"it must be one integer for each of the {rows} rows"
+                f"it must be one integer or text for each of the {rows} rows"
             )
-        if (ids.astype(np.uint64) >= 2**63).any():
+        if ids.dtype.kind in "iu" and (ids.astype(np.uint64) >= 2**63).any():
             raise DataError(f"{path}: `{name}` holds an id outside [0, 2^63)")
+    given = _numbered(path, given)
     if len(given) < 2 and images != texts:
         raise DataError(
             f"{path}: {images} image rows and {texts} text rows need both `image_ids` and "
@@ -250,6 +278,22 @@ def _ids(
     either = next(iter(given.values()), np.arange(images))
     image_ids, text_ids = given.get("image_ids", either), given.get("text_ids", either)
     return image_ids.astype(np.int64), text_ids.astype(np.int64)
+
+
+def _numbered(path: Path, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Texts as the numbers of their places among all of them, in order; integers as they are."""
+    are_text = {name: ids.dtype.kind in "US" for name, ids in given.items()}
+    if not any(are_text.values()):
+        return given
+    if not all(are_text.values()):
+        raise DataError(
+            f"{path}: one of `image_ids` and `text_ids` holds texts, the other integers, so that "
+            "no pair is equal; give both the same kind"
+        )
+    texts = [ids.astype(np.str_) for ids in given.values()]
+    _, places = np.unique(np.concatenate(texts), return_inverse=True)
+    parts = np.split(places, np.cumsum([len(ids) for ids in texts])[:-1])
+    return dict(zip(given, parts, strict=True))
 
 
 def _backbone(path: Path, arrays: dict[str, np.ndarray], side: str, rows: int) -> Tensor | None:

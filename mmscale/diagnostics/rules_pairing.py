@@ -23,6 +23,9 @@ ELSEWHERE_Z = 5.0
 
 SHARES = ("matched_share", "matched_share_low", "matched_share_high")
 
+# What the space itself shows of pairs that do not belong together.
+ORDER_EVIDENCE = ("shift_z", "reversed_z", "elsewhere_z", "mispaired_z")
+
 SHUFFLED_CAUSES = (
     "Captions were joined to the wrong images when the data was packed: compare some with their "
     "images, and pack again",

@@ -16,7 +16,7 @@ from mmscale.report.metrics import read_metrics
 from mmscale.report.pictures import Picture, space_pictures, training_pictures
 from mmscale.report.space import SPACE_NAME, read_space
 from mmscale.report.template import write_html
-from mmscale.report.verdicts import describe
+from mmscale.report.verdicts import describe, told
 
 REPORT_NAME = "report.html"
 
@@ -60,7 +60,7 @@ def write_page(run_dir: Path, layout: str | None = None) -> Page:
         page,
         "page.html",
         title=run_dir.resolve().name,
-        verdict=describe(doctor.get("verdict")),
+        verdict=told(doctor),
         also=[describe(name) for name in doctor.get("also") or ()],
         confidence=_share(doctor.get("confidence")),
         evidence=dict(_flatten(doctor.get("evidence") or {})),

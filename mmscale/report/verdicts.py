@@ -1,6 +1,18 @@
-"""The doctor's verdicts in words, and how loud each one is."""
+"""The doctor's verdicts in words, how loud each one is, and what its figures are read against."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from mmscale.diagnostics.rules_neighbours import MOST_SHARE, MOST_SKEW, MOST_TWINS, MOST_UNCOVERED
+from mmscale.diagnostics.rules_pairing import (
+    ALIGNED_AUC,
+    ALIGNED_Z,
+    ELSEWHERE_Z,
+    MISPAIRED_Z,
+    PAIRED_Z,
+)
+from mmscale.diagnostics.rules_space import COLLAPSED_VARIANCE, FEWEST_IMAGES, LARGEST_KNEE_OF_FEW
 
 
 @dataclass(frozen=True)
@@ -19,6 +31,12 @@ class Verdict:
 
 
 NOT_DIAGNOSED = Verdict("none", "Not diagnosed", "The doctor has not looked at this run.")
+
+TOO_EARLY = Verdict(
+    "none",
+    "Too early to say",
+    "The run has made too few updates to tell a failure from a beginning.",
+)
 
 VERDICTS = {
     "healthy": Verdict(
@@ -41,7 +59,7 @@ VERDICTS = {
     "shuffled_pairs": Verdict(
         "bad",
         "Shuffled pairs",
-        "Both towers carry structure, but images and captions are not matched row by row.",
+        "Images and captions do not belong together row by row: all, or some, are mixed up.",
     ),
     "unaligned": Verdict(
         "bad",
@@ -73,3 +91,70 @@ def describe(name: str | None) -> Verdict:
     if name is None:
         return NOT_DIAGNOSED
     return VERDICTS.get(name, Verdict("warn", name.replace("_", " ").capitalize(), ""))
+
+
+def told(diagnosis: Mapping[str, Any]) -> Verdict:
+    """The verdict of a `doctor.json`, or of one that was never written."""
+    evidence = diagnosis.get("evidence")
+    name = diagnosis.get("verdict")
+    if name == "too_few_samples" and isinstance(evidence, Mapping) and "updates" in evidence:
+        return TOO_EARLY
+    return describe(name)
+
+
+_RANGES = {
+    "auc": "chance 0.5, a trained CLIP 0.99",
+    "auc_centred": f"good above {ALIGNED_AUC:g}, chance 0.5, a trained CLIP 0.99",
+    "delta_z": f"good above {ALIGNED_Z:g}, chance 0",
+    "cka_z": f"good above {PAIRED_Z:g}, chance 0",
+    "backbone_cka_z": f"good above {PAIRED_Z:g}, chance 0",
+    "train_backbone_cka_z": f"good above {PAIRED_Z:g}, chance 0",
+    "matched_share": "good near 1; its 95 percent interval follows",
+    "mispaired_z": f"good below {MISPAIRED_Z:g}",
+    "elsewhere_z": f"good below {ELSEWHERE_Z:g}",
+    "variance": f"good above {COLLAPSED_VARIANCE:g}, a trained CLIP 0.5",
+    "std_off_sqrt_d": "near 1 where rows spread in all directions",
+    "knee": f"good below {LARGEST_KNEE_OF_FEW:g}",
+    "participation": "good far above 1, a trained CLIP 40",
+    "twins": f"good below {MOST_TWINS['image']:g} (captions {MOST_TWINS['text']:g})",
+    "hub_skew": f"good below {MOST_SKEW:g}",
+    "uncovered": f"good below {MOST_UNCOVERED:g}",
+    "row_share": f"good below {MOST_SHARE:g}, 1 where the image alone decides",
+    "column_share": f"good below {MOST_SHARE:g}, 1 where the caption alone decides",
+    "loss_progress": "chance 0, floor 1",
+    "train_loss_progress": "chance 0, floor 1",
+    "heldout_loss_progress": "near that of training pairs",
+    "pairs": f"at least {FEWEST_IMAGES}",
+}
+
+
+def good_range(name: str) -> str:
+    """What a figure of the evidence is read against; empty where there is nothing to say."""
+    if name in _RANGES:
+        return _RANGES[name]
+    base, _, side = name.rpartition("_")
+    return _RANGES.get(base, "") if side in ("image", "text", "i2t", "t2i") else ""
+
+
+def in_lines(diagnosis: Mapping[str, Any]) -> list[str]:
+    """A diagnosis for the console: the verdict and what it means, then everything else."""
+    verdict = told(diagnosis)
+    lines = [
+        f"verdict: {diagnosis['verdict']} (confidence {diagnosis['confidence']:.2f})",
+        f"{verdict.title}: {verdict.sentence}" if verdict.sentence else verdict.title,
+    ]
+    figures = {
+        name: f"{name} = {value:.4g}" for name, value in diagnosis.get("evidence", {}).items()
+    }
+    width = max(map(len, figures.values()), default=0)
+    entries = {
+        "also": [f"{name}: {describe(name).sentence}" for name in diagnosis["also"]],
+        "evidence": [
+            f"{text:<{width}}  {good_range(name)}".rstrip() for name, text in figures.items()
+        ],
+        "causes, in the order to check": diagnosis["causes"],
+        "remedies, to try": diagnosis["remedies"],
+    }
+    for title, texts in entries.items():
+        lines += [f"{title}:", *(f"  {text}" for text in texts)] if texts else []
+    return lines

@@ -5,14 +5,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmscale.checkpoint.state import RunState
-from mmscale.diagnostics.doctor import diagnose
 from mmscale.diagnostics.in_training import InTraining
+from mmscale.diagnostics.of_run import Course, diagnose_run
 from mmscale.diagnostics.pairs import Pairs
 from mmscale.durable import replace_file
 from mmscale.errors import Stop, TerminatedError
 from mmscale.report.choosing import choose_examples
 from mmscale.report.metrics import read_metrics
 from mmscale.report.page import write_page
+from mmscale.report.verdicts import told
 from mmscale.training.part import Part
 from mmscale.training.parts.checkpoints import Checkpoints
 from mmscale.training.parts.evaluation import Evaluation
@@ -38,7 +39,10 @@ def finish(stage: Stage, services: Services, parts: Sequence[Part], state: RunSt
     _save_last(stage, services, parts, state)
     if stage.job.world.is_main:
         with services.stop.at_once():
-            _tell_the_end(stage, services, {"step": state.step, **evaluation.metrics}, pairs)
+            last: dict[str, Any] = {"step": state.step, **evaluation.metrics}
+            if pairs is not None:
+                last["verdict"] = _diagnose(stage, services, state, pairs)
+            _tell_the_end(stage, services, last)
 
 
 def _save_last(stage: Stage, services: Services, parts: Sequence[Part], state: RunState) -> None:
@@ -49,13 +53,9 @@ def _save_last(stage: Stage, services: Services, parts: Sequence[Part], state: R
     services.saver.finish()
 
 
-def _tell_the_end(
-    stage: Stage, services: Services, last: dict[str, Any], pairs: Pairs | None
-) -> None:
-    """Diagnosis and page, on the main rank."""
+def _tell_the_end(stage: Stage, services: Services, last: dict[str, Any]) -> None:
+    """The last line and the page, on the main rank."""
     report, folder = services.report, stage.job.folder
-    if pairs is not None:
-        last["verdict"] = _diagnose(stage, services, pairs)
     report.finish(last)
     if stage.config.log.page:
         page = write_page(folder)
@@ -63,13 +63,16 @@ def _tell_the_end(
         report.say(f"report: {page.path}")
 
 
-def _diagnose(stage: Stage, services: Services, pairs: Pairs) -> str:
+def _diagnose(stage: Stage, services: Services, state: RunState, pairs: Pairs) -> str:
     """Write the doctor's verdict and the page's examples; returns the verdict."""
     report, folder, held_out = services.report, stage.job.folder, stage.held_out
     own = InTraining.last_of(read_metrics(folder / "metrics.jsonl"))
-    diagnosis = diagnose(pairs, own)
-    replace_file(folder / "doctor.json", json.dumps(diagnosis.to_json(), indent=1).encode())
+    course = Course(stage.config, state.updates, state.samples, state.position.epoch)
+    diagnosis = diagnose_run(pairs, course, own)
+    content = diagnosis.to_json()
+    replace_file(folder / "doctor.json", json.dumps(content, indent=1).encode())
     report.say(f"verdict: {diagnosis.verdict} (confidence {diagnosis.confidence:.2f})")
+    report.say(told(content).sentence)
     if stage.config.log.page:
         assert held_out is not None, "there are pairs"
         choose_examples(pairs, held_out.shards, report.warn).write(folder)

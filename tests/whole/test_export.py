@@ -70,4 +70,5 @@ def test_an_unknown_format_and_a_missing_run_are_told(trained, tmp_path):
     assert done.returncode == 2
     assert "open_clip, hf, onnx" in done.stderr
     done = run(["mmscale", "export", tmp_path / "none", "--to", "onnx", "--out", tmp_path / "out"])
-    assert done.returncode == 5
+    assert done.returncode == 2
+    assert "no such run" in done.stderr

@@ -71,6 +71,50 @@ def test_rows_of_zeros_stay(tmp_path, caplog):
     assert not loaded.image.any()
 
 
+@pytest.mark.parametrize("zeros", [[4], [0, 2, 5]])
+def test_some_rows_of_zeros_are_named(tmp_path, zeros):
+    image = rows()
+    image[zeros] = 0.0
+    told = ", ".join(map(str, zeros))
+    with pytest.raises(
+        DataError, match=rf"{len(zeros)} rows? \({told}\) of `image` holds? only zeros"
+    ):
+        load_npz(write(tmp_path / "a.npz", image=image, text=rows()))
+
+
+@pytest.mark.parametrize("kind", ["U", "S"])
+def test_ids_may_be_names_of_files(tmp_path, kind):
+    names = np.array(["b.jpg", "a.jpg", "c/ü.jpg" if kind == "U" else "c.jpg"]).astype(kind)
+    five = np.repeat(names[::-1], 2)
+    path = write(tmp_path / "a.npz", image=rows(3), text=rows(6), image_ids=names, text_ids=five)
+    pairs = load_npz(path)
+    owners = [names[pairs.image_ids.tolist().index(owner)] for owner in pairs.text_ids.tolist()]
+    assert owners == five.tolist()
+    assert len(set(pairs.image_ids.tolist())) == 3
+
+
+def test_names_and_numbers_do_not_mix(tmp_path):
+    path = write(
+        tmp_path / "a.npz",
+        image=rows(),
+        text=rows(),
+        image_ids=np.arange(6),
+        text_ids=np.arange(6).astype(str),
+    )
+    with pytest.raises(DataError, match="the other integers"):
+        load_npz(path)
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_torch_file_is_called_one(tmp_path, new):
+    path = tmp_path / "pairs.npz"
+    content = {"image": torch.tensor(rows()), "text": torch.tensor(rows())}
+    torch.save(content, path, _use_new_zipfile_serialization=new)
+    with pytest.raises(DataError, match="torch file") as caught:
+        load_npz(path)
+    assert "np.savez" in str(caught.value)
+
+
 def with_nan():
     image = rows()
     image[4, 1] = np.nan
@@ -84,10 +128,10 @@ BAD = {
     "of shape \\(0, 4\\)": {"image": rows(0), "text": rows(0)},
     "6 image rows and 12 text rows need both": {"image": rows(), "text": rows(12)},
     "6 wide and text rows 4": {"image": rows(6, 6), "text": rows()},
-    "one integer for each of the 6 rows": {
+    "one integer or text for each of the 6 rows": {
         "image": rows(),
         "text": rows(),
-        "image_ids": np.array(["a"] * 6),
+        "image_ids": np.ones(6),
     },
     "outside \\[0, 2\\^63\\)": {"image": rows(), "text": rows(), "image_ids": np.arange(6) - 1},
     "no row has a partner": {
