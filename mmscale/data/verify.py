@@ -111,12 +111,11 @@ def _are(claimed: Identities | None, true: Identities | None) -> bool:
 def image_fault(content: bytes) -> str | None:
     """Why an encoded image cannot be decoded."""
     try:
-        with (
-            warnings.catch_warnings(),
-            Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP")) as image,
-        ):
+        with warnings.catch_warnings():
+            # Also of what the header makes Pillow say.
             warnings.simplefilter("ignore")
-            image.load()
+            with Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP")) as image:
+                image.load()
     except Exception as error:  # noqa: BLE001 - whatever damaged bytes make a decoder raise
         return f"cannot be decoded ({reason_of(error)})"
     return None

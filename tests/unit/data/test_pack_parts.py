@@ -64,6 +64,7 @@ def array_task(words, folder, number, count, **settings):
         srun.write_text('#!/bin/sh\nexec "$@"\n')
         srun.chmod(0o755)
     job = {
+        "SLURM_JOB_ID": "7",
         "SLURM_SUBMIT_DIR": str(ROOT),
         "SLURM_CPUS_PER_TASK": "1",
         "SLURM_ARRAY_TASK_ID": str(number),
