@@ -65,7 +65,10 @@ def test_the_verdict_is_said_before_a_full_disk_is_met(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("setting", ["run.dir", "data.decoded_cache", "data.feature_cache"])
+@pytest.mark.parametrize(
+    "setting",
+    ["run.dir", "data.feature_cache", pytest.param("data.decoded_cache", marks=pytest.mark.slow)],
+)
 def test_a_run_refuses_folders_that_it_cannot_fill(setting, synthetic, tmp_path, afile):
     words = [*words_for(synthetic, write_settings(tmp_path)), f"run.dir={tmp_path / 'run'}"]
     frozen = ["model.vision.frozen=true", "model.text.frozen=true", "data.augment=none"]
