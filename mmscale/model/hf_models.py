@@ -90,7 +90,8 @@ def small_files(folder: str, is_text: bool) -> Iterator[tuple[str, bytes]]:
 
 
 def _tokenizer_files(folder: str) -> list[str]:
-    with hub_call(f"the tokenizer of hf:{folder}", BRING, remote=not Path(folder).is_dir()):
+    what = f"the tokenizer of model.text.name=hf:{folder}"
+    with hub_call(what, f"{BRING} and its tokenizer", remote=not Path(folder).is_dir()):
         tokenizer = AutoTokenizer.from_pretrained(folder)
     own: dict[str, str] = getattr(tokenizer, "vocab_files_names", None) or {}
     return [

@@ -110,9 +110,12 @@ def _files_of(tower: TowerConfig, part: str) -> Iterator[tuple[str, bytes]]:
         for file, content in openclip_files(name):
             yield file, content if isinstance(content, bytes) else _json(content)
     else:
-        from mmscale.model.hf_models import model_folder, small_files
+        from mmscale.model.hf_models import model_folder, read_config, small_files
 
-        yield from small_files(model_folder(name, f"model.{part}"), part == "text")
+        folder = model_folder(name, f"model.{part}")
+        # What cannot be had is told as where the tower is built, which comes after this.
+        read_config(folder, f"model.{part}")
+        yield from small_files(folder, part == "text")
 
 
 def _json(content: object) -> bytes:

@@ -185,3 +185,17 @@ def test_the_weights_of_an_openclip_folder_are_not_needed_again(tmp_path):
     )
     (folder / "open_clip_model.safetensors").unlink()
     build_model(config, None, 0, fill=False)
+
+
+def test_a_model_that_cannot_be_had_is_told_as_where_it_is_built(monkeypatch):
+    monkeypatch.setattr(hub, "hub_reachable", lambda: False)
+    for part, other in (("vision", {"text": CLIP_TEXT}), ("text", {"vision": CONVNEXT})):
+        name = {part: {"name": "hf:who/no-such-model"}}
+        config = ModelConfig.model_validate({**other, **name, "embed_dim": 16})
+        told = []
+        for action in (tower_files, lambda config: build_model(config, 32, 0)):
+            with pytest.raises(ConfigError) as caught:
+                action(config)
+            told.append(str(caught.value))
+        assert told[0] == told[1]
+        assert told[0].startswith(f"model.{part}.name=hf:who/no-such-model could not be loaded")
