@@ -1,5 +1,6 @@
 """From embedded pairs to a verdict: what is wrong, on which figures, why, and what to set."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +37,12 @@ class Diagnosis:
     evidence: dict[str, float]
     causes: tuple[str, ...]
     remedies: tuple[str, ...]
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> "Diagnosis":
+        """What `to_json` gave."""
+        lists = {name: tuple(record[name]) for name in ("also", "causes", "remedies")}
+        return cls(**{**record, **lists})
 
     @property
     def healthy(self) -> bool:

@@ -35,6 +35,15 @@ class Alarm:
     diagnosis: Diagnosis
     began: int
 
+    def to_json(self) -> dict[str, Any]:
+        """As one rank tells the others."""
+        return {"diagnosis": self.diagnosis.to_json(), "began": self.began}
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> "Alarm":
+        """What `to_json` gave."""
+        return cls(Diagnosis.of(told["diagnosis"]), told["began"])
+
 
 class Persistence:
     """Takes one probe after another.

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmscale.contracts import Peers, World
+from mmscale.dist.message import packed, unpacked
 from mmscale.dist.phases import phase
 
 # Of gradients that are averaged in one exchange.
@@ -94,21 +96,29 @@ def average_gradients(
 
 
 def from_main(world: World, value: Any) -> Any:
-    """Rank 0's JSON-like value, on every rank."""
+    """Rank 0's value, on every rank: JSON with tensors in it (`dist/message.py`)."""
     if not dist.is_initialized() or world.size == 1:
         return value
-    box = [value]
-    dist.broadcast_object_list(box, 0)
-    return box[0]
+    content = packed(value) if world.rank == 0 else torch.empty(0, dtype=torch.uint8)
+    length = torch.tensor([len(content)])
+    dist.broadcast(length, 0)
+    if world.rank != 0:
+        content = torch.empty(int(length), dtype=torch.uint8)
+    dist.broadcast(content, 0)
+    return unpacked(content)
 
 
 def from_all(world: World | Peers, value: Any) -> list[Any]:
-    """Every rank's JSON-like value, on every rank, in rank order."""
+    """Every rank's value, on every rank, in rank order: JSON with tensors in it."""
     if not dist.is_initialized() or world.size == 1:
         return [value]
-    box: list[Any] = [None] * world.size
-    dist.all_gather_object(box, value)
-    return box
+    content = packed(value)
+    lengths = torch.empty(world.size, dtype=torch.long)
+    dist.all_gather_into_tensor(lengths, torch.tensor([len(content)]))
+    most = int(lengths.max())
+    everyone = torch.empty(world.size, most, dtype=torch.uint8)
+    dist.all_gather_into_tensor(everyone, F.pad(content, (0, most - len(content))))
+    return [unpacked(everyone[rank, :length]) for rank, length in enumerate(lengths.tolist())]
 
 
 def barrier() -> None:

@@ -155,7 +155,7 @@ def _gather(parts: list[Part], shards: ShardSet, peers: Peers) -> FeatureTable:
         images[places], ids[places] = part["image"], torch.tensor(part["ids"], dtype=torch.long)
         good[places] = True
         for place, key, texts in zip(part["places"], part["keys"], part["captions"], strict=True):
-            keys[place], captions[place] = key, texts
+            keys[place], captions[place] = key, tuple(texts)
     first = torch.tensor([0, *accumulate(map(len, captions))])
     return FeatureTable(
         image=images,

@@ -2,8 +2,11 @@
 
 import os
 
+import torch
 from accelerate import Accelerator
 
+from mmscale.contracts import World
+from mmscale.dist.peers import from_all, from_main
 from mmscale.dist.world import join, leave, promised_world
 from tests.ranks.launch import run_on_ranks
 
@@ -23,3 +26,23 @@ def _as_srun_starts_it() -> tuple[str, int, int]:
 
 def test_accelerate_sees_the_ranks_that_srun_started():
     assert run_on_ranks(2, _as_srun_starts_it, join=False) == [("slurm", 0, 2), ("slurm", 1, 2)]
+
+
+def _told() -> tuple[list, dict, list]:
+    """What all ranks say, what the main one says, and an empty word of each."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    world = World(rank, size, rank, "test")
+    mine = {"rank": rank, "keys": ["a\ud800"] * rank, "rows": torch.arange(1000 * rank)}
+    main = {"table": torch.eye(3), "faults": None} if rank == 0 else "nobody asked"
+    return from_all(world, mine), from_main(world, main), from_all(world, "")
+
+
+def test_ranks_exchange_json_and_tensors_of_any_length():
+    for everyone, main, empty in run_on_ranks(3, _told):
+        assert [told["rank"] for told in everyone] == [0, 1, 2]
+        assert [told["keys"] for told in everyone] == [["a\ud800"] * rank for rank in range(3)]
+        for rank, told in enumerate(everyone):
+            assert torch.equal(told["rows"], torch.arange(1000 * rank))
+        assert torch.equal(main["table"], torch.eye(3))
+        assert main["faults"] is None
+        assert empty == [""] * 3

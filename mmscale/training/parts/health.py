@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -160,11 +160,13 @@ class Health(Part):
         features = self._features(result.rows)
         ours = self._gathered(result)
         held_out = self._held_out.embedded() if self._held_out else None
-        seen = None
+        seen = _Seen({})
         if self._stage.job.world.is_main:
             seen = self._judged(state, features, ours, held_out)
-        agreed: _Seen = from_main(self._stage.job.world, seen)
-        return agreed
+        # The others write no line.
+        alarm = None if seen.alarm is None else seen.alarm.to_json()
+        agreed = from_main(self._stage.job.world, alarm)
+        return replace(seen, alarm=None if agreed is None else Alarm.of(agreed))
 
     def _judged(
         self, state: RunState, features: dict[str, float], ours: Pairs, held_out: Pairs | None
