@@ -5,12 +5,14 @@ Torch is not imported on this way, so that a mistake is told at once.
 
 import difflib
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from mmscale.config.data_rules import data_faults
+from mmscale.config.effects import ineffective
 from mmscale.config.explain import explain, known_settings, meant_by
 from mmscale.config.heads import head_faults
 from mmscale.config.needs import (
@@ -58,9 +60,17 @@ def load_config(words: Sequence[str]) -> Config:
             f"{', '.join(preset_names())}, then key=value words"
         )
     settings: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for word in words:
-        _merge(settings, _read_word(word))
-    return validate(settings)
+        read = _read_word(word)
+        _merge(settings, read)
+        if not _is_preset(word):
+            _merge(given, deepcopy(read))
+    config = validate(settings)
+    stages = [stage_config(config, number) for number in range(len(expanded(config)))]
+    if faults := list(ineffective(config, stages, given)):
+        raise ConfigError("\n".join(faults))
+    return config
 
 
 def validate(settings: dict[str, Any]) -> Config:
@@ -199,6 +209,10 @@ def _assigned(word: str) -> dict[str, Any]:
     for part in reversed(key.split(".")):
         nested = {part: nested}
     return dict(nested)
+
+
+def _is_preset(word: str) -> bool:
+    return not _is_file(Path(word)) and word in preset_names()
 
 
 def _is_file(path: Path) -> bool:

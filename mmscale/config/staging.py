@@ -50,7 +50,7 @@ def stage_settings(config: Config, stage: StageConfig) -> dict[str, Any]:
         if getattr(stage, name) is not None:
             settings["train"][name] = getattr(stage, name)
     for tower in ("vision", "text"):
-        if not any(_may_match(pattern, tower) for pattern in stage.train):
+        if not any(may_match(pattern, tower) for pattern in stage.train):
             settings["model"][tower]["frozen"] = True
     if not all(settings["model"][tower]["frozen"] is True for tower in ("vision", "text")):
         settings["data"]["feature_cache"] = None
@@ -81,7 +81,7 @@ def blocks_of(pattern: str) -> tuple[str, slice] | None:
     return found[1], slice(first, int(found[3]) if found[3] else None)
 
 
-def _may_match(pattern: str, tower: str) -> bool:
+def may_match(pattern: str, tower: str) -> bool:
     """Whether a pattern could match a parameter of a tower."""
     start = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
     return start.startswith(f"{tower}.") or f"{tower}.".startswith(start)

@@ -52,7 +52,6 @@ def scale_stuck_low(figures: Figures) -> Finding:
     remedies = (
         "model.logit_scale.init=14.2857",
         "optim.lr_scale.scale=1.0",
-        "optim.weight_decay_scale.scale=0.0",
     )
     evidence = picked(figures, "logit_scale", "loss", "loss_floor", "loss_chance")
     return decided(min(low, 1 - unaligned_surely(figures)), evidence, causes, remedies)
