@@ -12,6 +12,7 @@ from mmscale.data.feature_parts import KeptParts
 from mmscale.data.features import FeatureTable
 from mmscale.data.grouping import copies_line
 from mmscale.data.neighbours import Neighbours
+from mmscale.data.shard_set import place_of
 from mmscale.data.shards import ShardSet, open_shards
 from mmscale.engine.encode import Call, encode
 from mmscale.engine.feature_cache import FeatureCache
@@ -31,6 +32,18 @@ class HeldOut:
     table: FeatureTable | None
 
 
+def _shared(train: ShardSet, held_out: ShardSet) -> str | None:
+    """What is told where a run is evaluated on shards that it trains on."""
+    trained = {place_of(path) for path in train.paths}
+    same = sum(place_of(path) in trained for path in held_out.paths)
+    if not same:
+        return None
+    return (
+        f"data.eval: {same} of its {len(held_out.paths)} shards are in data.train too; recalls and "
+        "verdicts are not of held-out pairs"
+    )
+
+
 def encoded_sets(
     config: Config,
     model: TwoTower,
@@ -45,6 +58,8 @@ def encoded_sets(
     if config.data.match == "image" and (line := _copies("data.train", shards)):
         tell(line)
     if held_out and (line := _copies("data.eval", held_out)):
+        tell(line)
+    if held_out and (line := _shared(shards, held_out)):
         tell(line)
     if config.data.feature_cache is None:
         return None, HeldOut(held_out, spec, None) if held_out else None

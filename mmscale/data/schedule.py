@@ -13,7 +13,7 @@ import numpy as np
 from mmscale.config.duration import Duration
 from mmscale.config.needs import labelled_kinds
 from mmscale.config.ramp import Ramp
-from mmscale.config.schema import Config
+from mmscale.config.schema import Config, DataConfig
 from mmscale.contracts import NamedTensor, Position
 from mmscale.data.arrange import Arrangement
 from mmscale.data.grouping import Identities, Marks, read_marks, require_identities
@@ -166,6 +166,17 @@ class Schedule:
         return Position(position.epoch, rows)
 
 
+def _check_captions(data: DataConfig, shards: ShardSet) -> None:
+    if not isinstance(data.captions, int) or not shards.shards:
+        return
+    most = max(max(shard.captions, default=0) for shard in shards.shards)
+    if data.captions > most:
+        raise ConfigError(
+            f"data.captions={data.captions}: no image of data.train={data.train} has more than "
+            f"{most} captions, so that each would come with the same one more than once; lower it"
+        )
+
+
 def plan_schedule(
     config: Config, shards: ShardSet, lanes: int, neighbours: Neighbours | None = None
 ) -> Schedule:
@@ -181,6 +192,7 @@ def plan_schedule(
         ConfigError: The data does not fill one batch, or no order keeps its groups apart.
         DataError: The manifests do not hold what the settings need.
     """
+    _check_captions(config.data, shards)
     schedule = Schedule(
         [shard.captions for shard in shards.shards],
         config.data.captions,

@@ -1,6 +1,7 @@
 """Shards of a setting as one set, whatever manifests they come from: whose image each sample is."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,11 @@ from mmscale.data.manifest import Shard
 from mmscale.data.unread import raw
 
 Place: TypeAlias = Path | str
+
+
+def place_of(path: Place) -> str:
+    """Where a shard lies, equal however its path is spelt."""
+    return os.path.realpath(path) if isinstance(path, Path) else path
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from mmscale.data.manifest import (
     read_manifest,
 )
 from mmscale.data.remote import NotThereError, Web, is_pipe, is_remote, is_web, piped, shown
-from mmscale.data.shard_set import Origin, Place, ShardSet, told_apart
+from mmscale.data.shard_set import Origin, Place, ShardSet, place_of, told_apart
 from mmscale.errors import ConfigError, DataError
 
 Setting: TypeAlias = "str | list[str] | list[SourceConfig]"
@@ -68,6 +68,7 @@ def open_shards(setting: str, where: Setting, allow_pipe: bool = False) -> Shard
         picked += found
     _check_sizes([(path, shard) for path, shard, _ in picked if isinstance(path, Path)])
     paths, shards, origins = zip(*picked, strict=True)
+    _check_repeats(setting, paths)
     names = ",".join(shard.sha256 for shard in shards)
     count = sum(len(patterns) for patterns, _ in _sources(where))
     opened = ShardSet(shards, paths, f"{count}:{names}", tuple(sources))
@@ -83,6 +84,7 @@ def list_shards(setting: str, where: Setting, allow_pipe: bool = False) -> Shard
         found = [path for pattern in patterns for path in finder.named(pattern)]
         sources.append((len(found), weight))
         paths += found
+    _check_repeats(setting, paths)
     return ShardSet((), tuple(paths), "", tuple(sources))
 
 
@@ -291,6 +293,21 @@ def scopes_of(paths: Sequence[Place]) -> list[tuple[int, str]]:
 
 def _on_disk(pattern: str) -> list[Path]:
     return [Path(path) for path in glob.glob(pattern)]  # noqa: PTH207
+
+
+def _check_repeats(setting: str, paths: Sequence[Place]) -> None:
+    """Refuse a shard that is named more than once, however it is spelt."""
+    seen: dict[str, Place] = {}
+    for path in paths:
+        if is_pipe(str(path)):
+            # What a command writes may be something else each time.
+            continue
+        first = seen.setdefault(place_of(path), path)
+        if first is not path:
+            raise ConfigError(
+                f"{setting}: {shown(path)} is named twice, first as {shown(first)}; name it once, "
+                "and give its source a weight if it is to come more often"
+            )
 
 
 def _check_sizes(picked: list[tuple[Path, Shard]]) -> None:

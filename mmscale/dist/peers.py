@@ -116,9 +116,10 @@ def from_all(world: World | Peers, value: Any) -> list[Any]:
     lengths = torch.empty(world.size, dtype=torch.long)
     dist.all_gather_into_tensor(lengths, torch.tensor([len(content)]))
     most = int(lengths.max())
-    everyone = torch.empty(world.size, most, dtype=torch.uint8)
+    everyone = torch.empty(world.size * most, dtype=torch.uint8)
     dist.all_gather_into_tensor(everyone, F.pad(content, (0, most - len(content))))
-    return [unpacked(everyone[rank, :length]) for rank, length in enumerate(lengths.tolist())]
+    parts = zip(everyone.split(most), lengths.tolist(), strict=True)
+    return [unpacked(part[:length]) for part, length in parts]
 
 
 def barrier() -> None:

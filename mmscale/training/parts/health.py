@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mmscale.checkpoint.state import RunState
+from mmscale.config.guard import GuardConfig
 from mmscale.contracts import Batch, LossInput, StepRecord
 from mmscale.diagnostics.doctor import beside, judge
 from mmscale.diagnostics.features import feature_figures
@@ -15,13 +16,15 @@ from mmscale.diagnostics.geometry import PREFIX, PROBE_ROWS, health_figures
 from mmscale.diagnostics.in_training import STILL, InTraining
 from mmscale.diagnostics.pairing import pairing_figures
 from mmscale.diagnostics.pairs import Pairs
-from mmscale.diagnostics.persistence import Alarm, Persistence
+from mmscale.diagnostics.persistence import COLLAPSE, DEAD, Alarm, Persistence
+from mmscale.diagnostics.rules_space import FEWEST_IMAGES
 from mmscale.dist.peers import from_main
 from mmscale.durable import replace_file
 from mmscale.engine.movement import Moved, Movement, trained_names
+from mmscale.errors import ConfigError
 from mmscale.training.held_out import HeldOutSample
 from mmscale.training.part import Halt, Part, Step, StepResult
-from mmscale.training.stage import Services, Stage
+from mmscale.training.stage import Services, Stage, Timetable
 
 # What is logged of the held-out pairs, as `health/heldout_*`.
 HELD_OUT = (
@@ -65,10 +68,12 @@ class Health(Part):
         self._stage, self._report = stage, services.report
         self._learner, config = stage.learner, stage.config
         self._every = stage.timetable.steps(config.probe.every)
+        pairs = min(config.probe.held_out, stage.plan.global_rows)
+        if fault := guard_fault(config.guard, stage.timetable, self._every, pairs):
+            raise ConfigError(fault)
         # Until then only a contraction counts.
         grace = stage.timetable.steps(config.guard.grace)
         self._persistence = Persistence(config.guard.patience, grace, config.guard.verdicts)
-        pairs = min(config.probe.held_out, stage.plan.global_rows)
         self._held_out = (
             HeldOutSample(stage.learner, stage.spec, stage.held_out, pairs)
             if stage.held_out
@@ -208,6 +213,43 @@ class Health(Part):
             backbone_text=peers.columns(rows.text.raw[chosen].float()),
             logit_scale=result.record.logit_scale,
         )
+
+
+def guard_fault(guard: GuardConfig, timetable: Timetable, every: int, pairs: int) -> str | None:
+    """Why a guard that is to halt a run never could, in a sentence; None where it may.
+
+    Args:
+        guard: Its settings.
+        timetable: The run's.
+        every: Updates between two probes.
+        pairs: Pairs that a probe looks at.
+    """
+    if guard.action != "halt":
+        return None
+    steps, last = timetable.total_steps, (guard.patience - 1) * every
+    if every + last > steps:
+        return (
+            f"guard.action=halt: guard.patience={guard.patience} probes, one every {every} updates "
+            f"(probe.every), are more than the {steps} updates of the run have; lower one of them"
+        )
+    if set(guard.verdicts) <= {COLLAPSE, DEAD}:
+        # A contraction counts from the first probe on, however few its pairs.
+        return None
+    repair = f"or count a contraction alone: guard.verdicts=[{COLLAPSE}, {DEAD}]"
+    grace = timetable.uncut(guard.grace)
+    if (grace // every + 1) * every + last > steps:
+        return (
+            f"guard.action=halt: the {steps} updates of the run have no guard.patience="
+            f"{guard.patience} probes after guard.grace={guard.grace}, so that all but a "
+            f"contraction of the space would pass; shorten guard.grace, {repair}"
+        )
+    if pairs < FEWEST_IMAGES:
+        return (
+            f"guard.action=halt: a probe looks at {pairs} pairs (the smaller of probe.held_out and "
+            f"train.global_batch_size), and the doctor judges none of fewer than {FEWEST_IMAGES}; "
+            f"raise it, {repair}"
+        )
+    return None
 
 
 def _sentence(alarm: Alarm, state: RunState) -> str:
