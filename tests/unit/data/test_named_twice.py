@@ -26,9 +26,7 @@ def spelt(synthetic, tmp_path, monkeypatch):
     }
 
 
-@pytest.mark.parametrize(
-    "how", ["itself", "relative", "link", "dots", "slash", "pattern", "tar"]
-)
+@pytest.mark.parametrize("how", ["itself", "relative", "link", "dots", "slash", "pattern", "tar"])
 def test_a_shard_that_is_named_twice_is_refused_however_it_is_spelt(synthetic, spelt, how):
     with pytest.raises(ConfigError, match="is named twice, first as") as caught:
         open_shards("data.train", [str(synthetic.train), spelt[how]])
