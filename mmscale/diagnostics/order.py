@@ -44,9 +44,12 @@ def order_figures(pairs: Pairs) -> dict[str, float]:
         return {}
     rows, columns = standing_rows(image, text)
     others = other_cells(rows, columns)
+    # Rows that repeat add nothing to what one of them says.
+    distinct = min(len(side.unique(dim=0)) for side in (image, text))
+    rarity = math.sqrt(distinct / len(rows))
     figures = {"elsewhere_z": elsewhere(rows[:_SEARCHED], columns[:_SEARCHED])}
     for name, turned in (("shift", rows), ("reversed", rows.flip(0))):
-        peaks = _peaks(_along(turned, columns))
+        peaks = _peaks(_along(turned, columns)) * rarity
         if name == "shift":
             # What every healthy space has.
             peaks[0] = 0.0

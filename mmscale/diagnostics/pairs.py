@@ -259,7 +259,8 @@ def _named(rows: np.ndarray, array: str) -> str:
 def _ids(
     path: Path, arrays: dict[str, np.ndarray], images: int, texts: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    given = {name: arrays[name] for name in ("image_ids", "text_ids") if name in arrays}
+    names = ("image_ids", "text_ids")
+    given: dict[str, np.ndarray] = {name: arrays[name] for name in names if name in arrays}
     for name, ids in given.items():
         rows = images if name == "image_ids" else texts
         if ids.shape != (rows,) or ids.dtype.kind not in "iuUS":

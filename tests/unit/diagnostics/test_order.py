@@ -24,6 +24,7 @@ from tests.unit.diagnostics.faulty_embeddings import (
     repeated,
     rotated,
     weak,
+    with_features,
 )
 
 MOVES = {
@@ -89,7 +90,20 @@ def test_five_captions_an_image_in_another_order():
     assert "row i + 2" in diagnose(five).causes[0]
 
 
+def random_heads(num, width, seed):
+    """Right pairs of towers that know what they see, through heads that were never trained."""
+    made = with_features(isotropic, True)(num, width, seed)
+    sides = [
+        rows
+        @ torch.randn(rows.shape[1], width, generator=torch.Generator().manual_seed(seed + part))
+        for part, rows in enumerate((made.backbone_image, made.backbone_text))
+    ]
+    image, text = (torch.nn.functional.normalize(rows, dim=1) for rows in sides)
+    return replace(made, image=image, text=text, backbone_image=None, backbone_text=None)
+
+
 UNALIGNED = {
+    "random heads": random_heads,
     "isotropic": isotropic,
     "rotated": rotated,
     "few directions": moved(low_rank(20, 0.1), lambda text: text @ turn(text.shape[1])),
