@@ -60,13 +60,15 @@ another.
 DEVICES = """\
 ## Devices
 
-One policy decides, and the run prints it. Precision: bf16 where the GPU computes it, else fp32;
+One policy decides, and the run prints it. Precision: bf16 where the GPU computes it, else fp32.
+Asked for on a CPU, bf16 is tried on a small product and a small convolution, and the line says how
+many times as long as fp32 they take: without units for it, it is emulated, tens of times slower.
 `engine.precision=tf32` rounds the products of fp32 matrices, which fp32 itself never does, not even
 in convolutions. AdamW is one fused kernel except on MPS. Attention runs on torch's own choice of
 kernel. On MPS, operations that torch lacks there run on the CPU, named in one line at start; a
-preset takes another tower for one that is known to fail there; a first step that fails starts the
-run again on the CPU, and a later failure ends it with exit 6 and `engine.device=cpu` as the repair.
-Nothing is compiled: captions are trimmed to their batch, and each length would compile anew.
+preset takes another tower for one that is known to fail there; one small update is rehearsed, and
+where that fails the run is built on the CPU and says so. Nothing is compiled: captions are trimmed
+to their batch, and each length would compile anew.
 
 """
 PAIRS = """\

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from mmscale.config.deepspeed import CHECKOUT
 from mmscale.errors import LaunchError
 from mmscale.report.metrics import read_metrics
 from tools.studies.cells import Cell, Figures, Result
@@ -19,7 +18,7 @@ from tools.studies.experiments import with_defaults
 from tools.studies.table import Table, table_of
 from tools.studies.trained import folder_words
 
-TRAIN = CHECKOUT / "mmscale" / "train.py"
+TRAIN = Path(__file__).resolve().parents[2] / "mmscale" / "train.py"
 DEFAULTS = (
     "train.duration=20 steps",
     "train.global_batch_size=32",
