@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 from mmscale.config.data_rules import places
+from mmscale.config.explain import shown
 from mmscale.config.heads import HeadConfig
 from mmscale.config.needs import needs_momentum, trained_terms, with_fusion_decided
 from mmscale.config.schema import Config
@@ -46,8 +47,10 @@ class Effect:
     holds: Callable[[Stretch], bool]
 
 
-def ineffective(config: Config, stages: list[Config], given: Mapping[str, Any]) -> Iterator[str]:
-    """One sentence for each setting that was given and has no effect anywhere in the run.
+def ineffective(
+    config: Config, stages: list[Config], given: Mapping[str, Any]
+) -> Iterator[tuple[str, str]]:
+    """Path and sentence of each setting that was given and has no effect anywhere in the run.
 
     Args:
         config: The run's.
@@ -55,24 +58,24 @@ def ineffective(config: Config, stages: list[Config], given: Mapping[str, Any]) 
         given: What the user wrote, nested, as it stands in YAML.
     """
     stretches = list(_stretches(config, stages))
+    said = settings_in(given)
     for path, effect in EFFECTS.items():
-        if effect is None or not _holds(given, path):
+        if effect is None or path not in said:
             continue
         value = value_at(config, path)
         # Null turns something off, which may well be off already.
         if value is None or value == value_at(_defaults(), path):
             continue
         if not any(effect.holds(stretch) for stretch in stretches):
-            yield (
-                f"{path}={_written(value)} has an effect only {effect.where}; make that so, or "
-                "remove it"
-            )
+            yield path, _sentence(path, value, effect)
     for number, stage in enumerate(config.stages):
         if stage.patience is not None and config.data.eval is None:
-            yield (
-                f"stages.{number}.patience={stage.patience} has an effect only "
-                f"{_EVALUATED.where}; make that so, or remove it"
-            )
+            path = f"stages.{number}.patience"
+            yield path, _sentence(path, stage.patience, _EVALUATED)
+
+
+def _sentence(path: str, value: Any, effect: Effect) -> str:
+    return f"{path}={shown(value)} has an effect only {effect.where}; make that so, or remove it"
 
 
 def value_at(config: Config, path: str) -> Any:
@@ -88,18 +91,18 @@ def _defaults() -> Config:
     return Config.model_validate({"data": {"train": "none"}})
 
 
-def _holds(given: Mapping[str, Any], path: str) -> bool:
-    value: Any = given
-    for name in path.split("."):
-        if not isinstance(value, Mapping) or name not in value:
-            return False
-        value = value[name]
-    return True
+def settings_in(given: Mapping[str, Any]) -> set[str]:
+    """Every setting that nested settings say something about."""
 
+    def holds(path: str) -> bool:
+        value: Any = given
+        for name in path.split("."):
+            if not isinstance(value, Mapping) or name not in value:
+                return False
+            value = value[name]
+        return True
 
-def _written(value: Any) -> str:
-    texts = {True: "true", False: "false"}
-    return texts[value] if isinstance(value, bool) else str(value)
+    return {path for path in EFFECTS if holds(path)}
 
 
 def _stretches(config: Config, stages: list[Config]) -> Iterator[Stretch]:

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from mmscale.config.data_rules import data_faults
-from mmscale.config.effects import ineffective
+from mmscale.config.effects import ineffective, settings_in
 from mmscale.config.explain import explain, known_settings, meant_by
 from mmscale.config.heads import head_faults
 from mmscale.config.needs import (
@@ -59,6 +59,33 @@ def load_config(words: Sequence[str]) -> Config:
             "no configuration named: give a YAML file or one of the presets "
             f"{', '.join(preset_names())}, then key=value words"
         )
+    config, unread = _read(words)
+    if unread:
+        raise ConfigError("\n".join(unread.values()))
+    return config
+
+
+def effective(words: Sequence[str]) -> tuple[str, ...]:
+    """The words without each `key=value` that sets only what nothing reads.
+
+    For whoever puts words together that nobody wrote as a whole: a sweep's trials, a study's rows.
+
+    Raises:
+        ConfigError: The words have other faults.
+    """
+    unread = _read(words)[1]
+
+    def stays(word: str) -> bool:
+        if "=" not in word or _is_file(Path(word)):
+            return True
+        paths = settings_in(_assigned(word))
+        return not paths or not paths <= unread.keys()
+
+    return tuple(word for word in words if stays(word))
+
+
+def _read(words: Sequence[str]) -> tuple[Config, dict[str, str]]:
+    """The words' configuration; the settings without effect, with a sentence about each."""
     settings: dict[str, Any] = {}
     given: dict[str, Any] = {}
     for word in words:
@@ -68,9 +95,7 @@ def load_config(words: Sequence[str]) -> Config:
             _merge(given, deepcopy(read))
     config = validate(settings)
     stages = [stage_config(config, number) for number in range(len(expanded(config)))]
-    if faults := list(ineffective(config, stages, given)):
-        raise ConfigError("\n".join(faults))
-    return config
+    return config, dict(ineffective(config, stages, given))
 
 
 def validate(settings: dict[str, Any]) -> Config:

@@ -87,9 +87,10 @@ def _wide(value: Tensor) -> Tensor:
 
 
 def _check(config: LogitScaleConfig) -> None:
-    named = {"init": config.init}
-    if config.course is not None:
-        named |= {"course.from": config.course.first, "course.to": config.course.last}
+    if config.course is None:
+        named = {"init": config.init}
+    else:
+        named = {"course.from": config.course.first, "course.to": config.course.last}
     for name, value in named.items():
         if config.max < 1 or not 1 <= value <= config.max:
             raise ConfigError(

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args
 from pydantic import Field, ValidationError, model_validator
 
 from mmscale.config.explain import shown
-from mmscale.config.load import load_config
+from mmscale.config.load import effective, load_config
 from mmscale.config.section import Positive, PositiveFloat, Section
 from mmscale.config.yaml import read_yaml
 from mmscale.errors import ConfigError
@@ -98,8 +98,14 @@ class Space(Section):
     """Of the search; the trials' own is `run.seed`."""
 
     def words(self, values: Mapping[str, Any]) -> tuple[str, ...]:
-        """A trial's words: the base, then its values."""
-        return (*self.base, *(f"{name}={value}" for name, value in values.items()))
+        """A trial's words: the base, then those of its values that have an effect together."""
+        own = tuple(f"{name}={value}" for name, value in values.items())
+        try:
+            kept = effective((*self.base, *own))
+        except ConfigError:
+            # A combination that the trial is going to be refused for.
+            kept = own
+        return (*self.base, *(word for word in own if word in kept))
 
 
 def read_space(path: Path) -> Space:
@@ -112,8 +118,16 @@ def read_space(path: Path) -> Space:
         space = Space.model_validate(read_yaml(path))
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(path, error))) from error
+    read: set[str] = set()
     for values in _corners(space):
-        load_config(space.words(values))
+        words = space.words(values)
+        load_config(words)
+        read |= {name for name, value in values.items() if f"{name}={value}" in words}
+    if idle := sorted(space.parameters.keys() - read):
+        raise ConfigError(
+            f"{path}: parameters.{idle[0]} has no effect in any trial; remove it, or set what "
+            "reads it in base"
+        )
     return space
 
 

@@ -67,7 +67,7 @@ CASES = {
             "probe.every=3 steps",
             "guard.action=halt",
             "guard.grace=1 steps",
-            "model.logit_scale={init: 10, max: 10, course: {from: 5, to: 10, over: 7 steps}}",
+            "model.logit_scale={max: 10, course: {from: 5, to: 10, over: 7 steps}}",
         ),
         3,
         9,

@@ -74,7 +74,7 @@ def test_words_stored_in_a_checkpoint_are_no_words_of_the_user(
 ):
     """What a checkpoint from elsewhere says opens no pipe, whatever else it says to fit."""
     run_dir, marker = tmp_path / "run", tmp_path / "opened"
-    command = [sys.executable, TRAIN, *words, f"run.dir={run_dir}", "guard.action=off"]
+    command = [sys.executable, TRAIN, *words, f"run.dir={run_dir}", "guard.action=warn"]
     command += ["checkpoint.every=2 steps", "probe.every=4 steps"]
     succeed([*command, "train.duration=2 steps"])
     pipe = f"pipe:touch {marker}; cat {next(Path(synthetic.train).glob('*.tar'))}"

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from mmscale.config.load import load_config
+from mmscale.config.load import effective, load_config
 from mmscale.config.schema import Config
 from mmscale.config.staging import merged
 from mmscale.errors import ConfigError
@@ -63,7 +63,7 @@ def cells(words: tuple[str, ...], seeds: Iterable[int]) -> list[Cell]:
     words = with_defaults(words, DEFAULTS)
     rows = dict(_rows(load_config(words)))
     return [
-        Cell({"recipe": name, "seed": seed}, (*words, *extra, f"run.seed={seed}"))
+        Cell({"recipe": name, "seed": seed}, effective((*words, *extra, f"run.seed={seed}")))
         for seed in seeds
         for name, extra in rows.items()
     ]

@@ -40,6 +40,27 @@ def test_a_search_is_read_and_its_values_become_words(tmp_path):
     assert words == (*SPACE["base"], "optim.lr=0.001", 'loss.preset="siglip"')
 
 
+KINDS_OF_HEAD = {
+    "model.head.kind": {"kind": "choice", "values": ["linear", "mlp"]},
+    "model.head.hidden": {"kind": "int", "low": 16, "high": 64},
+}
+
+
+def test_a_trial_is_spared_what_its_other_values_leave_without_effect(tmp_path):
+    path = tmp_path / "space.yaml"
+    path.write_text(yaml.safe_dump({**SPACE, "parameters": KINDS_OF_HEAD}))
+    space = read_space(path)
+    deep = space.words({"model.head.kind": "mlp", "model.head.hidden": 32})
+    flat = space.words({"model.head.kind": "linear", "model.head.hidden": 32})
+    assert deep == (*SPACE["base"], "model.head.kind=mlp", "model.head.hidden=32")
+    assert flat == (*SPACE["base"], "model.head.kind=linear")
+
+
+def test_a_search_for_what_no_trial_reads_is_refused(refused):
+    said = refused(parameters={"model.head.hidden": KINDS_OF_HEAD["model.head.hidden"]})
+    assert "parameters.model.head.hidden has no effect in any trial" in said
+
+
 def test_an_unknown_key_is_told_with_its_neighbour(refused):
     assert "space.yaml: trails is no key here; did you mean trials?" in refused(trails=3)
     assert "pruning.after_trial is no key" in refused(pruning={"after_trial": 1})
