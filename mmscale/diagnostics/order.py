@@ -18,8 +18,6 @@ LARGEST_SAMPLE = 2**16
 # Rows among which any order at all is looked for.
 _SEARCHED = 2048
 _FEATURES_AT_ONCE = 64
-# A shift is told from rows that resemble their neighbours by standing above these.
-_NEIGHBOURS = (1, 2, 3, 4)
 # The largest of all shifts passes 5 about once in 2,000 samples without any order.
 SURE = 7.0
 # Beside a sure one: rows at a block's end take captions from its beginning.
@@ -44,12 +42,9 @@ def order_figures(pairs: Pairs) -> dict[str, float]:
         return {}
     rows, columns = standing_rows(image, text)
     others = other_cells(rows, columns)
-    # Rows that repeat add nothing to what one of them says.
-    distinct = min(len(side.unique(dim=0)) for side in (image, text))
-    rarity = math.sqrt(distinct / len(rows))
     figures = {"elsewhere_z": elsewhere(rows[:_SEARCHED], columns[:_SEARCHED])}
     for name, turned in (("shift", rows), ("reversed", rows.flip(0))):
-        peaks = _peaks(_along(turned, columns)) * rarity
+        peaks = _peaks(_along(turned, columns))
         if name == "shift":
             # What every healthy space has.
             peaks[0] = 0.0
@@ -144,10 +139,12 @@ def _along(rows: Float64[Tensor, "n d"], columns: Float64[Tensor, "n d"]) -> Flo
 
 
 def _peaks(sums: Float64[Tensor, " n"]) -> Float64[Tensor, " n"]:
-    """How far each stands above its neighbours, in robust deviations of all."""
-    beside = torch.stack([sums.roll(k) + sums.roll(-k) for k in _NEIGHBOURS]).sum(dim=0)
-    above = sums - beside / (2 * len(_NEIGHBOURS))
-    spread = 1.4826 * float((above - above.median()).abs().median())
+    """How far each stands above all, in robust deviations of them.
+
+    Rows that resemble each other, sorted or not, widen all of them alike.
+    """
+    above = sums - sums.median()
+    spread = 1.4826 * float(above.abs().median())
     return above / spread if spread > _RESOLUTION else torch.zeros_like(above)
 
 

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from mmscale.diagnostics.doctor import diagnose
+from mmscale.diagnostics.doctor import diagnose, judge
+from mmscale.diagnostics.geometry import health_figures
 from mmscale.diagnostics.mixture import TOLERATED, mixture_figures, share_figures
+from mmscale.diagnostics.pairing import pairing_figures
 from mmscale.diagnostics.pairs import Pairs
 from tests.unit.diagnostics.faulty_embeddings import (
     anisotropic,
@@ -115,6 +117,19 @@ def test_one_caption_in_fifty_is_tolerated():
 def test_other_failures_are_no_mixtures(make):
     for seed in range(5):
         assert diagnose(make(400, 64, seed)).verdict != "shuffled_pairs"
+
+
+def test_where_no_pair_stands_out_nothing_is_mixed():
+    pairs = isotropic(200, 64, 0)
+    figures = health_figures(pairs) | pairing_figures(pairs)
+    figures |= {
+        "health/matched_share": 0.1,
+        "health/matched_share_low": 0.0,
+        "health/matched_share_high": 0.6,
+        "health/mispaired_z": 20.0,
+    }
+    assert judge(figures | {"health/matched_z": 2.0}).verdict == "unaligned"
+    assert judge(figures | {"health/matched_z": 20.0}).verdict == "shuffled_pairs"
 
 
 def test_mixtures_of_trained_clip(real_data):

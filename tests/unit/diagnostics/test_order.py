@@ -144,16 +144,27 @@ def check_no_order(name, draws):
 
 def test_neighbours_that_resemble_each_other_are_no_shift():
     """Rows sorted by what they show: the towers never met, yet each class prefers another."""
-    for seed in range(10):
+    for seed in range(30):
         rng = np.random.default_rng(seed)
-        classes = np.repeat(np.arange(8), 50)
+        classes = np.repeat(np.arange(50), 8)
         sides = []
         for _ in range(2):
-            centres = torch.tensor(rng.normal(size=(8, 64)))[classes]
-            sides.append(centres + torch.tensor(rng.normal(size=(400, 64))))
+            centres = torch.tensor(rng.normal(size=(50, 64)))[classes]
+            sides.append(centres + 0.3 * torch.tensor(rng.normal(size=(400, 64))))
         image, text = (torch.nn.functional.normalize(rows, dim=1).float() for rows in sides)
         figures = order_figures(replace(isotropic(400, 64, 0), image=image, text=text))
         assert max(figures["health/shift_z"], figures["health/reversed_z"]) < SURE
+
+
+def test_sorted_rows_are_shifted_by_what_they_are_shifted():
+    """Rows resemble those beside them; the right one is a little nearer than they are."""
+    rng = np.random.default_rng(0)
+    meaning = np.repeat(rng.normal(size=(20, 64)), 20, axis=0) + rng.normal(size=(400, 64))
+    sides = [torch.tensor(meaning + 0.5 * rng.normal(size=(400, 64))) for _ in range(2)]
+    image, text = (torch.nn.functional.normalize(rows, dim=1).float() for rows in sides)
+    for shift in (-30, 2):
+        pairs = replace(isotropic(400, 64, 0), image=image, text=text.roll(shift, 0))
+        assert order_figures(pairs)["health/shift"] == shift
 
 
 def test_a_constant_tower_has_no_order():

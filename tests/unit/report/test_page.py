@@ -169,6 +169,14 @@ def test_maps_are_drawn_without_examples(full_folder):
     assert "gallery" not in [attrs.get("id") for _, attrs in reader.tags]
 
 
+def test_a_run_that_has_only_begun_is_not_called_red(folder):
+    early = {"verdict": "too_few_samples", "evidence": {"updates": 28.0, "variance_text": 0.001}}
+    (folder / "doctor.json").write_text(json.dumps(early))
+    page = write_page(folder).path.read_text("utf-8")
+    assert 'class="card verdict none"' in page
+    assert "Too early to say" in page
+
+
 @pytest.mark.parametrize("name", [*VERDICTS, "some_new_verdict"])
 def test_each_verdict_has_words(folder, name):
     (folder / "doctor.json").write_text(json.dumps({"verdict": name}))
