@@ -101,8 +101,9 @@ def _train(names, settings, folder, kind):
             "checkpoint.every=null",
             "data.eval=null",
             "data.workers=0",
-            *("model.fusion.dim=32", "model.fusion.heads=2", "model.fusion.layers=1"),
         ]
+        if {"matching", "classification"} & {term["kind"] for term in OBJECTIVES[name]}:
+            words += ["model.fusion.dim=32", "model.fusion.heads=2", "model.fusion.layers=1"]
         if any(term["kind"] == "classification" for term in OBJECTIVES[name]):
             words.append("model.fusion.classes=8")
         codes[name] = main(words)

@@ -131,7 +131,6 @@ def test_what_makes_it_another_run_is_refused_with_both_values(place, word, befo
         "data.workers=0",
         "data.eval=null",
         "data.decoded_cache=cache",
-        "data.cache_gb=3",
         "engine.timeout=77",
         "engine.precision=bf16",
         "log.every=3 steps",
@@ -143,6 +142,11 @@ def test_what_makes_it_another_run_is_refused_with_both_values(place, word, befo
 def test_what_may_change_may(place, word):
     _, checkpoint = _trained("run")
     assert _go_on(checkpoint, word) == checkpoint.contents
+
+
+def test_the_size_of_a_cache_may_change_with_the_cache(place):
+    _, checkpoint = _trained("run")
+    assert _go_on(checkpoint, "data.decoded_cache=cache", "data.cache_gb=3") == checkpoint.contents
 
 
 def test_data_packed_anew_at_the_same_place_are_other_data(place):

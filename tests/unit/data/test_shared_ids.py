@@ -170,10 +170,10 @@ def test_a_manifest_cannot_name_commands_or_addresses(tmp_path, place):
     content = json.loads(path.read_text())
     content["shards_in"] = place.format(canary=tmp_path / "canary")
     path.write_bytes(sealed(content))
-    for words in ("data.allow_pipe=false", "data.allow_pipe=true"):
-        config = load_config(["demo", f"data.train={tmp_path / 's'}", words])
+    data = load_config(["demo", f"data.train={tmp_path / 's'}"]).data
+    for allowed in (False, True):
         with pytest.raises(DataError, match="which is no folder here"):
-            open_train(config.data)
+            open_train(data.model_copy(update={"allow_pipe": allowed}))
     assert not (tmp_path / "canary").exists()
 
 
