@@ -9,7 +9,7 @@ from mmscale.diagnostics.rules_pairing import (
     ALIGNED_AUC,
     ALIGNED_Z,
     ELSEWHERE_Z,
-    MISPAIRED_Z,
+    MOSTLY_MISPAIRED_Z,
     PAIRED_Z,
 )
 from mmscale.diagnostics.rules_space import COLLAPSED_VARIANCE, FEWEST_IMAGES, LARGEST_KNEE_OF_FEW
@@ -110,7 +110,7 @@ _RANGES = {
     "backbone_cka_z": f"good above {PAIRED_Z:g}, chance 0",
     "train_backbone_cka_z": f"good above {PAIRED_Z:g}, chance 0",
     "matched_share": "good near 1; its 95 percent interval follows",
-    "mispaired_z": f"good below {MISPAIRED_Z:g}",
+    "mispaired_z": f"good below {MOSTLY_MISPAIRED_Z:g}",
     "elsewhere_z": f"good below {ELSEWHERE_Z:g}",
     "variance": f"good above {COLLAPSED_VARIANCE:g}, a trained CLIP 0.5",
     "std_off_sqrt_d": "near 1 where rows spread in all directions",
