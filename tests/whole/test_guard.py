@@ -83,7 +83,7 @@ def test_words_stored_in_a_checkpoint_are_no_words_of_the_user(
     if also_in_config:
         state["config"]["data"] |= {"allow_pipe": True, "train": pipe}
     else:
-        state["progress"]["remedies"] = ["data.allow_pipe=true", f"data.train={pipe}"]
+        state["state"]["remedies"] = ["data.allow_pipe=true", f"data.train={pipe}"]
     seal(folder, state)
     done = run([*command, "train.duration=4 steps"])
     assert not marker.exists(), explain(done)

@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
-from mmscale.config.load import load_config
-from mmscale.errors import TerminatedError
+from mmscale.data.stream import TrainStream
+from mmscale.train import main
 from tests.ranks.launch import run_on_ranks
 from tests.whole.command import explain, run
 from tests.whole.small_run import (
@@ -68,19 +68,18 @@ def test_a_loss_above_chance_ends_with_3(settings, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def _stopped(words: list[str], step: int) -> None:
-    """Train until SIGTERM, which comes so that the run stops after `step`."""
-    from mmscale.train import _attempt
+def _stopped(words: list[str], step: int) -> int:
+    """Exit code of a run that SIGTERM reaches with the batch of `step`."""
+    whole = TrainStream.batches
 
-    updates = iter(range(1, step + 1))
+    def batches(self, position):
+        for number, found in enumerate(whole(self, position), start=1):
+            if number == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield found
 
-    def updated() -> None:
-        # The coming update still tells the other ranks.
-        if next(updates) == step - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.raises(TerminatedError, match=f"step {step} is in a checkpoint"):
-        _attempt(load_config(words), updated)
+    TrainStream.batches = batches
+    return main(words)
 
 
 def test_an_evaluation_that_a_stop_left_out_is_made_when_the_run_goes_on(settings, tmp_path):
@@ -89,7 +88,7 @@ def test_an_evaluation_that_a_stop_left_out_is_made_when_the_run_goes_on(setting
     straight, folder = tmp_path / "straight", tmp_path / "run"
     succeed([*ALONE, *settings, *more, f"run.dir={straight}"])
     words = [*settings, *more, f"run.dir={folder}"]
-    run_on_ranks(1, _stopped, words, 4, join=False)
+    assert run_on_ranks(1, _stopped, words, 4, join=False) == [143]
     assert evaluations(folder).keys() == {2}
     succeed([*ALONE, *words])
     assert evaluations(folder) == evaluations(straight)
