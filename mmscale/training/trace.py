@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from torch.profiler import profile, schedule
 
@@ -30,7 +30,7 @@ class Trace:
                 profile_memory=True,
             )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Trace":
         if self._profile is not None:
             self._profile.__enter__()
         return self
