@@ -52,7 +52,7 @@ test-slow: setup  ## what takes minutes
 	$(PYTEST) -m "slow and not soak"
 
 test-soak: setup  ## tens of minutes: large samples, every registered model, second launchers
-	$(BIN)/python -m pytest -m soak -s
+	$(BIN)/python -m pytest -m soak --timeout 0 -s
 
 check: setup  ## format, lint, layers, types
 	$(BIN)/ruff format --check .

@@ -1,9 +1,10 @@
 """The training loop: stages of a run, one after another, and the updates of each."""
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -109,8 +110,9 @@ def _updates(
     state = stage.start.state
     length, warmup = stage.end - state.stage_start, timetable.steps(config.optim.warmup)
     phases = PhaseClock(stage.job.policy.device)
-    for part in parts:
-        part.begin(state)
+    state, event = _asked([part.begin for part in parts], state)
+    if event is not None:
+        return state, event
     clock = time.perf_counter()
     for batch, position, waited in () if state.over else batches:
         if state.step == stage.start.state.step:
@@ -130,7 +132,7 @@ def _updates(
         if is_logged:
             spent = {"data": waited, "step": time.perf_counter() - clock, **phases.seconds}
             report.training(training_line(stage, parts, result, state, spent))
-        state, event = _observed(parts, result, state)
+        state, event = _asked([partial(part.observe, result) for part in parts], state)
         if event is not None:
             return state, event
         clock = time.perf_counter()
@@ -146,13 +148,13 @@ def _tell_first_batch(stage: Stage, services: Services, batch: Batch) -> None:
         services.report.warn(warning)
 
 
-def _observed(
-    parts: Sequence[Part], result: StepResult, state: RunState
+def _asked(
+    questions: Sequence[Callable[[RunState], Event | None]], state: RunState
 ) -> tuple[RunState, Event | None]:
-    """Every part sees the update's record; the first event is what the run does next."""
+    """Each part's own question, in order; the first event is what the run does next."""
     event: Event | None = None
-    for part in parts:
-        found = part.observe(result, state)
+    for question in questions:
+        found = question(state)
         if isinstance(found, Rollback | Halt):
             return state, found
         if isinstance(found, StageOver):

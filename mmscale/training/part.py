@@ -98,8 +98,13 @@ class Part:
     has_tensors: ClassVar[bool] = False
     reads_tokens: ClassVar[bool] = False
 
-    def begin(self, state: RunState) -> None:
-        """Before the first update of a stage that begins or resumes. Collective."""
+    def begin(self, state: RunState) -> Event | None:
+        """Before the first update of a stage that begins or resumes. Collective.
+
+        Returns:
+            What the run does next, where what a stop left undone decides it.
+        """
+        return None
 
     def rate(self) -> float:
         """A factor of every learning rate."""

@@ -39,6 +39,10 @@ class Stopping(Part):
         """What the falls so far have made of it."""
         return float(self._config.optim.plateau.factor ** self._state.get("falls", 0))
 
+    def begin(self, state: RunState) -> StageOver | None:
+        """Takes the evaluation that a stop left for now; raises as `observe` does."""
+        return self.look(state) if self._evaluation.is_fresh else None
+
     def observe(self, result: StepResult, state: RunState) -> StageOver | None:
         """Raises ConfigError where no evaluation has `stop.metric`."""
         return self.look(state) if self._evaluation.is_fresh else None
