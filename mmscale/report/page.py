@@ -1,13 +1,12 @@
 """A run's HTML page: one file that opens from disk, with everything it shows inside it."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmscale.config.yaml import read_yaml
-from mmscale.errors import DataError
+from mmscale.errors import ConfigError
 from mmscale.report.examples import Examples
 from mmscale.report.facts import collect_facts, collect_recalls
 from mmscale.report.health import draw_health
@@ -16,7 +15,7 @@ from mmscale.report.metrics import read_metrics
 from mmscale.report.pictures import Picture, space_pictures, training_pictures
 from mmscale.report.space import SPACE_NAME, read_space
 from mmscale.report.template import write_html
-from mmscale.report.verdicts import describe, told
+from mmscale.report.verdicts import describe, read_doctor, told
 
 REPORT_NAME = "report.html"
 
@@ -45,14 +44,14 @@ def write_page(run_dir: Path, layout: str | None = None) -> Page:
 
     Raises:
         DataError: A file of the folder is missing or cannot be read.
-        ConfigError: The maps' library is not installed.
+        ConfigError: `config.yaml` cannot be read, or the maps' library is not installed.
     """
     lines = read_metrics(run_dir / "metrics.jsonl")
     config_path = run_dir / "config.yaml"
     settings = read_yaml(config_path) if config_path.exists() else {}
-    doctor = _read_json(run_dir / "doctor.json")
+    doctor = read_doctor(run_dir / "doctor.json")
     moments, examples = read_space(run_dir / SPACE_NAME), Examples.read(run_dir)
-    layout = layout or (settings.get("log") or {}).get("map", "pca")
+    layout = layout or _layout(settings, config_path)
     training, space = training_pictures(lines), space_pictures(moments)
     health = [Picture(title, source) for title, source in draw_health(lines).items()]
     page = run_dir / REPORT_NAME
@@ -61,11 +60,11 @@ def write_page(run_dir: Path, layout: str | None = None) -> Page:
         "page.html",
         title=run_dir.resolve().name,
         verdict=told(doctor),
-        also=[describe(name) for name in doctor.get("also") or ()],
-        confidence=_share(doctor.get("confidence")),
-        evidence=dict(_flatten(doctor.get("evidence") or {})),
-        causes=[str(cause) for cause in doctor.get("causes") or ()],
-        remedies=[str(remedy) for remedy in doctor.get("remedies") or ()],
+        also=[describe(name) for name in doctor["also"]],
+        confidence=_share(doctor["confidence"]),
+        evidence=dict(_flatten(doctor["evidence"])),
+        causes=doctor["causes"],
+        remedies=doctor["remedies"],
         recalls=collect_recalls(lines),
         training=training,
         space=space,
@@ -80,17 +79,15 @@ def write_page(run_dir: Path, layout: str | None = None) -> Page:
     return Page(page, [*training, *space, *health], examples)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """An object from a file; empty where there is no such file."""
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: is not JSON ({error}); write it again or remove it") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: must hold a JSON object; write it again or remove it")
-    return content
+def _layout(settings: Mapping[str, Any], path: Path) -> str:
+    """The run's `log.map`; its file may be another version's, or another's."""
+    log = settings.get("log")
+    name = log.get("map", "pca") if isinstance(log, Mapping) else "pca"
+    if not isinstance(name, str) or name not in NAMES:
+        raise ConfigError(
+            f"{path}: log.map is {name!r}, which draws no map; choose {', '.join(NAMES)}"
+        )
+    return name
 
 
 def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -6,8 +6,11 @@ each time, in one move: there is no torn line.
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mmscale.durable import replace_file
 from mmscale.errors import DataError
@@ -16,6 +19,65 @@ SPACE_NAME = "space.jsonl"
 MOST_MOMENTS = 24
 
 Moments = Sequence[Mapping[str, Any]]
+
+# What fp64 counts one by one, and a time axis can be made of.
+_LARGEST = 2**53
+_Count = Annotated[int, Field(ge=0, le=_LARGEST)]
+_Number = Annotated[float, Field(ge=-1e30, le=1e30)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class _Histogram(_Record):
+    edges: list[_Number]
+    counts: list[Annotated[float, Field(ge=0, le=_LARGEST)]]
+
+    @model_validator(mode="after")
+    def _fits(self) -> "_Histogram":
+        if len(self.edges) != len(self.counts) + 1:
+            raise ValueError("edges are one more than counts")
+        if any(after <= before for before, after in pairwise(self.edges)):
+            raise ValueError("edges rise")
+        return self
+
+
+class _Similarity(_Record):
+    width: _Count | None = None
+    matched: _Histogram | None = None
+    unmatched: _Histogram | None = None
+
+
+class _Curve(_Record):
+    ranks: list[Annotated[int, Field(ge=1, le=_LARGEST)]]
+    values: list[_Number]
+
+    @model_validator(mode="after")
+    def _fits(self) -> "_Curve":
+        if len(self.ranks) != len(self.values):
+            raise ValueError("every rank has a value")
+        return self
+
+
+class _Spectrum(_Record):
+    image: _Curve
+    text: _Curve
+
+
+class _Cloud(_Record):
+    ids: list[int]
+    rows: str
+    shown: Annotated[float, Field(ge=0, le=1)]
+
+
+class _Moment(_Record):
+    """What a page draws of a line; a moment of few pairs lacks the last two."""
+
+    step: _Count
+    similarity: _Similarity | None = None
+    spectrum: _Spectrum | None = None
+    cloud: _Cloud | None = None
 
 
 class SpaceLog:
@@ -54,12 +116,13 @@ def read_space(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        moments = [json.loads(line) for line in path.read_bytes().splitlines()]
-        return sorted(moments, key=lambda moment: _step(moment))
-    except (OSError, ValueError, RecursionError) as error:
+        moments = [_parse(line) for line in path.read_bytes().splitlines()]
+    except (OSError, ValueError) as error:
         raise DataError(
-            f"{path}: not the moments of a run ({error}); remove the file, the run goes on without"
+            f"{path}: not the moments of a run ({_reason(error)}); remove the file, the run goes "
+            "on without"
         ) from error
+    return sorted(moments, key=lambda moment: int(moment["step"]))
 
 
 def thinned(moments: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -74,8 +137,15 @@ def thinned(moments: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return moments
 
 
-def _step(moment: Any) -> int:
-    step = moment.get("step") if isinstance(moment, dict) else None
-    if not isinstance(step, int) or isinstance(step, bool):
-        raise ValueError("a line without its step")
-    return step
+def _parse(line: bytes) -> dict[str, Any]:
+    _Moment.model_validate_json(line)
+    moment: dict[str, Any] = json.loads(line)
+    return moment
+
+
+def _reason(error: Exception) -> str:
+    """One line; pydantic says at length where and what."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()

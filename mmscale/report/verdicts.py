@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mmscale.diagnostics.rules_neighbours import MOST_SHARE, MOST_SKEW, MOST_TWINS, MOST_UNCOVERED
 from mmscale.diagnostics.rules_pairing import (
@@ -13,6 +16,7 @@ from mmscale.diagnostics.rules_pairing import (
     PAIRED_Z,
 )
 from mmscale.diagnostics.rules_space import COLLAPSED_VARIANCE, FEWEST_IMAGES, LARGEST_KNEE_OF_FEW
+from mmscale.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,43 @@ VERDICTS = {
         "warn", "Hubness", "A few items are the nearest neighbours of too many others."
     ),
 }
+
+
+_Scalar = float | int | bool | str | None
+_Figure = _Scalar | list[_Scalar]
+
+
+class _Stored(BaseModel):
+    """What a page takes from a `doctor.json`; evidence is two levels deep at most."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    verdict: str | None = None
+    confidence: float | None = None
+    also: list[str] = []
+    evidence: dict[str, _Figure | dict[str, _Figure | dict[str, _Figure]]] = {}
+    causes: list[str] = []
+    remedies: list[str] = []
+
+
+def read_doctor(path: Path) -> dict[str, Any]:
+    """What a `doctor.json` says; where there is no such file, the same without a verdict.
+
+    Raises:
+        DataError: The file cannot be read, or is not what the doctor writes.
+    """
+    if not path.exists():
+        return _Stored().model_dump()
+    try:
+        return _Stored.model_validate_json(path.read_bytes()).model_dump()
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()
+        raise DataError(
+            f"{path}: is not what the doctor writes ({what}); write it again or remove it"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error}); remove it") from error
 
 
 def describe(name: str | None) -> Verdict:

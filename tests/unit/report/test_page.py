@@ -1,13 +1,15 @@
 import base64
 import hashlib
 import json
+import random
+from contextlib import suppress
 from html.parser import HTMLParser
 
 import pytest
 import yaml
 
 from mmscale.config.schema import Config
-from mmscale.errors import DataError
+from mmscale.errors import ConfigError, DataError, MmscaleError
 from mmscale.report.page import write_page
 from mmscale.report.verdicts import VERDICTS
 
@@ -185,10 +187,53 @@ def test_each_verdict_has_words(folder, name):
     assert title in words
 
 
-def test_a_damaged_file_is_told(folder):
-    (folder / "doctor.json").write_text("{")
-    with pytest.raises(DataError, match=r"doctor\.json: is not JSON"):
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "[" * 10**5, '{"evidence": ' * 50 + "1" + "}" * 50, '{"verdict": 1}']
+)
+def test_a_damaged_file_is_told(folder, content):
+    (folder / "doctor.json").write_text(content)
+    with pytest.raises(DataError, match=r"doctor\.json: is not what the doctor writes"):
         write_page(folder)
+
+
+@pytest.mark.parametrize("name", ["svg", ["pca"], 3])
+def test_a_map_that_is_none_is_told(full_folder, name):
+    (full_folder / "config.yaml").write_text(yaml.safe_dump({"log": {"map": name}}))
+    with pytest.raises(ConfigError, match=r"config\.yaml: log\.map is"):
+        write_page(full_folder)
+
+
+ODD = (None, True, -1, 0, 10**40, 1e308, "x", "9" * 5000, [], [[]], {}, {"a": [None]}, [1e308, -1])
+
+
+def spoil(content, draw: random.Random) -> None:
+    """Put something odd at one place of a nest of dicts and lists."""
+    while True:
+        key = draw.choice(list(content if isinstance(content, dict) else range(len(content))))
+        inner = content[key]
+        if not isinstance(inner, dict | list) or not inner or draw.random() < 0.25:
+            content[key] = draw.choice(ODD)
+            return
+        content = inner
+
+
+@pytest.mark.parametrize("name", ["doctor.json", "space.jsonl", "examples.json", "config.yaml"])
+@pytest.mark.parametrize("seed", [*range(4), pytest.param(range(4, 100), marks=pytest.mark.soak)])
+def test_a_file_that_somebody_edited_is_drawn_or_told(full_folder, name, seed):
+    path = full_folder / name
+    whole = path.read_text("utf-8")
+    for number in [seed] if isinstance(seed, int) else seed:
+        draw = random.Random(f"{name} {number}")
+        if name == "config.yaml":
+            content = yaml.safe_load(whole)
+            spoil(content, draw)
+            path.write_text(yaml.safe_dump(content))
+        else:
+            objects = [json.loads(line) for line in whole.splitlines()]
+            spoil(draw.choice(objects), draw)
+            path.write_text("".join(json.dumps(one) + "\n" for one in objects))
+        with suppress(MmscaleError):
+            write_page(full_folder)
 
 
 def test_a_folder_without_metrics_is_told(tmp_path):
