@@ -249,8 +249,9 @@ def _is_file(path: Path) -> bool:
 
 
 def _merge(into: dict[str, Any], update: dict[str, Any]) -> None:
+    """Key by key; an empty mapping says that there is nothing, and takes what was there away."""
     for key, value in update.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
+        if isinstance(value, dict) and value and isinstance(into.get(key), dict):
             _merge(into[key], value)
         else:
             into[key] = value

@@ -113,13 +113,22 @@ def heeding_signals(command: Callable[[], int]) -> int:
         with _watched(stop):
             return explained(lambda: _with_signals(command, mask))
     finally:
-        # A loader's own listener for the end of its processes would raise.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for child in multiprocessing.active_children():
-            child.kill()
+        _kill_children()
         for number, handler in before.items():
             signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _kill_children() -> None:
+    """End decoding processes that are left; a loader's listener for such an end would raise."""
+    listener = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    children = multiprocessing.active_children()
+    for child in children:
+        child.kill()
+    for child in children:
+        child.join(_PATIENCE_SECONDS)
+    # A loader puts its listener up once in a process, and the next command's needs it too.
+    signal.signal(signal.SIGCHLD, listener)
 
 
 def _with_signals(command: Callable[[], int], mask: Iterable[int]) -> int:

@@ -137,6 +137,10 @@ def test_what_makes_it_another_run_is_refused_with_both_values(place, word, befo
         "checkpoint.keep=7",
         "eval.every=null",
         "probe.every=9 steps",
+        "guard.action=off",
+        "stop.patience=3",
+        "stop.above_chance=null",
+        "stop.rise=2",
     ],
 )
 def test_what_may_change_may(place, word):

@@ -230,3 +230,14 @@ def test_a_trained_run_is_told_where_things_are_and_nothing_else():
 def test_options_of_other_trainers_name_the_setting(word, setting):
     with pytest.raises(ConfigError, match=f"^{word}: no such option; .* {setting}=VALUE"):
         load_config(["demo", word])
+
+
+def test_an_empty_mapping_takes_away_what_an_earlier_word_gave(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text(
+        "data: {train: x}\ntrain: {global_batch_size: 8}\n"
+        "model: {vision: {options: {depths: [1], dims: [2]}}}\n"
+    )
+    more = load_config([str(path), "model.vision.options.dims=[3]"]).model.vision.options
+    assert more == {"depths": [1], "dims": [3]}
+    assert load_config([str(path), "model.vision.options={}"]).model.vision.options == {}

@@ -7,10 +7,10 @@ import signal
 import time
 
 import pytest
-from torch.utils.data._utils import signal_handling
 
 from mmscale.data.samples import SampleBatches
 from mmscale.data.shards import open_shards
+from mmscale.dist.signals import heeding_signals
 from mmscale.errors import DataError, LaunchError, told
 from tests.ranks.test_stream_worlds import SPEC
 
@@ -24,10 +24,18 @@ def _struck(pid, number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGALRM])
-def test_a_process_that_was_killed_is_told(synthetic, number, monkeypatch):
-    # A command that another test ran in this process takes torch's listener down at its end.
-    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+def test_a_process_that_was_killed_is_told(synthetic, number):
     shards = open_shards("data.eval", str(synthetic.train))
+    left = []
+
+    def command() -> int:
+        left.append(SampleBatches(shards, SPEC, range(96), 4).loader(1))
+        next(left[0])
+        return 0
+
+    # Torch's listener, put up once in a process, hears of this one's end and of later ones'.
+    assert heeding_signals(command) == 0
+    assert multiprocessing.active_children() == []
     batches = SampleBatches(shards, SPEC, range(96), 4).loader(1)
     next(batches)
     (worker,) = multiprocessing.active_children()
