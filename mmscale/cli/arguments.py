@@ -1,10 +1,10 @@
-"""What the command does with every argument and option that names a path, before its work begins.
+"""Arguments and options that verbs share, and what is done with a path before the work begins.
 
 In what is read `~` is expanded; what is written is besides checked to be writable.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -41,3 +41,33 @@ def folder_out(param: typer.CallbackParam, value: Path | None) -> Path | None:
 def _name(param: typer.CallbackParam) -> str:
     """Of an option; an argument is known by its value."""
     return param.opts[0] if param.param_type_name == "option" else ""
+
+
+Run = Annotated[
+    Path, typer.Argument(help="A run folder or one of its checkpoints.", callback=reading)
+]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", help="Write the figures to this file.", callback=file_out),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="CONFIG KEY=VALUE", help="YAML files or presets, then settings; the later one wins."
+    ),
+]
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Where what the run names lies now, such as model.text.name=hf:FOLDER.",
+    ),
+]
+LeftOut = Annotated[
+    float,
+    typer.Option(help="Share of images that may be missing or useless; 1: any.", min=0, max=1),
+]
+Workers = Annotated[int, typer.Option(help="Processes.", min=1)]
+Data = Annotated[
+    str, typer.Option("--data", help="A packed folder, or shard globs.", callback=reading)
+]

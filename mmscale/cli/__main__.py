@@ -1,0 +1,5 @@
+"""`python -m mmscale.cli`."""
+
+from mmscale.cli.entry import main
+
+main()

@@ -1,0 +1,145 @@
+"""Verbs that begin runs or foretell them: `train`, `plan`, `models`, `schema`, `sweep`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmscale.cli.arguments import (
+    Json,
+    Settings,
+    file_out,
+    folder_out,
+    reading,
+)
+from mmscale.cli.command import app, say, write_json
+from mmscale.outputs import require_folder, write_output, writing
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def train(settings: Settings = None) -> int:
+    """Train, as `python mmscale/train.py` does.
+
+    For example: mmscale train demo run.dir=runs/a optim.lr=1e-3. CONFIG is a YAML file or a preset;
+    without one the presets are listed. docs/settings.md lists what can be set, and mmscale schema
+    prints it for editors.
+    """
+    from mmscale.train import main as run
+
+    return run(settings or [])
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def plan(
+    settings: Settings = None,
+    world: Annotated[int, typer.Option(help="Ranks to plan for.", min=1)] = 1,
+    samples: Annotated[
+        int | None, typer.Option(help="Images an epoch, where the data is not there yet.", min=1)
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of captions; default the tower's most.", min=1)
+    ] = None,
+    cluster: Annotated[
+        str,
+        typer.Option(
+            help="a100, h100, or a YAML file as config/clusters/a100.yaml.", callback=reading
+        ),
+    ] = "a100",
+    plot: Annotated[
+        Path | None, typer.Option(help="Write a picture (PNG).", callback=file_out)
+    ] = None,
+    json_file: Json = None,
+) -> int:
+    """Predict memory, traffic and efficiency of a run, without training.
+
+    Every figure is predicted and stands beside its formula. What could not run is refused.
+    """
+    from mmscale.config.cluster import read_cluster
+    from mmscale.config.load import load_config
+    from mmscale.engine.forecast import forecast
+    from mmscale.report.forecast import as_json, tables
+
+    planned = forecast(load_config(settings or []), world, read_cluster(cluster), samples, tokens)
+    say(tables(planned))
+    write_json(json_file, as_json(planned))
+    if plot is not None:
+        from mmscale.report.forecast_plot import draw_forecast
+
+        write_output("--plot", plot, draw_forecast(planned))
+        say(f"picture: {plot}")
+    return 0
+
+
+@app.command()
+def models(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            help="A model, or timm:NAME, hf:NAME_OR_PATH, openclip:NAME.", callback=reading
+        ),
+    ] = None,
+    json_file: Json = None,
+) -> int:
+    """List the known towers by figure, or read one: width, input, size, licence, devices."""
+    from mmscale.dist.device import FAILING_TOWERS
+    from mmscale.model.registry import entries, find, unknown
+    from mmscale.model.registry_table import as_json, describe, overview
+
+    if name is None:
+        say(overview(FAILING_TOWERS))
+        write_json(json_file, [as_json(entry, FAILING_TOWERS) for entry in entries().values()])
+        return 0
+    known = find(name)
+    if known is None and name.partition(":")[0] not in ("timm", "hf", "openclip"):
+        raise unknown(name)
+    if known is None:
+        from mmscale.model.registry_measure import measure
+
+        found = measure(name)
+    else:
+        found = [known]
+    say("\n\n".join(describe(entry, FAILING_TOWERS) for entry in found))
+    write_json(json_file, [as_json(entry, FAILING_TOWERS) for entry in found])
+    return 0
+
+
+@app.command()
+def schema() -> int:
+    """Print the JSON schema of the configuration, for editors that complete YAML."""
+    from mmscale.config.schema import Config
+
+    say(json.dumps(Config.model_json_schema(), indent=1))
+    return 0
+
+
+@app.command()
+def sweep(
+    space: Annotated[
+        Path, typer.Argument(help="The search, a YAML file (docs/sweep.md).", callback=reading)
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the search; default runs/sweep/SPACE.", callback=folder_out),
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Trainings at once.", min=1)] = 1,
+    json_file: Json = None,
+) -> int:
+    """Search settings for the best of a metric; goes on where it stopped.
+
+    The same command elsewhere, with the same folder, adds workers. Needs mmscale[sweep].
+    """
+    from mmscale.sweep.page import table, write_page
+    from mmscale.sweep.workers import as_json, prepare, run_workers, trials_of
+
+    folder = out or Path("runs/sweep") / space.stem
+    require_folder("--out", folder)
+    with writing("--out", folder):
+        search = prepare(space, folder)
+        if code := run_workers(folder, workers):
+            return code
+        trials = trials_of(search, folder)
+        say(table(search, trials))
+        write_json(json_file, as_json(search, trials))
+        say(f"page: {write_page(folder, search, trials)}")
+    return 0
