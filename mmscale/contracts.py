@@ -275,7 +275,7 @@ class StepRecord:
 
 @runtime_checkable
 class Peers(Protocol):
-    """The ranks that contrast together. Convention of the gradients: `dist/peers.py`."""
+    """The ranks that contrast together. Convention of the gradients: `parallel/peers.py`."""
 
     rank: int
     size: int

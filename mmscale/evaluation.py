@@ -20,7 +20,6 @@ from mmscale.data.shards import ShardSet
 from mmscale.diagnostics.pairs import Pairs, Sources
 from mmscale.diagnostics.reranking import reranked_recalls, shortlists
 from mmscale.diagnostics.retrieval import RECALLS, recalls
-from mmscale.dist.device import choose
 from mmscale.encoding import HeldOut, encode_set
 from mmscale.engine.ema import averaged
 from mmscale.engine.encode import Call
@@ -32,6 +31,7 @@ from mmscale.model.hub import fetching_only
 from mmscale.model.kept import kept_towers, opened_lines
 from mmscale.model.selection import select
 from mmscale.model.two_tower import TwoTower
+from mmscale.parallel.device import choose
 
 
 @dataclass(frozen=True)

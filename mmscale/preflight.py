@@ -19,9 +19,9 @@ from mmscale.config.load import flatten
 from mmscale.config.schema import Config
 from mmscale.contracts import World
 from mmscale.data.shards import ShardSet
-from mmscale.dist.peers import from_all, from_main
 from mmscale.errors import ConfigError, DataError, LaunchError
 from mmscale.outputs import require_folder
+from mmscale.parallel.peers import from_all, from_main
 
 _PACKAGE = Path(__file__).resolve().parent
 _MOMENTS = 2

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from mmscale.config.load import load_config
 from mmscale.config.schema import Config
-from mmscale.dist.signals import heeding_signals
 from mmscale.errors import saying_how_to_go_on
+from mmscale.parallel.signals import heeding_signals
 
 
 def main(words: Sequence[str]) -> int:
@@ -26,8 +26,8 @@ def run(config: Config) -> int:
     """Train as configured, on every rank that was started; all of them fail together."""
     _prepare_process()
     with saying_how_to_go_on(lambda: _way_on(config)):
-        from mmscale.dist.failure import failing_together
-        from mmscale.dist.world import leave, promised_world
+        from mmscale.parallel.failure import failing_together
+        from mmscale.parallel.world import leave, promised_world
 
         world = promised_world()
         with failing_together(world):

@@ -20,14 +20,14 @@ from mmscale.checkpoint.state import RunState
 from mmscale.config.load import validate
 from mmscale.config.schema import Config
 from mmscale.contracts import Batch, InputSpec, World
-from mmscale.dist.device import choose
-from mmscale.dist.peers import Alone
 from mmscale.engine.accelerate import AccelerateEngine
 from mmscale.loss.objective import Objective
 from mmscale.model.build import build_model
 from mmscale.model.dual_encoder import Tokenizer
 from mmscale.model.registry import curated, curated_names, entries
 from mmscale.model.registry_measure import config_of
+from mmscale.parallel.device import choose
+from mmscale.parallel.peers import Alone
 from mmscale.training.part import Step
 from mmscale.training.step import Learner, train_step
 

@@ -26,8 +26,8 @@ from mmscale.contracts import World
 from mmscale.data.sources import Record, read_source
 from mmscale.diagnostics.pairs import Pairs, save_npz
 from mmscale.diagnostics.retrieval import recalls
-from mmscale.dist.peers import connect
 from mmscale.model.weights import load_strictly, read_weights
+from mmscale.parallel.peers import connect
 
 MODEL = "mobilenetv2-same-minilm"
 WIDTH, ROWS = 256, 100

@@ -7,10 +7,10 @@ python tools/write_models.py --pairs    every pair too: minutes on two cores
 import sys
 from pathlib import Path
 
-from mmscale.dist.device import FAILING_TOWERS
 from mmscale.model.presets import PRESETS
 from mmscale.model.registry import Entry, curated_names, entries
 from mmscale.model.registry_table import columns
+from mmscale.parallel.device import FAILING_TOWERS
 from tools.tower_pairs import TrainedPair, all_pairs, train_pairs
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"

@@ -15,7 +15,7 @@ from mmscale.config.load import flatten
 from mmscale.config.schema import Config
 from mmscale.contracts import World
 from mmscale.data.shards import ShardSet
-from mmscale.dist.peers import from_main
+from mmscale.parallel.peers import from_main
 
 DATA = "data.train"
 # Read when a run begins, never again: what lies there matters only where the path has changed.

@@ -20,8 +20,8 @@ from mmscale.config.load import validate
 from mmscale.config.schema import Config
 from mmscale.config.staging import expanded
 from mmscale.contracts import World
-from mmscale.dist.peers import from_all, from_main
 from mmscale.errors import CheckpointError, ConfigError
+from mmscale.parallel.peers import from_all, from_main
 
 # What tensors that are not the model's are named with.
 NOT_THE_MODEL = ("momentum.", "hard_batches.", "queue.", "prototypes.")

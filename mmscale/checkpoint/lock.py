@@ -18,8 +18,8 @@ from pathlib import Path
 from types import TracebackType
 
 from mmscale.contracts import World
-from mmscale.dist.peers import from_main
 from mmscale.errors import ConfigError
+from mmscale.parallel.peers import from_main
 
 LOCK = "run.lock"
 BEAT_SECONDS = 10.0

@@ -20,8 +20,8 @@ from mmscale.config.needs import needs_momentum
 from mmscale.config.schema import Config, ModelConfig
 from mmscale.config.yaml import read_yaml
 from mmscale.contracts import World
-from mmscale.dist.peers import barrier, from_main
 from mmscale.errors import CheckpointError, ConfigError
+from mmscale.parallel.peers import barrier, from_main
 
 # Settings that may change between the parts of one run.
 MAY_DIFFER = ("engine.", "log.", "checkpoint.", "eval.", "probe.", "guard.")

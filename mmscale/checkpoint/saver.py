@@ -22,8 +22,8 @@ from mmscale.checkpoint.write import (
 )
 from mmscale.config.schema import CheckpointConfig
 from mmscale.contracts import World
-from mmscale.dist.peers import from_all, from_main
 from mmscale.errors import CheckpointError, HaltError
+from mmscale.parallel.peers import from_all, from_main
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import typer
 # Each puts its verbs into the command.
 from mmscale.cli import pairs, runs, trained  # noqa: F401
 from mmscale.cli.command import app
-from mmscale.dist.signals import heeding_signals
 from mmscale.errors import ConfigError, saying_how_to_go_on
+from mmscale.parallel.signals import heeding_signals
 
 _GOES_ON = "the same command goes on where it stopped"
 # After a signal; train says it itself.

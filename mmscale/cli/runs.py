@@ -82,9 +82,9 @@ def models(
     json_file: Json = None,
 ) -> int:
     """List the known towers by figure, or read one: width, input, size, licence, devices."""
-    from mmscale.dist.device import FAILING_TOWERS
     from mmscale.model.registry import entries, find, unknown
     from mmscale.model.registry_table import as_json, describe, overview
+    from mmscale.parallel.device import FAILING_TOWERS
 
     if name is None:
         say(overview(FAILING_TOWERS))

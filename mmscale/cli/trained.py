@@ -14,8 +14,8 @@ from mmscale.outputs import file_output, require_file, writing
 @app.command("eval")
 def evaluate(run: Run, data: Data, words: Words = None, json_file: Json = None) -> int:
     """Recall of both directions on held-out pairs (Karpathy's protocol)."""
-    from mmscale.dist.peers import Alone
     from mmscale.evaluation import evaluate_set
+    from mmscale.parallel.peers import Alone
 
     figures = evaluate_set(*_trained(run, data, words), Alone())
     width = max(map(len, figures))
@@ -156,8 +156,8 @@ def compare(
 
 
 def _search_for_suspects(run: Path, data: str, words: list[str] | None) -> None:
-    from mmscale.dist.peers import Alone
     from mmscale.evaluation import embed_set
+    from mmscale.parallel.peers import Alone
     from mmscale.report.choosing import choose_suspects
     from mmscale.report.examples import Examples
 
@@ -181,8 +181,8 @@ def _diagnosed_npz(path: Path) -> dict[str, Any]:
 def _diagnosed_run(run: Path, data: str | None, words: list[str] | None) -> dict[str, Any]:
     from mmscale.diagnostics.in_training import InTraining
     from mmscale.diagnostics.of_run import Course, diagnose_run
-    from mmscale.dist.peers import Alone
     from mmscale.evaluation import embed_set
+    from mmscale.parallel.peers import Alone
     from mmscale.report.metrics import read_metrics
 
     trained, shards = _trained(run, data, words)
@@ -194,8 +194,8 @@ def _diagnosed_run(run: Path, data: str | None, words: list[str] | None) -> dict
 
 
 def _pairs(run: Path, data: str | None, words: list[str] | None) -> Any:
-    from mmscale.dist.peers import Alone
     from mmscale.evaluation import embed_set
+    from mmscale.parallel.peers import Alone
 
     return embed_set(*_trained(run, data, words), Alone())
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from mmscale.contracts import InputSpec, Peers, World
-from mmscale.dist.peers import from_all
 from mmscale.errors import ConfigError
+from mmscale.parallel.peers import from_all
 
 # Shares of the captions' tokens that stand for words which the tokenizer does not know: from the
 # first on it is told, above the second the captions say next to nothing.

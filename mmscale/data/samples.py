@@ -15,8 +15,8 @@ from mmscale.data.decode import decode
 from mmscale.data.reader import DamagedSampleError, SampleReader
 from mmscale.data.shards import ShardSet
 from mmscale.data.transform import eval_transform, stack_rows
-from mmscale.dist.signals import outlive_termination
 from mmscale.errors import DataError
+from mmscale.parallel.signals import outlive_termination
 
 
 @dataclass

@@ -25,8 +25,8 @@ from mmscale.data.reader import DamagedSampleError, SampleReader
 from mmscale.data.schedule import AnyLane, Schedule
 from mmscale.data.shards import ShardSet
 from mmscale.data.transform import TrainTransform, stack_rows
-from mmscale.dist.signals import outlive_termination
 from mmscale.errors import DataError
+from mmscale.parallel.signals import outlive_termination
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from mmscale.diagnostics.neighbours import crowd_figures, hub_figures
 from mmscale.diagnostics.pairs import Pairs, one_to_one, require_finite
 from mmscale.diagnostics.similarity import on_grid
 from mmscale.diagnostics.spectrum import tower_figures
-from mmscale.dist.peers import Alone
+from mmscale.parallel.peers import Alone
 
 PREFIX = "health/"
 LARGEST_SAMPLE = 4096

@@ -16,9 +16,6 @@ from torch import Tensor, nn
 
 from mmscale.config.schema import Config
 from mmscale.contracts import NamedTensor, Shadow, World
-from mmscale.dist.device import DevicePolicy
-from mmscale.dist.peers import average_gradients
-from mmscale.dist.world import check_world
 from mmscale.engine.ema import Replica
 from mmscale.engine.optimizer import (
     parameter_groups,
@@ -27,6 +24,9 @@ from mmscale.engine.optimizer import (
     trained_parts,
 )
 from mmscale.engine.optimizer_kind import optimizer_kind
+from mmscale.parallel.device import DevicePolicy
+from mmscale.parallel.peers import average_gradients
+from mmscale.parallel.world import check_world
 
 _PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 

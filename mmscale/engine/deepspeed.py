@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from mmscale.config.deepspeed import fill, read_deepspeed
 from mmscale.config.schema import Config
 from mmscale.contracts import NamedTensor, Shadow, World
-from mmscale.dist.device import DevicePolicy
-from mmscale.dist.world import check_world
 from mmscale.engine.ema import Replica, averaged
 from mmscale.engine.loss_scale import LossScale
 from mmscale.engine.optimizer import (
@@ -30,6 +28,8 @@ from mmscale.engine.optimizer import (
 from mmscale.engine.optimizer_kind import optimizer_kind
 from mmscale.engine.plan import BatchPlan
 from mmscale.errors import LaunchError
+from mmscale.parallel.device import DevicePolicy
+from mmscale.parallel.world import check_world
 
 
 class DeepSpeedEngine:

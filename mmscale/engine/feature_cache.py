@@ -18,9 +18,9 @@ from mmscale.data.cache_room import make_room
 from mmscale.data.feature_parts import KeptParts
 from mmscale.data.features import FeatureTable
 from mmscale.data.shards import ShardSet
-from mmscale.dist.peers import barrier, from_all
 from mmscale.model.two_tower import TwoTower
 from mmscale.outputs import require_folder, writing
+from mmscale.parallel.peers import barrier, from_all
 
 _SETTING = "data.feature_cache"
 # Cleaning, splitting and cutting that differ show in the tokens of these.

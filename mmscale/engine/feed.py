@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmscale.contracts import Batch, InputSpec
 from mmscale.data.transform import normalise
-from mmscale.dist.device import send
+from mmscale.parallel.device import send
 
 
 def on_device(batch: Batch, device: torch.device, spec: InputSpec) -> Batch:

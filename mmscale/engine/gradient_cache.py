@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from mmscale.contracts import Batch, Engine, Features, LossInput, LossOutput
-from mmscale.dist.device import rng_state, set_rng_state
-from mmscale.dist.phases import phase
+from mmscale.parallel.device import rng_state, set_rng_state
+from mmscale.parallel.phases import phase
 
 TOWERS = {"image": "vision", "text": "text"}
 

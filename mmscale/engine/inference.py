@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmscale.dist.device import DevicePolicy
+from mmscale.parallel.device import DevicePolicy
 
 
 class Inference:

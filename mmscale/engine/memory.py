@@ -12,12 +12,12 @@ import torch
 
 from mmscale.config.needs import needs_momentum
 from mmscale.config.schema import Config
-from mmscale.dist.peers import BUCKET_BYTES
 from mmscale.engine.footprint import Footprint, Weight
 from mmscale.engine.optimizer_kind import optimizer_kind
 from mmscale.engine.plan import BatchPlan
 from mmscale.loss.tiles import ACCELERATOR_SIDE as TILE_SIDE
 from mmscale.loss.tiles import KEPT_BYTES
+from mmscale.parallel.peers import BUCKET_BYTES
 
 FP32 = 4
 ID = 8

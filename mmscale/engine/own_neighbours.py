@@ -5,8 +5,8 @@ from dataclasses import replace
 from mmscale.contracts import World
 from mmscale.data.features import FeatureTable
 from mmscale.data.neighbours import Neighbours
-from mmscale.dist.peers import from_main
 from mmscale.engine.inference import Inference
+from mmscale.parallel.peers import from_main
 
 
 def own_neighbours(

@@ -14,9 +14,9 @@ from mmscale.data.lanes import sections
 from mmscale.data.samples import SampleBatch, SampleBatches
 from mmscale.data.shards import ShardSet
 from mmscale.data.stream import pad
-from mmscale.dist.peers import from_all
 from mmscale.engine.encode import Call
 from mmscale.engine.feed import images_on
+from mmscale.parallel.peers import from_all
 
 
 def match_scores(

@@ -1,7 +1,7 @@
 """Symmetric InfoNCE: the loss of CLIP, in tiles, and dense where logits are ranked or averaged.
 
 A loss takes this rank's rows and the peers, and returns the mean over its own rows; see
-`dist/peers.py` for what that means for the gradients.
+`parallel/peers.py` for what that means for the gradients.
 """
 
 import torch

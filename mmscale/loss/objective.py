@@ -11,9 +11,9 @@ from mmscale.config.loss import AnyTerm
 from mmscale.config.ramp import Ramp, StepsOf, whole_steps
 from mmscale.config.schema import Config
 from mmscale.contracts import LossInput, LossOutput, Peers
-from mmscale.dist.peers import Alone
 from mmscale.loss.mining import Mining
 from mmscale.loss.term import Counts, Given, TermValue, compute
+from mmscale.parallel.peers import Alone
 
 
 class Objective:

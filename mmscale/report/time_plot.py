@@ -3,7 +3,7 @@
 import numpy as np
 from matplotlib.ticker import PercentFormatter
 
-from mmscale.dist.phases import PHASES
+from mmscale.parallel.phases import PHASES
 from mmscale.report.figure import FULL_WIDTH, data_uri, drawing, step_axis
 from mmscale.report.series import Lines, series, smoothed
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mmscale
-from mmscale.dist.signals import StopSignal
 from mmscale.errors import ConfigError, LaunchError, MmscaleError, TerminatedError
+from mmscale.parallel.signals import StopSignal
 from mmscale.report.metrics import read_metrics
 from mmscale.report.recalls import MEAN_RECALL, mean_recall
 

@@ -17,9 +17,9 @@ from typing import Any
 import yaml
 
 from mmscale.config.load import flatten
-from mmscale.dist.signals import StopSignal
 from mmscale.durable import replace_file
 from mmscale.errors import ConfigError, HaltError, TerminatedError, printable
+from mmscale.parallel.signals import StopSignal
 from mmscale.sweep.space import Space, read_space
 from mmscale.sweep.study import Attempt, Study, Trial, require_optuna, trial_folder
 from mmscale.sweep.trial import train_trial
@@ -155,7 +155,7 @@ def _start(out: Path, place: int, workers: int) -> subprocess.Popen[bytes]:
 
 def _num_gpus() -> int:
     # A worker needs no torch.
-    from mmscale.dist.device import this_machine
+    from mmscale.parallel.device import this_machine
 
     return len(this_machine().gpus)
 

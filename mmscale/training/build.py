@@ -27,8 +27,6 @@ from mmscale.data.features import CachedStream
 from mmscale.data.neighbours import Neighbours, read_neighbours
 from mmscale.data.schedule import Schedule, plan_schedule
 from mmscale.data.stream import TrainStream
-from mmscale.dist.device import set_rng_state
-from mmscale.dist.peers import from_all, from_main
 from mmscale.encoding import Tell, encoded_sets, found_alike
 from mmscale.engine.ema import averaged, copy_of
 from mmscale.engine.fit_heads import fit_heads
@@ -44,6 +42,8 @@ from mmscale.model.scale import with_scale_fitted
 from mmscale.model.selection import check_patterns, select
 from mmscale.model.two_tower import TwoTower
 from mmscale.model.unseen import unseen_line
+from mmscale.parallel.device import set_rng_state
+from mmscale.parallel.peers import from_all, from_main
 from mmscale.preflight import checkpoints_ahead, require_room
 from mmscale.training.part import Part
 from mmscale.training.parts.balance import ModalityBalancer

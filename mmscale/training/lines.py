@@ -6,7 +6,7 @@ from typing import Any
 from mmscale.checkpoint.state import RunState
 from mmscale.config.schema import DataConfig
 from mmscale.contracts import Batch
-from mmscale.dist.device import memory_peak
+from mmscale.parallel.device import memory_peak
 from mmscale.report.chance import chance_loss
 from mmscale.report.rates import rates_table
 from mmscale.training.part import Part, StepResult

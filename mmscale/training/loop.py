@@ -15,14 +15,14 @@ from mmscale.config.schema import Config
 from mmscale.config.yaml import as_yaml
 from mmscale.contracts import Batch, Position, World
 from mmscale.data.caption_text import unknown_words
-from mmscale.dist.failure import wait_for
-from mmscale.dist.phases import PhaseClock
-from mmscale.dist.signals import StopSignal
-from mmscale.dist.watchdog import Watchdog
 from mmscale.engine.feed import on_device
 from mmscale.engine.schedule import rate_factor
 from mmscale.errors import HaltError
 from mmscale.outputs import write_output
+from mmscale.parallel.failure import wait_for
+from mmscale.parallel.phases import PhaseClock
+from mmscale.parallel.signals import StopSignal
+from mmscale.parallel.watchdog import Watchdog
 from mmscale.report.console import early_line
 from mmscale.report.report import Report
 from mmscale.training.build import build_parts, build_stage

@@ -18,9 +18,6 @@ from mmscale.config.staging import expanded
 from mmscale.contracts import World
 from mmscale.data.schedule import plan_schedule
 from mmscale.data.shards import open_train
-from mmscale.dist.device import DevicePolicy, choose
-from mmscale.dist.peers import connect
-from mmscale.dist.world import join
 from mmscale.encoding import Tell
 from mmscale.engine.optimizer_kind import optimizer_kind
 from mmscale.engine.plan import engine_kind, plan_batch
@@ -28,6 +25,9 @@ from mmscale.engine.rehearsal import update_fault
 from mmscale.engine.stages import stage_lengths
 from mmscale.model.kept import kept_towers, tower_files
 from mmscale.model.presets import fill_preset, stand_in_line
+from mmscale.parallel.device import DevicePolicy, choose
+from mmscale.parallel.peers import connect
+from mmscale.parallel.world import join
 from mmscale.preflight import begin, require_outputs
 from mmscale.training.stage import Job, Start
 

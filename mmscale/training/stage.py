@@ -18,12 +18,12 @@ from mmscale.data.features import CachedStream
 from mmscale.data.schedule import Schedule
 from mmscale.data.shards import ShardSet
 from mmscale.data.stream import TrainStream
-from mmscale.dist.device import DevicePolicy
-from mmscale.dist.signals import StopSignal
-from mmscale.dist.watchdog import Watchdog
 from mmscale.encoding import HeldOut
 from mmscale.engine.flops import Flops
 from mmscale.engine.plan import BatchPlan
+from mmscale.parallel.device import DevicePolicy
+from mmscale.parallel.signals import StopSignal
+from mmscale.parallel.watchdog import Watchdog
 from mmscale.report.report import Report
 from mmscale.training.step import Learner
 

@@ -22,9 +22,9 @@ from mmscale.contracts import (
     Peers,
     StepRecord,
 )
-from mmscale.dist.phases import phase
 from mmscale.engine.gradient_cache import StepOutput, encode_rows, forward_backward
 from mmscale.loss.objective import Objective
+from mmscale.parallel.phases import phase
 from mmscale.training.part import Part, Step, StepResult
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmscale.dist.peers import Alone
 from mmscale.loss.contrast import PairRows
 from mmscale.loss.distillation import distillation
 from mmscale.loss.hinge import hinge
@@ -18,6 +17,7 @@ from mmscale.loss.softmax import dcl, hn_nce, ntxent
 from mmscale.loss.spectral import spectral
 from mmscale.loss.sphere import alignment, uniformity
 from mmscale.loss.statistics import barlow, vicreg
+from mmscale.parallel.peers import Alone
 
 PEERS = Alone()
 NUM_ROWS = 8

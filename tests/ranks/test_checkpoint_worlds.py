@@ -12,12 +12,12 @@ from mmscale.checkpoint.state import RunState
 from mmscale.checkpoint.write import Kept, take_snapshot
 from mmscale.config.schema import CheckpointConfig
 from mmscale.contracts import Position, World
-from mmscale.dist.device import choose
-from mmscale.dist.peers import connect
-from mmscale.dist.world import join
 from mmscale.engine.plan import plan_batch
 from mmscale.loss.objective import Objective
 from mmscale.model.build import build_model
+from mmscale.parallel.device import choose
+from mmscale.parallel.peers import connect
+from mmscale.parallel.world import join
 from mmscale.training.part import Step
 from mmscale.training.step import Learner, train_step
 from tests.ranks import tiny

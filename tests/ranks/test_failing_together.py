@@ -11,11 +11,11 @@ import pytest
 
 from mmscale.checkpoint.state import RunState
 from mmscale.contracts import World
-from mmscale.dist.failure import failing_together
-from mmscale.dist.peers import connect
-from mmscale.dist.world import join
 from mmscale.errors import DataError, explained
 from mmscale.loss.objective import Objective
+from mmscale.parallel.failure import failing_together
+from mmscale.parallel.peers import connect
+from mmscale.parallel.world import join
 from mmscale.training.part import Step
 from mmscale.training.step import Learner, train_step
 from tests.ranks.launch import free_port

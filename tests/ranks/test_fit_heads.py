@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from mmscale.contracts import InputSpec, Position, World
-from mmscale.dist.device import choose
-from mmscale.dist.peers import connect
-from mmscale.dist.world import join
 from mmscale.engine.fit_heads import fit_heads
 from mmscale.engine.inference import Inference
 from mmscale.model.build import build_model
+from mmscale.parallel.device import choose
+from mmscale.parallel.peers import connect
+from mmscale.parallel.world import join
 from tests.ranks.launch import run_on_ranks
 from tests.ranks.tiny import ROWS, joint_batch, share, tiny_config
 

@@ -8,9 +8,9 @@ import torch
 
 from mmscale.checkpoint.state import RunState
 from mmscale.contracts import World
-from mmscale.dist.peers import connect
-from mmscale.dist.world import join
 from mmscale.loss.objective import Objective
+from mmscale.parallel.peers import connect
+from mmscale.parallel.world import join
 from mmscale.training.part import Step
 from mmscale.training.parts.matching import Matching
 from mmscale.training.step import Learner, train_step

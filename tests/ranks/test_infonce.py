@@ -5,10 +5,10 @@ import torch
 from torch.nn.functional import normalize
 
 from mmscale.contracts import Bank, World
-from mmscale.dist.peers import Alone, connect
 from mmscale.loss import tiles
 from mmscale.loss.contrast import PairRows
 from mmscale.loss.infonce import dense_infonce, infonce
+from mmscale.parallel.peers import Alone, connect
 from tests.ranks.launch import run_on_ranks
 
 ROWS, WIDTH = 24, 5

@@ -14,13 +14,13 @@ import torch
 
 from mmscale.checkpoint.state import RunState
 from mmscale.contracts import World
-from mmscale.dist.device import choose
-from mmscale.dist.peers import connect
 from mmscale.engine.accelerate import AccelerateEngine
 from mmscale.engine.deepspeed import DeepSpeedEngine
 from mmscale.engine.plan import plan_batch
 from mmscale.loss.objective import Objective
 from mmscale.model.build import build_model
+from mmscale.parallel.device import choose
+from mmscale.parallel.peers import connect
 from mmscale.training.part import Step
 from mmscale.training.parts.non_finite import lowers_the_scale
 from mmscale.training.step import Learner, train_step

@@ -11,9 +11,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from mmscale.contracts import World
-from mmscale.dist.peers import Group
 from mmscale.loss.contrast import PairRows
 from mmscale.loss.infonce import infonce
+from mmscale.parallel.peers import Group
 from tests.ranks.launch import run_on_ranks
 from tests.unit.loss.cases import TERMS, WITH_BANK, leaves, made_up, share, value_and_gradients
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mmscale.contracts import World
-from mmscale.dist.world import join
+from mmscale.parallel.world import join
 from tests.ranks.launch import run_on_ranks
 from tests.ranks.test_one_global_batch import assert_same
 from tests.ranks.tiny import ROWS, train

@@ -13,13 +13,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from mmscale.checkpoint.state import RunState
 from mmscale.config.deepspeed import read_deepspeed
 from mmscale.contracts import World
-from mmscale.dist.peers import connect
 from mmscale.engine.footprint import footprint
 from mmscale.engine.memory import Sharding, holdings
 from mmscale.engine.plan import plan_batch
 from mmscale.engine.wire import transfers
 from mmscale.loss.objective import Objective
 from mmscale.model.outline import outline
+from mmscale.parallel.peers import connect
 from mmscale.training.part import Step
 from mmscale.training.parts.queue import Queue, RowBank
 from mmscale.training.step import Learner, train_step

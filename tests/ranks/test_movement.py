@@ -6,10 +6,10 @@ import pytest
 
 from mmscale.checkpoint.state import RunState
 from mmscale.contracts import COMPONENTS, World
-from mmscale.dist.peers import connect
-from mmscale.dist.world import join
 from mmscale.engine.movement import Movement, trained_names
 from mmscale.loss.objective import Objective
+from mmscale.parallel.peers import connect
+from mmscale.parallel.world import join
 from mmscale.training.part import Step
 from mmscale.training.step import Learner, train_step
 from tests.ranks.launch import run_on_ranks

@@ -7,8 +7,8 @@ import torch
 
 from mmscale.checkpoint.state import RunState
 from mmscale.contracts import LossOutput, World
-from mmscale.dist.peers import connect
 from mmscale.loss.objective import Objective
+from mmscale.parallel.peers import connect
 from mmscale.training.part import Step
 from mmscale.training.step import Learner, train_step
 from tests.ranks import tiny

@@ -9,13 +9,13 @@ import torch
 from mmscale.checkpoint.state import RunState
 from mmscale.config.load import stage_config
 from mmscale.contracts import World
-from mmscale.dist.device import choose
-from mmscale.dist.peers import connect
-from mmscale.dist.world import join
 from mmscale.engine.plan import plan_batch
 from mmscale.loss.objective import Objective
 from mmscale.model.build import build_model
 from mmscale.model.selection import select
+from mmscale.parallel.device import choose
+from mmscale.parallel.peers import connect
+from mmscale.parallel.world import join
 from mmscale.training.part import Step
 from mmscale.training.parts.balance import ModalityBalancer
 from mmscale.training.step import Learner, train_step

@@ -6,8 +6,8 @@ import torch
 from accelerate import Accelerator
 
 from mmscale.contracts import World
-from mmscale.dist.peers import from_all, from_main
-from mmscale.dist.world import join, leave, promised_world
+from mmscale.parallel.peers import from_all, from_main
+from mmscale.parallel.world import join, leave, promised_world
 from tests.ranks.launch import run_on_ranks
 
 

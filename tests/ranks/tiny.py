@@ -12,13 +12,13 @@ from mmscale.config.needs import needs_momentum, needs_momentum_rows
 from mmscale.config.ramp import whole_steps
 from mmscale.config.schema import Config
 from mmscale.contracts import Batch, Peers, World
-from mmscale.dist.device import choose
-from mmscale.dist.peers import connect
 from mmscale.engine.ema import copy_of
 from mmscale.engine.plan import plan_batch
 from mmscale.loss.objective import Objective
 from mmscale.model.batch_norm import connect_batch_norms
 from mmscale.model.build import build_model
+from mmscale.parallel.device import choose
+from mmscale.parallel.peers import connect
 from mmscale.training.part import Step
 from mmscale.training.parts.momentum import Momentum
 from mmscale.training.parts.prototypes import EpochClusters

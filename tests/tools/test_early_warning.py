@@ -13,7 +13,7 @@ from mmscale.diagnostics.geometry import health_figures
 from mmscale.diagnostics.pairing import pairing_figures
 from mmscale.diagnostics.persistence import Persistence
 from mmscale.diagnostics.retrieval import recalls
-from mmscale.dist.peers import Alone
+from mmscale.parallel.peers import Alone
 from tools.studies.given import Features, Model, without_data
 
 PATIENCE = 3

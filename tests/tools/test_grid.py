@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from mmscale.dist.signals import StopSignal
 from mmscale.errors import ConfigError, DataError, TerminatedError
+from mmscale.parallel.signals import StopSignal
 from tools.studies.cells import RESULTS, Cell, Results
 from tools.studies.experiments import chosen, with_defaults
 from tools.studies.grid import run_grid

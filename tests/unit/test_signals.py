@@ -9,8 +9,8 @@ import pytest
 
 SCRIPT = """
 import sys, time
-from mmscale.dist import signals
-from mmscale.dist.signals import StopSignal, heeding_signals
+from mmscale.parallel import signals
+from mmscale.parallel.signals import StopSignal, heeding_signals
 from mmscale.errors import saying_how_to_go_on
 signals._PATIENCE_SECONDS = 1.0
 

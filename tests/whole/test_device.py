@@ -12,7 +12,7 @@ from tests.whole.small_run import metrics, words_for, write_settings
 # Torch itself refuses the device; only the table of what the machine has is another.
 AS_A_MAC = """
 import sys
-from mmscale.dist import device
+from mmscale.parallel import device
 from mmscale.train import main
 device.this_machine = lambda: device.Machine(mps=True)
 sys.exit(main(sys.argv[1:]))

@@ -16,8 +16,8 @@ import pytest
 
 from mmscale.contracts import World
 from mmscale.data.manifest import Shard, read_manifest, write_manifest
-from mmscale.dist.world import check_world
 from mmscale.errors import LaunchError
+from mmscale.parallel.world import check_world
 from tests.ranks.launch import free_port
 from tests.whole.command import ROOT, TRAIN, explain, run
 from tests.whole.small_run import (

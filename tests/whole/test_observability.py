@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from mmscale.dist.phases import PHASES
+from mmscale.parallel.phases import PHASES
 from tests.whole.small_run import (
     ALONE,
     deepspeed,

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from mmscale.config.schema import EngineConfig
-from mmscale.dist.device import choose
 from mmscale.errors import ConfigError
+from mmscale.parallel.device import choose
 from tools.bench.results import Result
 from tools.bench.side_process import figures_of
 

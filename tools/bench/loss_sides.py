@@ -17,11 +17,11 @@ from torch.nn.functional import normalize
 
 from mmscale.config.schema import EngineConfig
 from mmscale.contracts import World
-from mmscale.dist.device import choose
-from mmscale.dist.peers import barrier, connect, from_all
-from mmscale.dist.world import join, leave, promised_world
 from mmscale.loss.contrast import PairRows
 from mmscale.loss.infonce import infonce
+from mmscale.parallel.device import choose
+from mmscale.parallel.peers import barrier, connect, from_all
+from mmscale.parallel.world import join, leave, promised_world
 
 # Loads code and starts threads before anything is measured.
 WARM_ROWS = 64

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from mmscale.config.load import validate
 from mmscale.contracts import Batch, World
-from mmscale.dist.device import choose
-from mmscale.dist.peers import barrier, connect, from_all
-from mmscale.dist.world import join, leave, promised_world
+from mmscale.parallel.device import choose
+from mmscale.parallel.peers import barrier, connect, from_all
+from mmscale.parallel.world import join, leave, promised_world
 from tools.bench.loss_sides import Peak
 
 IMAGE, CONTEXT, VOCABULARY, EMBED = 112, 77, 49408, 192

@@ -13,8 +13,8 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmscale.dist.signals import StopSignal
 from mmscale.errors import MmscaleError, TerminatedError
+from mmscale.parallel.signals import StopSignal
 from tools.studies.cells import Cell, Figures, Measure, Result
 
 # What a cell in a process of its own leaves in its folder, beside what it wrote to stderr.

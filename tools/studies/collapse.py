@@ -18,7 +18,7 @@ from mmscale.diagnostics.in_training import STILL, InTraining
 from mmscale.diagnostics.pairing import pairing_figures
 from mmscale.diagnostics.pairs import Pairs
 from mmscale.diagnostics.retrieval import recalls
-from mmscale.dist.peers import Alone
+from mmscale.parallel.peers import Alone
 from tools.studies.cells import Cell, Figures
 from tools.studies.collapse_data import features_of, names_a_run
 from tools.studies.collapse_faults import FAULTS, dealt_anew

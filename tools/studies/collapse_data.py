@@ -9,13 +9,13 @@ from torch import Tensor
 
 from mmscale.config.load import load_config
 from mmscale.data.shards import ShardSet, open_shards, open_train
-from mmscale.dist.device import choose
-from mmscale.dist.peers import Alone
 from mmscale.encoding import encode_set
 from mmscale.engine.feature_cache import FeatureCache
 from mmscale.engine.inference import Inference
 from mmscale.errors import ConfigError
 from mmscale.model.build import build_model
+from mmscale.parallel.device import choose
+from mmscale.parallel.peers import Alone
 from tools.studies.given import Features
 
 TRAIN, HELD_OUT = 4096, 500

@@ -18,8 +18,6 @@ from mmscale.config.schema import Config
 from mmscale.contracts import Batch, World
 from mmscale.data.features import FeatureTable
 from mmscale.diagnostics.pairs import Pairs
-from mmscale.dist.device import choose
-from mmscale.dist.peers import Alone
 from mmscale.engine.accelerate import AccelerateEngine
 from mmscale.engine.schedule import rate_factor
 from mmscale.loss.objective import Objective
@@ -28,6 +26,8 @@ from mmscale.model.build import drawing_from
 from mmscale.model.heads import Head
 from mmscale.model.scale import LogitScale
 from mmscale.model.two_tower import TwoTower
+from mmscale.parallel.device import choose
+from mmscale.parallel.peers import Alone
 from mmscale.training.part import Step
 from mmscale.training.parts.queue import Queue, RowBank
 from mmscale.training.step import Learner, train_step

@@ -7,8 +7,8 @@ from itertools import chain
 
 from mmscale.checkpoint.state import RunState
 from mmscale.checkpoint.write import take_snapshot
-from mmscale.dist.device import rng_state
 from mmscale.errors import TerminatedError
+from mmscale.parallel.device import rng_state
 from mmscale.training.part import Part, StepResult
 from mmscale.training.parts.evaluation import Evaluation
 from mmscale.training.stage import Services, Stage

@@ -3,8 +3,8 @@
 from mmscale.checkpoint.state import RunState
 from mmscale.config.schema import DataConfig
 from mmscale.contracts import World
-from mmscale.dist.peers import from_all
 from mmscale.errors import DataError
+from mmscale.parallel.peers import from_all
 from mmscale.report.report import Report
 from mmscale.training.part import Part, StepResult
 

@@ -6,9 +6,9 @@ from typing import Any
 from mmscale.checkpoint.state import Best, RunState
 from mmscale.config.schema import CheckpointConfig
 from mmscale.diagnostics.pairs import Pairs
-from mmscale.dist.peers import from_all
 from mmscale.errors import ConfigError, Stop
 from mmscale.evaluation import evaluate
+from mmscale.parallel.peers import from_all
 from mmscale.training.part import Part, StepResult
 from mmscale.training.parts.momentum import Momentum
 from mmscale.training.stage import Services, Stage

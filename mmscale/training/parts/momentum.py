@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmscale.contracts import Batch, Features, LossInput, NamedTensor, Shadow
-from mmscale.dist.device import DevicePolicy
 from mmscale.engine.inference import Inference
+from mmscale.parallel.device import DevicePolicy
 from mmscale.training.part import Part, Step
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from mmscale.checkpoint.files import Checkpoint, newest_sound
 from mmscale.checkpoint.state import RunState
-from mmscale.dist.peers import from_all
 from mmscale.errors import CheckpointError, HaltError
+from mmscale.parallel.peers import from_all
 from mmscale.training.part import Part, Rollback, StepResult
 from mmscale.training.parts.evaluation import Evaluation
 from mmscale.training.stage import Services, Stage

@@ -21,9 +21,9 @@ from mmscale.contracts import (
     Prototypes,
     World,
 )
-from mmscale.dist.peers import from_main
 from mmscale.errors import ConfigError
 from mmscale.loss.prototypes import Clustering, cluster
+from mmscale.parallel.peers import from_main
 from mmscale.training.part import Part, Step
 
 _PARTS = ("centres", "temperature", "ids", "cluster")

@@ -10,8 +10,8 @@ import pytest
 
 from mmscale.data.samples import SampleBatches
 from mmscale.data.shards import open_shards
-from mmscale.dist.signals import heeding_signals
 from mmscale.errors import DataError, LaunchError, told
+from mmscale.parallel.signals import heeding_signals
 from tests.ranks.test_stream_worlds import SPEC
 
 

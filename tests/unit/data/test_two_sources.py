@@ -23,13 +23,13 @@ from mmscale.data.schedule import plan_schedule
 from mmscale.data.shards import open_shards, open_train, scopes_of
 from mmscale.data.stream import TrainStream
 from mmscale.diagnostics.retrieval import recalls
-from mmscale.dist.device import choose
-from mmscale.dist.peers import Alone
 from mmscale.engine.encode import encode
 from mmscale.engine.inference import Inference
 from mmscale.errors import DataError
 from mmscale.evaluation import embed
 from mmscale.model.build import build_model
+from mmscale.parallel.device import choose
+from mmscale.parallel.peers import Alone
 from tests.ranks.tiny import tiny_config
 from tests.unit.data.tars import add
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mmscale.diagnostics.features import feature_figures
-from mmscale.dist.peers import Alone
+from mmscale.parallel.peers import Alone
 
 
 class InTurn(Alone):

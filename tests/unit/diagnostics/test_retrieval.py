@@ -7,8 +7,8 @@ import torch
 from mmscale.diagnostics.pairs import Pairs
 from mmscale.diagnostics.retrieval import recall_counts, recalls
 from mmscale.diagnostics.similarity import on_grid, similarities
-from mmscale.dist.peers import Alone
 from mmscale.errors import DataError
+from mmscale.parallel.peers import Alone
 from tests.unit.diagnostics.faulty_embeddings import (
     healthy,
     isotropic,

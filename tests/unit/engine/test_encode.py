@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from mmscale.data.shards import open_shards
-from mmscale.dist.peers import Alone
 from mmscale.engine.encode import encode
 from mmscale.engine.inference import Inference
 from mmscale.engine.plan import plan_batch
 from mmscale.errors import DataError
 from mmscale.model.build import build_model
+from mmscale.parallel.peers import Alone
 
 
 def call(mode, *inputs):
@@ -64,7 +64,7 @@ def test_a_table_is_what_was_saved(shards_and_spec, tmp_path):
 
 def test_inference_is_without_a_graph_and_in_evaluation_mode(synthetic):
     config = synthetic.config()
-    from mmscale.dist.device import choose
+    from mmscale.parallel.device import choose
 
     model, _ = build_model(config.model, 32, 0)
     inference = Inference(model, choose(config.engine))

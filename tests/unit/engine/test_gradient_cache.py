@@ -7,9 +7,9 @@ import torch
 
 from mmscale.checkpoint.state import RunState
 from mmscale.contracts import Features, LossInput, World
-from mmscale.dist.peers import Alone
 from mmscale.engine.gradient_cache import encode_rows
 from mmscale.loss.objective import Objective
+from mmscale.parallel.peers import Alone
 from mmscale.training.part import Step
 from mmscale.training.step import Learner, train_step
 from tests.ranks.tiny import build_engine, joint_batch, read_gradients, tiny_config

@@ -6,13 +6,13 @@ import torch
 from mmscale.data.samples import SampleBatches
 from mmscale.data.shards import open_shards
 from mmscale.data.stream import pad
-from mmscale.dist.device import choose
-from mmscale.dist.peers import Alone
 from mmscale.engine.encode import encode
 from mmscale.engine.feed import images_on
 from mmscale.engine.inference import Inference
 from mmscale.engine.rerank import match_scores
 from mmscale.model.build import build_model
+from mmscale.parallel.device import choose
+from mmscale.parallel.peers import Alone
 
 FUSION = "model.fusion={enabled: true, dim: 16, heads: 2, layers: 1}"
 CPU = torch.device("cpu")

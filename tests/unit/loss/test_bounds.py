@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from mmscale.config.loss import TERMS, LossConfig
 from mmscale.config.ramp import whole_steps
 from mmscale.contracts import Bank, Embeddings, LossInput
-from mmscale.dist.peers import Alone
 from mmscale.loss.term import Bounds, Counts, Given, compute
+from mmscale.parallel.peers import Alone
 from tests.unit.loss.cases import leaves, made_up
 from tests.whole.command import ROOT
 

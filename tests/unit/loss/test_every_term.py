@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmscale.contracts import Embeddings
-from mmscale.dist.peers import Alone
+from mmscale.parallel.peers import Alone
 from tests.unit.loss.cases import (
     IDS,
     KINDS,

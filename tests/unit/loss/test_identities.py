@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmscale.contracts import Bank
-from mmscale.dist.peers import Alone
 from mmscale.loss.contrast import PairRows, contrast
 from mmscale.loss.distillation import distillation
 from mmscale.loss.hinge import hinge
@@ -20,6 +19,7 @@ from mmscale.loss.spectral import spectral
 from mmscale.loss.sphere import alignment, uniformity
 from mmscale.loss.statistics import decorrelation, diversity, regression, vicreg
 from mmscale.loss.supervised import classification, matching
+from mmscale.parallel.peers import Alone
 
 IDS = torch.tensor([0, 0, 1, 2, 2, 2, 3, 4])
 EYE = torch.arange(8)

@@ -10,10 +10,10 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmscale.contracts import Bank
-from mmscale.dist.peers import Alone
 from mmscale.loss import tiles
 from mmscale.loss.contrast import PairRows
 from mmscale.loss.infonce import dense_infonce, infonce
+from mmscale.parallel.peers import Alone
 
 SIDE = 8
 KEPT_TILES = 2

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from mmscale.config.load import validate
 from mmscale.contracts import Bank
-from mmscale.dist.peers import Alone
 from mmscale.errors import ConfigError
 from mmscale.loss.contrast import PairRows, contrast
 from mmscale.loss.infonce import dense_infonce, infonce
@@ -19,6 +18,7 @@ from mmscale.loss.mining import Mining
 from mmscale.loss.objective import Objective
 from mmscale.loss.sigmoid import siglip
 from mmscale.loss.softmax import dcl
+from mmscale.parallel.peers import Alone
 from tests.unit.loss.cases import leaves, made_up
 
 IDS = torch.tensor([0, 0, 1, 2, 2, 2, 3, 4])

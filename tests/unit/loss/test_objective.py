@@ -8,9 +8,9 @@ import torch
 
 from mmscale.config.load import validate
 from mmscale.config.loss import OBJECTIVES
-from mmscale.dist.peers import Alone
 from mmscale.errors import ConfigError
 from mmscale.loss.objective import Objective
+from mmscale.parallel.peers import Alone
 from tests.unit.loss.cases import IDS, leaves, made_up
 
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmscale.dist.peers import Alone
 from mmscale.loss.contrast import PairRows
 from mmscale.loss.hinge import hinge
 from mmscale.loss.infonce import dense_infonce, infonce
 from mmscale.loss.sigmoid import siglip
 from mmscale.loss.softmax import ntxent, supcon
 from mmscale.loss.statistics import barlow, decorrelation, vicreg
+from mmscale.parallel.peers import Alone
 
 ROWS, WIDTH = 16, 32
 EYE = torch.arange(ROWS)

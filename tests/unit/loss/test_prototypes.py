@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from mmscale.contracts import Prototypes
-from mmscale.dist.peers import Alone
 from mmscale.errors import ConfigError
 from mmscale.loss.prototypes import cluster, concentrations, kmeans, prototypes
+from mmscale.parallel.peers import Alone
 
 
 def clouds(num_clouds=6, size=30, spread=0.02):

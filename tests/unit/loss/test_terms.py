@@ -6,9 +6,9 @@ import pytest
 
 from mmscale.config.loss import TERMS, HingeTerm, NTXentTerm
 from mmscale.config.ramp import whole_steps
-from mmscale.dist.peers import Alone
 from mmscale.loss.mining import Mining
 from mmscale.loss.term import Given, TermValue, compute, term, terms
+from mmscale.parallel.peers import Alone
 from tests.unit.loss.cases import IDS, leaves, made_up
 from tests.unit.loss.cases import term as settings_of
 

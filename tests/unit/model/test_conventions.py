@@ -25,8 +25,6 @@ from transformers import (
 
 from mmscale.config.schema import ModelConfig, TextConfig, VisionConfig
 from mmscale.data.caption_text import unknown_words
-from mmscale.dist.device import FAILING_TOWERS
-from mmscale.dist.peers import Alone
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.model.build import build_model
 from mmscale.model.inputs import join_inputs
@@ -34,6 +32,8 @@ from mmscale.model.registry_measure import measure
 from mmscale.model.registry_table import describe
 from mmscale.model.text import build_text
 from mmscale.model.vision import build_vision
+from mmscale.parallel.device import FAILING_TOWERS
+from mmscale.parallel.peers import Alone
 from tests.unit.model.test_foreign import TEXT_CFG, change, save_openclip
 from tests.unit.model.tiny import WORDS
 

@@ -9,11 +9,11 @@ import pytest
 import timm
 from transformers import BertConfig
 
-from mmscale.dist.device import FAILING_TOWERS
 from mmscale.errors import ConfigError
 from mmscale.model.registry import curated, curated_names, entries, find
 from mmscale.model.registry_measure import config_of, measure
 from mmscale.model.registry_table import as_json, overview
+from mmscale.parallel.device import FAILING_TOWERS
 from tools.tower_pairs import all_pairs, train_pairs
 
 ROOT = Path(__file__).resolve().parents[3]

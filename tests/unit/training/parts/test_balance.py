@@ -9,7 +9,7 @@ from torch import nn
 from mmscale.checkpoint.state import RunState
 from mmscale.config.optim import BalanceConfig
 from mmscale.contracts import Engine
-from mmscale.dist.peers import Alone
+from mmscale.parallel.peers import Alone
 from mmscale.training.part import Step
 from mmscale.training.parts.balance import ModalityBalancer
 from tests.ranks.tiny import joint_batch

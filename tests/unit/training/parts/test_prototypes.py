@@ -6,10 +6,10 @@ import torch.nn.functional as F
 
 from mmscale.config.loss import LossConfig
 from mmscale.contracts import World
-from mmscale.dist.peers import Alone
 from mmscale.errors import ConfigError
 from mmscale.loss.prototypes import cluster
 from mmscale.loss.supervised import NO_LABEL
+from mmscale.parallel.peers import Alone
 from mmscale.training.parts.prototypes import EpochClusters
 
 STEPS, WIDTH = 4, 5

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 
 from mmscale.config.ramp import Ramp, whole_steps
-from mmscale.dist.peers import Alone
+from mmscale.parallel.peers import Alone
 from mmscale.training.parts.queue import Queue, RowBank
 from tests.ranks.tiny import joint_batch
 from tests.unit.training.rows import features, loss_input

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from mmscale.dist.launchers import Launchers
 from mmscale.errors import Stop, TerminatedError, explained
+from mmscale.parallel.launchers import Launchers
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)
 # A decoding process that hangs must not keep its parent from ending for longer.

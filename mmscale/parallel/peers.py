@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmscale.contracts import Peers, World
-from mmscale.dist.message import packed, unpacked
-from mmscale.dist.phases import phase
+from mmscale.parallel.message import packed, unpacked
+from mmscale.parallel.phases import phase
 
 # Of gradients that are averaged in one exchange.
 BUCKET_BYTES = 25 << 20
@@ -96,7 +96,7 @@ def average_gradients(
 
 
 def from_main(world: World, value: Any) -> Any:
-    """Rank 0's value, on every rank: JSON with tensors in it (`dist/message.py`)."""
+    """Rank 0's value, on every rank: JSON with tensors in it (`parallel/message.py`)."""
     if not dist.is_initialized() or world.size == 1:
         return value
     content = packed(value) if world.rank == 0 else torch.empty(0, dtype=torch.uint8)

@@ -6,12 +6,12 @@ import time
 from types import TracebackType
 
 from mmscale.contracts import World
-from mmscale.dist.failure import first_failure, tell_stacks
-from mmscale.dist.signals import end_now
 from mmscale.errors import LaunchError
+from mmscale.parallel.failure import first_failure, tell_stacks
+from mmscale.parallel.signals import end_now
 
 _LOOKS_A_SPAN = 20
-# A rank in an exchange most likely waits for one that stands still elsewhere: that one speaks first.
+# A rank in an exchange most likely waits for one that stands still elsewhere: it is heard first.
 _LET_OTHERS_SPEAK, _LET_OTHERS_SPEAK_SECONDS = 0.25, 5.0
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-
 # Dispatch keys under which an operation is there for every device.
 _COMPOSITE = ("CompositeImplicitAutograd", "CompositeExplicitAutograd")
 

@@ -10,8 +10,8 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from mmscale.contracts import World
-from mmscale.dist.failure import stop_watching, watch
 from mmscale.errors import LaunchError, gist
+from mmscale.parallel.failure import stop_watching, watch
 
 _AFTER_WATCHDOG = 30
 

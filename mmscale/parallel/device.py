@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from mmscale.config.schema import EngineConfig
-from mmscale.dist.peaks import peak_flops
 from mmscale.errors import ConfigError
+from mmscale.parallel.peaks import peak_flops
 
 # Preset towers that are known to fail on a device, and what works there in their place. BERT
 # fine-tunes wrongly on MPS without a word (github.com/pytorch/pytorch/issues/82707).

@@ -16,8 +16,8 @@ from typing import Any
 import torch.distributed as dist
 
 from mmscale.contracts import World
-from mmscale.dist.signals import end_now
 from mmscale.errors import LaunchError, gist, told
+from mmscale.parallel.signals import end_now
 
 _NOTICE = "mmscale/failure"
 _READ = "mmscale/failure-read"
