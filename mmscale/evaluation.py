@@ -18,8 +18,7 @@ from mmscale.data.caption_text import with_cleaning
 from mmscale.data.features import FeatureTable
 from mmscale.data.shards import ShardSet
 from mmscale.diagnostics.pairs import Pairs, Sources
-from mmscale.diagnostics.reranking import reranked_recalls, shortlists
-from mmscale.diagnostics.retrieval import RECALLS, recalls
+from mmscale.diagnostics.retrieval import RECALLS, recalls, reranked_recalls, shortlists
 from mmscale.encoding import HeldOut, encode_set
 from mmscale.engine.ema import averaged
 from mmscale.engine.encode import Call

@@ -12,7 +12,7 @@ from torch import Tensor
 from mmscale.config.paths import path_of
 from mmscale.config.schema import Config
 from mmscale.contracts import InputSpec
-from mmscale.data.colour import in_rgb
+from mmscale.data.decode import in_rgb
 from mmscale.data.transform import eval_transform, normalise
 from mmscale.evaluation import load_trained
 from mmscale.model.dual_encoder import DualEncoder, Tokenizer

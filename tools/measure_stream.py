@@ -17,7 +17,7 @@ from mmscale.data.schedule import plan_schedule
 from mmscale.data.shards import open_shards
 from mmscale.data.stream import TrainStream
 from mmscale.engine.plan import plan_batch
-from mmscale.model.openclip_tokens import read_tokenize
+from mmscale.model.openclip_towers import read_tokenize
 
 SIZE = 224
 SAMPLES = 20  # of memory, over the epoch

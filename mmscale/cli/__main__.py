@@ -2,4 +2,5 @@
 
 from mmscale.cli.entry import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -98,7 +98,7 @@ def pack(
     from dataclasses import asdict
 
     from mmscale.data.pack import pack as run
-    from mmscale.data.pack_result import Part
+    from mmscale.data.pack_folder import Part
     from mmscale.report.progress import progress_of
 
     chosen = Part.parse(part)

@@ -1,4 +1,7 @@
-"""Image bytes to upright RGB pixels: JPEGs by libjpeg-turbo into a tensor, all else by Pillow."""
+"""Image bytes to upright RGB pixels: JPEGs by libjpeg-turbo into a tensor, all else by Pillow.
+
+The one place where depth and alpha are decided, and where small copies for pages are made.
+"""
 
 import io
 from collections.abc import Iterator
@@ -12,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from mmscale.data.colour import in_rgb
 from mmscale.data.complaints import reason_of, warnings_named
 from mmscale.data.reader import DamagedSampleError
+from mmscale.errors import DataError
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 REDUCTIONS = (8, 4, 2)
@@ -123,3 +126,62 @@ def _naming(where: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise DamagedSampleError(f"{where}: undecodable image ({reason_of(error)})") from error
+
+
+# Pillow clips what is above 255 instead of scaling it: a radiograph would become white.
+_SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
+# Nothing says which of their values is white.
+_WITHOUT_A_WHITE = ("I", "F")
+
+
+def in_rgb(image: Image.Image) -> Image.Image:
+    """The image as RGB; of 16-bit grey the upper eight bits, as of 16-bit colour and in libpng.
+
+    Palettes are looked up and alpha is left out, as every reader of the field does.
+
+    Raises:
+        DataError: Its values are 32-bit integers or floating-point numbers.
+    """
+    if image.mode in _WITHOUT_A_WHITE:
+        raise DataError(
+            f"mode {image.mode} holds 32-bit values of no known range; scale them to 0..255 and "
+            "convert the image to mode L"
+        )
+    if image.mode in _SIXTEEN_BITS:
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode == "La":
+        image = image.convert("LA")
+    elif image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        # The same colours, without Pillow's warning.
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+SIDE = 112  # pixels, of the longer side
+_QUALITY = 62
+
+
+def thumbnail(content: bytes, where: str) -> bytes:
+    """An encoded image as a small WebP, upright, without what its file says of the photographer.
+
+    Raises:
+        DamagedSampleError: It cannot be decoded.
+    """
+    picture = open_picture(content, where)
+    longer = max(picture.height, picture.width)
+    reduction = next((r for r in REDUCTIONS if longer >= 2 * r * SIDE), 1)
+    pixels = picture.pixels(reduction)
+    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=_QUALITY)
+    return file.getvalue()
+
+
+def difference(first: bytes, second: bytes) -> float:
+    """How unlike two thumbnails look: mean difference of a channel, 0 to 255, at 24 x 24 pixels."""
+    rows = []
+    for content in (first, second):
+        with Image.open(io.BytesIO(content), formats=("WEBP",)) as image:
+            rows.append(image.convert("RGB").resize((24, 24), Image.Resampling.BOX).tobytes())
+    return sum(abs(a - b) for a, b in zip(*rows, strict=True)) / len(rows[0])

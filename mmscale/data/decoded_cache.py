@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,6 @@ from torchvision.transforms.v2 import InterpolationMode, functional
 
 from mmscale.config.schema import DataConfig
 from mmscale.contracts import InputSpec
-from mmscale.data.cache_room import make_room
 from mmscale.data.decode import REDUCTIONS, open_picture
 from mmscale.durable import publish, sync
 
@@ -217,3 +216,35 @@ class DecodedCache:
         with (self._root / ".lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def make_room(
+    folder: Path, pattern: str, limit: float, size: int, may_go: Callable[[Path, float], bool]
+) -> bool:
+    """Remove files until another fits.
+
+    Args:
+        folder: Where they are.
+        pattern: Which they are.
+        limit: Most bytes of all of them together.
+        size: Bytes of the one that shall fit.
+        may_go: Whether a file that was last used at this time may be removed.
+
+    Returns:
+        Whether it fits.
+    """
+    files = []
+    for path in folder.glob(pattern):
+        # Another run may have removed it since.
+        with suppress(OSError):
+            facts = path.stat()
+            files.append((facts.st_mtime, facts.st_size, path))
+    total = size + sum(length for _, length, _ in files)
+    for used, length, path in sorted(files, key=lambda file: file[0]):
+        if total <= limit:
+            break
+        if may_go(path, used):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+                total -= length
+    return total <= limit

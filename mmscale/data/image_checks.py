@@ -9,8 +9,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from mmscale.data.colour import in_rgb
 from mmscale.data.complaints import reason_of, warnings_named
+from mmscale.data.decode import in_rgb
 
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _ORIENTATION = 0x0112

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from mmscale.data.caption_lists import (
+from mmscale.data.caption_text import (
     CAPTION_NAMES,
     MOST_CAPTIONS,
     captions_in,

@@ -10,21 +10,22 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmscale.data.copies import without_copies
 from mmscale.data.held_out import held_out
 from mmscale.data.image_checks import Treatment
 from mmscale.data.left_out import MOST_LEFT_OUT, require_few, require_images
 from mmscale.data.manifest import Manifest, with_identities, write_manifest
 from mmscale.data.pack_folder import (
     REJECTED_NAME,
+    PackResult,
+    Part,
     finished_manifest,
     read_reasons,
     require_own_folder,
     settings_digest,
     sweep,
+    without_copies,
     write_rejected,
 )
-from mmscale.data.pack_result import PackResult, Part
 from mmscale.data.pool import map_ordered
 from mmscale.data.shard_writer import Done, Task, read_done, write_shard
 from mmscale.data.sources import Record, Rejection, Source, read_source

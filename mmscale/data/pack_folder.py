@@ -1,18 +1,22 @@
-"""What a folder holds of an earlier pack, and whether a pack may go on there."""
+"""What a pack was asked for, what its folder holds of an earlier one, and what came of it."""
 
 import hashlib
 import json
+import os
+import stat
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from mmscale.data.image_checks import Treatment
 from mmscale.data.manifest import MANIFEST_NAME, Manifest, read_manifest
+from mmscale.data.pool import map_ordered
 from mmscale.data.shard_writer import Task, is_sound, read_note
-from mmscale.data.sources import Record
+from mmscale.data.sources import Record, Rejection
 from mmscale.durable import replace_file
-from mmscale.errors import DataError, printable
+from mmscale.errors import ConfigError, DataError, printable
 
 REJECTED_NAME = "rejected.txt"
 # Each changes when the same records would give other bytes: as they are, and shrunk.
@@ -110,3 +114,147 @@ def read_reasons(folder: Path) -> Counter[str]:
     path = folder / REJECTED_NAME
     lines = path.read_text("utf-8").splitlines() if path.is_file() else []
     return Counter(line.partition("\t")[2].partition(":")[0] for line in lines)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which shards of a pack this process writes: number `index` of `count`, from 1."""
+
+    index: int = 1
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "Part":
+        """From `2/8`.
+
+        Raises:
+            ConfigError: It is no part.
+        """
+        index, slash, count = text.partition("/")
+        if slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count):
+            return cls(int(index), int(count))
+        raise ConfigError(f"part={text} is not a part of a whole; write 1/8 to 8/8 for eight parts")
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+@dataclass(frozen=True)
+class PackResult:
+    """One split that was packed.
+
+    Attributes:
+        split: Its name.
+        folder: Where its shards and manifest are.
+        shards: Tars.
+        samples: Images in them.
+        captions: Captions in them.
+        rejected: Lines of `rejected.txt`.
+        kept: Shards that an earlier run had finished.
+        reasons: How many lines give each reason.
+        missing: Shards that other parts have not finished; without them there is no manifest yet.
+    """
+
+    split: str
+    folder: Path
+    shards: int
+    samples: int
+    captions: int
+    rejected: int
+    kept: int
+    reasons: tuple[tuple[str, int], ...] = ()
+    missing: int = 0
+
+    def __str__(self) -> str:
+        notes = []
+        if self.rejected:
+            which = "".join(f", {count:,} {reason}" for reason, count in self.reasons)
+            notes.append(f"{self.rejected:,} rejected{which}: see {REJECTED_NAME}")
+        if self.kept:
+            notes.append(f"{_counted(self.kept, 'shard')} of an earlier run kept")
+        if self.missing:
+            notes.append(
+                f"other parts have {_counted(self.missing, 'shard')} to write; the last one writes "
+                "the manifest"
+            )
+        remarks = f" ({'; '.join(notes)})" if notes else ""
+        return (
+            f"{self.split}: {_counted(self.samples, 'image')}, "
+            f"{_counted(self.captions, 'caption')} in {_counted(self.shards, 'shard')} "
+            f"at {self.folder}{remarks}"
+        )
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number:,} {name}{'' if number == 1 else 's'}"
+
+
+_TAIL_BYTES = 4096
+_CHUNK = 512
+
+
+def without_copies(
+    records: Sequence[Record], workers: int
+) -> tuple[tuple[Record, ...], tuple[Rejection, ...]]:
+    """Records without those whose image has the bytes of another's; and these, with the reason.
+
+    Of the same bytes in two splits the held-out image stays: what is tested must not be trained on,
+    and a benchmark keeps its images. Only files of one size and one end are read whole.
+    """
+    order = sorted(range(len(records)), key=lambda index: (_rank(records[index].split), index))
+    alike = _alike({index: _size(records[index].image) for index in order})
+    for look in (_tail, _digest):
+        found = _map(look, [records[index].image for index in alike], workers)
+        alike = _alike(
+            {index: mark + part for (index, mark), part in zip(alike.items(), found, strict=True)}
+        )
+    originals: dict[bytes, Record] = {}
+    copies: dict[int, Rejection] = {}
+    for index, mark in alike.items():
+        record, original = records[index], originals.setdefault(mark, records[index])
+        if original is not record:
+            reason = f"duplicate image: has the bytes of {original.key} in {original.split}"
+            copies[index] = Rejection(record.key, reason, record.split)
+    kept = tuple(record for index, record in enumerate(records) if index not in copies)
+    return kept, tuple(copies[index] for index in sorted(copies))
+
+
+def _rank(split: str) -> int:
+    return {"test": 0, "val": 1, "train": 3}.get(split, 2)
+
+
+def _alike(marks: dict[int, bytes]) -> dict[int, bytes]:
+    """Those that have a mark which another has too, in their order."""
+    counts = Counter(marks.values())
+    return {index: mark for index, mark in marks.items() if mark and counts[mark] > 1}
+
+
+def _map(look: Callable[[Path], bytes], paths: Sequence[Path], workers: int) -> Iterator[bytes]:
+    chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
+    for part in map_ordered(partial(_each, look), chunks, min(workers, len(chunks))):
+        yield from part
+
+
+def _each(look: Callable[[Path], bytes], paths: Sequence[Path]) -> list[bytes]:
+    return [look(path) for path in paths]
+
+
+def _size(path: Path) -> bytes:
+    """A mark of a file's size; none where there is no file or nothing in it."""
+    try:
+        status = path.stat()
+    except OSError:
+        return b""
+    return b"%d/" % status.st_size if stat.S_ISREG(status.st_mode) and status.st_size else b""
+
+
+def _tail(path: Path) -> bytes:
+    """A mark of a file's last bytes: the first ones of photographs are much alike."""
+    with path.open("rb") as file:
+        file.seek(-min(_TAIL_BYTES, os.fstat(file.fileno()).st_size), os.SEEK_END)
+        return hashlib.sha256(file.read()).digest()
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

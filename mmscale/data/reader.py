@@ -15,11 +15,10 @@ from webdataset.tariterators import base_plus_ext
 from mmscale.data.complaints import tell_once
 from mmscale.data.lanes import Item
 from mmscale.data.members import IMAGE_SUFFIXES, describe_members, image_of, largest_member
-from mmscale.data.plain_tar import plain_members
 from mmscale.data.remote import is_remote
 from mmscale.data.shard_bytes import LocalShards, RemoteShards, Span
 from mmscale.data.shards import ShardSet
-from mmscale.data.tar_header import SoundHeader
+from mmscale.data.walk import SoundHeader, plain_members
 from mmscale.errors import DataError
 
 # Of one sample; the rest of them is not looked at.

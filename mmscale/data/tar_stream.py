@@ -16,7 +16,7 @@ from mmscale.data.members import largest_member
 from mmscale.data.reader import DamagedSampleError, Sample, sample_of, wanted_name
 from mmscale.data.remote import CHUNK, Web, is_pipe, is_web, piped, shown
 from mmscale.data.shard_set import Place
-from mmscale.data.tar_header import SoundHeader
+from mmscale.data.walk import SoundHeader
 from mmscale.errors import DataError
 
 Found = TypeVar("Found")

@@ -13,10 +13,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import default_collate
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode, functional
 
 from mmscale.contracts import InputSpec
-from mmscale.data.augment import augmentation
 from mmscale.data.decode import REDUCTIONS, Picture, open_picture
 from mmscale.data.decoded_cache import Kept
 
@@ -143,3 +143,28 @@ def _drawn_from(seed: int, augment: Callable[[Tensor], Tensor], row: Tensor) -> 
         # Not `torch.manual_seed`, which also seeds every accelerator and costs more than a resize.
         torch.random.default_generator.manual_seed(seed)
         return augment(row)
+
+
+# The strengths that OpenCLIP's recipes give to --aug-cfg.
+_JITTER, _JITTER_SHARE, _GREY_SHARE = (0.32, 0.32, 0.32, 0.08), 0.8, 0.2
+
+
+def augmentation(name: str) -> Callable[[Tensor], Tensor] | None:
+    """uint8 crop to uint8 crop; None where the crop stays as it is.
+
+    `flip` mirrors half of the pictures, which makes captions wrong that say left or right.
+    """
+    if name == "flip":
+        return v2.RandomHorizontalFlip()
+    if name == "color_jitter":
+        return v2.Compose(
+            [
+                v2.RandomApply([v2.ColorJitter(*_JITTER)], _JITTER_SHARE),
+                v2.RandomGrayscale(_GREY_SHARE),
+            ]
+        )
+    if name == "randaugment":
+        return v2.RandAugment(interpolation=v2.InterpolationMode.BILINEAR)
+    if name == "trivialaugment":
+        return v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR)
+    return None

@@ -1,15 +1,16 @@
-"""A shard walked from its first byte to its last: samples, where each begins and what it holds.
+"""Tars from anywhere, walked from first byte to last: their samples and where each begins.
 
 Nothing is extracted to disk; members other than images, `.txt` and `.json` are passed over unread.
 """
 
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mmscale.data.members import IMAGE_SUFFIXES, Description, describe_members, largest_member
-from mmscale.data.tar_header import SoundHeader
 
 _TAR_BLOCK = 512
 _CHUNK = 2**20
@@ -161,3 +162,81 @@ def _split_name(name: str) -> tuple[str, str, str]:
     folder, slash, file = name.rpartition("/")
     stem, dot, suffix = file.partition(".")
     return f"{folder}{slash}{stem}", dot if stem else "", suffix
+
+
+_BLOCK = 512
+_MAGIC = (b"ustar\x0000", b"ustar  \0")
+_SIZE = re.compile(rb"[0-7]{11}[ \0]")
+_CHECKSUM = re.compile(rb"([0-7]{6,7})[ \0]+")
+
+
+def plain_members(content: bytes) -> list[tuple[str, int, int]] | None:
+    """Name, start and end of the data of each member; None where tarfile must judge."""
+    found: list[tuple[str, int, int]] = []
+    place = 0
+    while place < len(content):
+        header = content[place : place + _BLOCK]
+        if not header.strip(b"\0"):
+            return found if found and len(header) == _BLOCK else None
+        name = header[: header.find(b"\0", 0, 100)]
+        if not name.isascii() or name.endswith(b"/") or not _is_plain(header):
+            return None
+        start = place + _BLOCK
+        end = start + int(header[124:135], 8)
+        place = end + -end % _BLOCK
+        if place > len(content):
+            return None
+        found.append((name.decode(), start, end))
+    return found or None
+
+
+def _is_plain(header: bytes) -> bool:
+    checksum = _CHECKSUM.fullmatch(header, 148, 156)
+    return (
+        len(header) == _BLOCK
+        and header[0] != 0
+        and 0 in header[:100]
+        and header[156] in b"0\0"
+        and header[257:265] in _MAGIC
+        # A prefix of the name, or GNU's times and sparse map.
+        and not header[345:].strip(b"\0")
+        and _SIZE.fullmatch(header, 124, 136) is not None
+        and checksum is not None
+        and int(checksum[1], 8) == sum(header) - sum(header[148:156]) + 8 * ord(" ")
+    )
+
+
+# Names and sizes need some hundred bytes. tarfile's search for fields is quadratic in this.
+_EXTENDED_BYTES = 2**14
+_EXTENDED = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+
+
+class SoundHeader(tarfile.TarInfo):
+    """A header for `tarfile.open(..., tarinfo=SoundHeader)`.
+
+    A negative size would lead back to headers that were read before, a long extended header would
+    keep the parser busy for hours.
+
+    Raises:
+        tarfile.ReadError: Where it is read, if it is one of these.
+    """
+
+    def _proc_member(self, tar: tarfile.TarFile) -> Any:
+        self._require_size()
+        if self.type in _EXTENDED and self.size > _EXTENDED_BYTES:
+            raise tarfile.ReadError(f"an extended header of {self.size:,} bytes")
+        return super()._proc_member(tar)  # type: ignore[misc]
+
+    def _apply_pax_info(self, *arguments: Any) -> None:
+        super()._apply_pax_info(*arguments)  # type: ignore[misc]
+        self._require_size()
+
+    def _require_size(self) -> None:
+        if self.size < 0:
+            raise tarfile.ReadError(f"a size of {self.size} bytes")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from mmscale.errors import DataError
@@ -318,3 +318,22 @@ def _logit_scale(path: Path, arrays: dict[str, np.ndarray]) -> float | None:
 
 def _take(rows: Tensor, index: Tensor) -> Tensor:
     return rows.detach()[index.to(rows.device)].cpu()
+
+
+# Unit rows on a grid of 2^-24: products are multiples of 2^-48 and every partial sum of a dot
+# product is at most 1 in size (Cauchy-Schwarz), so float64 holds each exactly, in any order of
+# summation, on any device. A plain fp32 product would differ in its last bit with the chunk it
+# was computed in, and a tie would be won or lost by chance.
+_GRID = 2.0**24
+
+
+def on_grid(rows: Float[Tensor, "n d"]) -> Float64[Tensor, "n d"]:
+    """Unit rows as float64 whose dot products are exact; moves an entry by at most 3e-8."""
+    return (rows.detach().double() * _GRID).round() / _GRID
+
+
+def similarities(
+    rows: Float[Tensor, "n d"], columns: Float[Tensor, "m d"]
+) -> Float64[Tensor, "n m"]:
+    """Cosine of every unit row with every unit column."""
+    return on_grid(rows) @ on_grid(columns).T

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mmscale.diagnostics.similarity import on_grid
+from mmscale.diagnostics.pairs import on_grid
 
 FOUND = 3  # candidates that are shown of an answer
 _CHUNK = 256

@@ -11,8 +11,7 @@ from jaxtyping import Float, Float64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmscale.diagnostics.histogram import similarity_histogram
-from mmscale.diagnostics.pairs import Pairs, one_to_one
+from mmscale.diagnostics.pairs import Pairs, on_grid, one_to_one, thinned_rows
 from mmscale.diagnostics.spectrum import covariance_spectrum
 from mmscale.errors import DataError
 
@@ -110,3 +109,43 @@ def _principal(rows: Float64[Tensor, "n d"]) -> tuple[Float[Tensor, "n k"], floa
 def _short(value: float) -> float:
     """Four digits: more cannot be seen."""
     return float(f"{value:.4g}")
+
+
+BINS = 80
+LARGEST_SAMPLE = 512
+_CHUNK = 256
+
+
+def similarity_histogram(pairs: Pairs) -> dict[str, Any]:
+    """Counts of cosines of matched and unmatched pairs over the same bins, ready for JSON.
+
+    At most `LARGEST_SAMPLE` distinct images, taken evenly, are compared with their captions and
+    those of one another; `images` and `captions` say how many.
+    """
+    chosen, texts = thinned_rows(pairs, LARGEST_SAMPLE)
+    image_ids, text_ids = pairs.image_ids.cpu()[chosen], pairs.text_ids.cpu()[texts]
+    images, captions = on_grid(pairs.image.cpu()[chosen]), on_grid(pairs.text.cpu()[texts])
+    low, high = _bounds(images, captions)
+    edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64)
+    counts = {name: torch.zeros(BINS, dtype=torch.float64) for name in ("matched", "unmatched")}
+    for rows, ids in zip(torch.split(images, _CHUNK), torch.split(image_ids, _CHUNK), strict=True):
+        similarity = rows @ captions.T
+        matched = ids[:, None] == text_ids[None, :]
+        for name, cells in (("matched", matched), ("unmatched", ~matched)):
+            counts[name] += torch.histogram(similarity[cells], edges).hist
+    described = {
+        name: {"edges": edges.tolist(), "counts": [int(v) for v in values]}
+        for name, values in counts.items()
+    }
+    return described | {
+        "width": pairs.image.shape[1],
+        "images": len(images),
+        "captions": len(captions),
+    }
+
+
+def _bounds(images: Tensor, captions: Tensor) -> tuple[float, float]:
+    """Least and greatest cosine, widened: bins need a width even if all cosines are equal."""
+    extremes = [torch.stack((rows @ captions.T).aminmax()) for rows in torch.split(images, _CHUNK)]
+    low, high = float(torch.stack(extremes)[:, 0].min()), float(torch.stack(extremes)[:, 1].max())
+    return low - 1e-3, high + 1e-3

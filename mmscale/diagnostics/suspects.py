@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from mmscale.diagnostics.similarity import on_grid
+from mmscale.diagnostics.pairs import on_grid
 
 _NEIGHBOURS = 10
 _CHUNK = 256

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from mmscale.contracts import InputSpec, Peers
-from mmscale.data.cache_room import make_room
+from mmscale.data.decoded_cache import make_room
 from mmscale.data.feature_parts import KeptParts
 from mmscale.data.features import FeatureTable
 from mmscale.data.shards import ShardSet

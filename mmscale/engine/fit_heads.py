@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from mmscale.contracts import Batch, InputSpec, Peers, Position
-from mmscale.engine.feed import images_on
-from mmscale.engine.inference import Inference
+from mmscale.engine.inference import Inference, images_on
 from mmscale.model.heads import Head
 
 

@@ -1,5 +1,6 @@
-"""Groups of parameters by component, depth, and decay or none; the optimizer over them."""
+"""Groups of parameters by component, depth, and decay or none; the optimizer and its rate."""
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 from mmscale.config.optim import OptimConfig
 from mmscale.contracts import KINDS, PARTS
 from mmscale.errors import ConfigError
-from mmscale.model.depth import layer_scales
+from mmscale.model.freezing import layer_scales
 from mmscale.model.two_tower import component_of, no_decay
 
 
@@ -88,3 +89,22 @@ def persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Buffers that belong to a checkpoint; the others follow from the architecture."""
     kept = model.state_dict().keys()
     return [(name, buffer) for name, buffer in model.named_buffers() if name in kept]
+
+
+def rate_factor(step: int, total: int, warmup: int, kind: str) -> float:
+    """Factor of the base rate for update `step` (from 0) of `total`.
+
+    Args:
+        step: Updates already made.
+        total: Updates of the whole run, or of its stage.
+        warmup: Updates over which the rate rises linearly; cut to `total`.
+        kind: `cosine`, `linear`, `constant` or `plateau` after the warm-up; a plateau's falls are a
+            factor of their own.
+    """
+    warmup = min(warmup, total)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    if kind == "cosine":
+        return (1 + math.cos(math.pi * min(1.0, progress))) / 2
+    return max(0.0, 1 - progress) if kind == "linear" else 1.0

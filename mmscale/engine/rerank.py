@@ -15,7 +15,7 @@ from mmscale.data.samples import SampleBatch, SampleBatches
 from mmscale.data.shards import ShardSet
 from mmscale.data.stream import pad
 from mmscale.engine.encode import Call
-from mmscale.engine.feed import images_on
+from mmscale.engine.inference import images_on
 from mmscale.parallel.peers import from_all
 
 

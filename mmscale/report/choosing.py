@@ -8,9 +8,9 @@ from itertools import accumulate, islice
 
 from torch import Tensor
 
+from mmscale.data.decode import difference, thumbnail
 from mmscale.data.reader import DamagedSampleError, SampleReader
 from mmscale.data.shards import ShardSet
-from mmscale.data.thumbnail import difference, thumbnail
 from mmscale.diagnostics.pairs import Pairs, Sources, first_pairs, thinned_rows
 from mmscale.diagnostics.ranking import Answer as Ranked
 from mmscale.diagnostics.ranking import best_and_worst

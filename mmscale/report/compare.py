@@ -14,10 +14,8 @@ from typing import Any
 
 from mmscale.config.yaml import read_yaml
 from mmscale.errors import ConfigError, DataError
-from mmscale.report.columns import aligned
 from mmscale.report.metrics import read_metrics
-from mmscale.report.recalls import MEAN_RECALL, RECALLS, mean_recall
-from mmscale.report.series import Lines
+from mmscale.report.series import MEAN_RECALL, RECALLS, Lines, aligned, mean_recall
 
 SEED = "run.seed"
 # Settings that leave no trace in what a run learns.

@@ -8,8 +8,7 @@ import numpy as np
 
 from mmscale.report.chance import chance_recall
 from mmscale.report.console import duration
-from mmscale.report.recalls import TOP, WAYS
-from mmscale.report.series import Lines, series
+from mmscale.report.series import TOP, WAYS, Lines, series
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from mmscale.report.plots import (
     draw_recall,
     draw_schedule,
     draw_terms,
+    draw_time,
 )
 from mmscale.report.series import Lines
 from mmscale.report.space import Moments
-from mmscale.report.time_plot import draw_time
 
 TIME = "Where the time goes"
 

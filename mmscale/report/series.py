@@ -1,6 +1,7 @@
 """From metric lines to the points of a curve."""
 
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,3 +54,27 @@ def smoothed(curve: Series) -> Series:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def aligned(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> str:
+    """Rows of cells, two spaces between columns; those in `left` begin flush, others end so."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if place in left else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+WAYS = {"i2t": "image to text", "t2i": "text to image"}
+TOP = (1, 5, 10)
+RECALLS = tuple(f"eval/{way}_r{k}" for way in WAYS for k in TOP)
+MEAN_RECALL = "eval/mean"
+
+
+def mean_recall(line: Mapping[str, Any]) -> float | None:
+    """Mean of the six, percent; None for a line that does not hold them all."""
+    values = [line[name] for name in RECALLS if isinstance(line.get(name), (int, float))]
+    return statistics.fmean(values) if len(values) == len(RECALLS) else None

@@ -10,7 +10,6 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from mmscale.report.columns import aligned
 from mmscale.report.figure import (
     CHANCE_COLOUR,
     FULL_WIDTH,
@@ -19,6 +18,7 @@ from mmscale.report.figure import (
     data_uri,
     drawing,
 )
+from mmscale.report.series import aligned
 from mmscale.report.template import write_html
 from mmscale.sweep.space import Choice, LogUniform, Parameter, Space
 from mmscale.sweep.study import Trial

@@ -13,7 +13,7 @@ from mmscale.config.load import effective, load_config
 from mmscale.config.section import Positive, PositiveFloat, Section
 from mmscale.config.yaml import read_yaml
 from mmscale.errors import ConfigError
-from mmscale.report.recalls import MEAN_RECALL
+from mmscale.report.series import MEAN_RECALL
 
 
 class _Range(Section):

@@ -13,7 +13,7 @@ import mmscale
 from mmscale.errors import ConfigError, LaunchError, MmscaleError, TerminatedError
 from mmscale.parallel.signals import StopSignal
 from mmscale.report.metrics import read_metrics
-from mmscale.report.recalls import MEAN_RECALL, mean_recall
+from mmscale.report.series import MEAN_RECALL, mean_recall
 
 STDERR = "stderr.txt"
 _LOCK = "lock"

@@ -15,8 +15,8 @@ from mmscale.config.schema import Config
 from mmscale.config.yaml import as_yaml
 from mmscale.contracts import Batch, Position, World
 from mmscale.data.caption_text import unknown_words
-from mmscale.engine.feed import on_device
-from mmscale.engine.schedule import rate_factor
+from mmscale.engine.inference import on_device
+from mmscale.engine.optimizer import rate_factor
 from mmscale.errors import HaltError
 from mmscale.outputs import write_output
 from mmscale.parallel.failure import wait_for

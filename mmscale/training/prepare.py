@@ -20,9 +20,8 @@ from mmscale.data.schedule import plan_schedule
 from mmscale.data.shards import open_train
 from mmscale.encoding import Tell
 from mmscale.engine.optimizer_kind import optimizer_kind
-from mmscale.engine.plan import engine_kind, plan_batch
+from mmscale.engine.plan import engine_kind, plan_batch, stage_lengths
 from mmscale.engine.rehearsal import update_fault
-from mmscale.engine.stages import stage_lengths
 from mmscale.model.kept import kept_towers, tower_files
 from mmscale.model.presets import fill_preset, stand_in_line
 from mmscale.parallel.device import DevicePolicy, choose

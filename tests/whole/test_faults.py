@@ -21,10 +21,10 @@ from mmscale.data.pack import pack
 from mmscale.data.reader import SampleReader
 from mmscale.data.schedule import plan_schedule
 from mmscale.data.shards import open_train
-from mmscale.data.sources import listing
+from mmscale.data.sources import records
 from mmscale.data.stream import TrainStream
 from mmscale.errors import DataError, explained, printable
-from mmscale.model.openclip_tokens import read_tokenize
+from mmscale.model.openclip_towers import read_tokenize
 from tests.whole.command import explain, run
 from tests.whole.damage import END, Place, sample
 from tests.whole.faults_manifest import FAULTS as MANIFESTS
@@ -138,7 +138,7 @@ def packed_keys(out):
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_a_fault_is_named_and_costs_no_good_sample(fault, place, packed, spec, monkeypatch, capsys):
-    monkeypatch.setattr(listing, "_UNPACKED_BYTES", 2**22)
+    monkeypatch.setattr(records, "_UNPACKED_BYTES", 2**22)
     if fault.packed:
         shutil.copytree(packed, place.folder, dirs_exist_ok=True)
     fault.make(place)

@@ -15,11 +15,10 @@ from tempfile import TemporaryDirectory
 
 from PIL import Image
 
-from mmscale.data.captions import describe
 from mmscale.data.manifest import read_manifest
 from mmscale.data.pack import pack
-from mmscale.data.painting import paint
-from mmscale.data.scenes import draw_scene
+from mmscale.data.scenes import draw_scene, paint
+from mmscale.data.synth import describe
 from mmscale.errors import LaunchError
 from tools.bench.results import Result, peers_folder
 

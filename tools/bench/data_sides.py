@@ -36,7 +36,7 @@ def ours(folder: Path, workers: int, batch: int, warm: int, count: int) -> float
     from mmscale.data.shards import open_shards
     from mmscale.data.stream import TrainStream
     from mmscale.engine.plan import plan_batch
-    from mmscale.model.openclip_tokens import read_tokenize
+    from mmscale.model.openclip_towers import read_tokenize
 
     config = load_config(
         [

@@ -19,7 +19,7 @@ from mmscale.contracts import Batch, World
 from mmscale.data.features import FeatureTable
 from mmscale.diagnostics.pairs import Pairs
 from mmscale.engine.accelerate import AccelerateEngine
-from mmscale.engine.schedule import rate_factor
+from mmscale.engine.optimizer import rate_factor
 from mmscale.loss.objective import Objective
 from mmscale.model.batch_norm import connect_batch_norms
 from mmscale.model.build import drawing_from

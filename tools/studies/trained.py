@@ -6,7 +6,7 @@ from typing import Any
 
 from mmscale.config.load import load_config
 from mmscale.report.metrics import read_metrics
-from mmscale.report.recalls import MEAN_RECALL, mean_recall
+from mmscale.report.series import MEAN_RECALL, mean_recall
 from mmscale.train import run
 from tools.studies.cells import Cell, Figures
 

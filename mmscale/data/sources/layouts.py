@@ -5,13 +5,22 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from mmscale.data.sources.coco import read_coco
-from mmscale.data.sources.karpathy import read_karpathy
-from mmscale.data.sources.listing import Listing, read_json, read_lines
-from mmscale.data.sources.names import stem_of
 from mmscale.data.sources.numbered import read_token
 from mmscale.data.sources.recipe import Recipe
+from mmscale.data.sources.records import (
+    IMAGE_FOLDERS,
+    Entry,
+    Listing,
+    Rejection,
+    label_of,
+    name_of,
+    number_of,
+    read_json,
+    read_lines,
+    stem_of,
+)
 from mmscale.data.sources.table import read_table
 from mmscale.errors import DataError
 
@@ -178,3 +187,56 @@ def _looks_numbered(file: Path) -> bool:
     """Whether its first line is one of a token file."""
     first = next(read_lines(file), ("", ""))[1]
     return re.match(r"[^\t#]+#(?:[a-z]+#)?\d+\t", first) is not None
+
+
+def read_coco(file: Path) -> Listing:
+    """An annotation file; what follows `captions_` in its name tells the split and the folder.
+
+    Raises:
+        DataError: It is not in this layout.
+    """
+    content = read_json(file)
+    part = file.name.removesuffix(".gz").removesuffix(".json").removeprefix("captions")
+    part = part.removeprefix("_")
+    split = match[0] if (match := re.match("[a-z]+", part)) else None
+    folders = (
+        tuple(f"{base}{part}" for base in ("", "../", "images/", "../images/")) if part else ()
+    )
+    listing = Listing(file, "coco", [], image_folders=(*folders, *IMAGE_FOLDERS))
+    entries: dict[Any, Entry] = {}
+    try:
+        for image in content["images"]:
+            if image["id"] in entries:
+                raise DataError(f"{file}: has two images of id {image['id']}; download it again")
+            entries[image["id"]] = Entry(str(image["file_name"]), [], split, number_of(image["id"]))
+        for annotation in content["annotations"]:
+            entries[annotation["image_id"]].captions.append(annotation["caption"])
+    except KeyError as error:
+        missing = f"nothing is called {error.args[0]}"
+        raise DataError(f"{file}: is not in COCO's caption layout ({missing})") from error
+    except TypeError as error:
+        odd = "an image or annotation is not an object"
+        raise DataError(f"{file}: is not in COCO's caption layout ({odd})") from error
+    listing.entries = list(entries.values())
+    return listing
+
+
+def read_karpathy(file: Path) -> Listing:
+    """A Karpathy file; images without what is needed are faults."""
+    content = read_json(file)
+    listing = Listing(file, str(content.get("dataset") or file.stem.removeprefix("dataset_")), [])
+    for place, image in enumerate(content["images"]):
+        try:
+            folder, name = image.get("filepath"), image["filename"]
+            name = f"{folder}/{name}" if folder else f"{name}"
+            captions = [sentence["raw"] for sentence in image["sentences"]]
+            # An empty name is no split, which is told of it later.
+            split = image["split"] if isinstance(image["split"], str) else ""
+        except (KeyError, TypeError, AttributeError):
+            reason = "no filename, split or sentences with raw text"
+            listing.faults.append(Rejection(f"{file.name}: image {place}", reason))
+            continue
+        image_id, label = number_of(image.get("cocoid")), label_of(image.get("label"))
+        group = name_of(image.get("group"))
+        listing.entries.append(Entry(name, captions, split, image_id, label, group))
+    return listing

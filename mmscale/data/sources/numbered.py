@@ -4,9 +4,7 @@ import re
 from itertools import islice
 from pathlib import Path
 
-from mmscale.data.sources.listing import Entry, Listing, read_lines
-from mmscale.data.sources.names import PICTURE
-from mmscale.data.sources.records import Rejection
+from mmscale.data.sources.records import PICTURE, Entry, Listing, Rejection, read_lines
 
 _TOKEN_LINE = re.compile(r"([^\t#]+)#(?:[a-z]+#)?(\d+)\t(.*)")
 # One row of Kaggle's results.csv lacks its second bar, so a blank will do.

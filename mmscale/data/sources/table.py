@@ -9,17 +9,17 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmscale.data.caption_lists import CAPTION_NAMES, lines_of, listed
-from mmscale.data.sources.listing import (
+from mmscale.data.caption_text import CAPTION_NAMES, lines_of, listed
+from mmscale.data.sources.numbered import flickr_name, read_barred
+from mmscale.data.sources.records import (
     Entry,
     Listing,
+    Rejection,
     label_of,
     name_of,
     number_of,
     read_lines,
 )
-from mmscale.data.sources.numbered import flickr_name, read_barred
-from mmscale.data.sources.records import Rejection
 from mmscale.errors import DataError
 
 if TYPE_CHECKING:

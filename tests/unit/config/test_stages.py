@@ -4,7 +4,7 @@ import pytest
 
 from mmscale.config.load import stage_config, validate
 from mmscale.config.staging import blocks_of, expanded
-from mmscale.engine.stages import stage_lengths
+from mmscale.engine.plan import stage_lengths
 from mmscale.errors import ConfigError
 
 HEADS = {"name": "heads", "duration": "2 epochs", "train": ["head", "scale"]}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmscale.data.caption_lists import MOST_CAPTIONS, captions_in, listed, named_captions
+from mmscale.data.caption_text import MOST_CAPTIONS, captions_in, listed, named_captions
 from mmscale.data.index import index
 from mmscale.data.manifest import read_manifest
 from mmscale.data.reader import SampleReader

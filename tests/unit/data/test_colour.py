@@ -11,12 +11,10 @@ import torch
 from PIL import Image
 
 from mmscale.contracts import InputSpec
-from mmscale.data.colour import in_rgb
-from mmscale.data.decode import decode
+from mmscale.data.decode import SIDE, decode, in_rgb, thumbnail
 from mmscale.data.decoded_cache import Shrinking
 from mmscale.data.image_checks import Treatment, prepare_image
 from mmscale.data.reader import DamagedSampleError
-from mmscale.data.thumbnail import SIDE, thumbnail
 from mmscale.errors import DataError
 from mmscale.loading import Transform
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmscale.data.manifest import read_manifest
 from mmscale.data.pack import pack
-from mmscale.data.pack_result import PackResult
+from mmscale.data.pack_folder import PackResult
 from mmscale.data.synth import render
 from mmscale.data.verify import verify
 from mmscale.errors import ConfigError, DataError

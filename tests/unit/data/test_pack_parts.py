@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from mmscale.data.pack import pack
-from mmscale.data.pack_result import Part
+from mmscale.data.pack_folder import Part
 from mmscale.data.synth import render
 from mmscale.data.verify import verify
 from mmscale.errors import ConfigError, DataError

@@ -4,9 +4,8 @@ import re
 import pytest
 from PIL import Image
 
-from mmscale.data.captions import describe
 from mmscale.data.scenes import COLOURS, SHAPES, draw_scene
-from mmscale.data.synth import image_name, render
+from mmscale.data.synth import describe, image_name, render
 from mmscale.errors import ConfigError
 
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from mmscale.diagnostics.contrast import loss_floor
-from mmscale.diagnostics.geometry import PROBE_ROWS, health_figures
+from mmscale.diagnostics.geometry import PROBE_ROWS, health_figures, loss_floor
 from mmscale.diagnostics.pairing import pairing_figures
 from mmscale.diagnostics.pairs import Pairs
 from mmscale.diagnostics.spectrum import isotropic_rankme, tower_figures

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import torch
 
-from mmscale.diagnostics.histogram import LARGEST_SAMPLE, similarity_histogram
+from mmscale.diagnostics.space import LARGEST_SAMPLE, similarity_histogram
 from tests.unit.diagnostics.faulty_embeddings import healthy, isotropic, joint_collapse
 
 

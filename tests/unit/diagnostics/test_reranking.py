@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from mmscale.diagnostics.pairs import Pairs
-from mmscale.diagnostics.reranking import reranked_recalls, shortlists
-from mmscale.diagnostics.retrieval import recalls
+from mmscale.diagnostics.retrieval import recalls, reranked_recalls, shortlists
 from mmscale.parallel.peers import Alone
 
 IMAGES, CAPTIONS_EACH, WIDTH, K = 30, 3, 8, 12

@@ -4,9 +4,8 @@ from fractions import Fraction
 import pytest
 import torch
 
-from mmscale.diagnostics.pairs import Pairs
+from mmscale.diagnostics.pairs import Pairs, on_grid, similarities
 from mmscale.diagnostics.retrieval import recall_counts, recalls
-from mmscale.diagnostics.similarity import on_grid, similarities
 from mmscale.errors import DataError
 from mmscale.parallel.peers import Alone
 from tests.unit.diagnostics.faulty_embeddings import (

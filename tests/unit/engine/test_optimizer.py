@@ -10,7 +10,7 @@ from mmscale.engine.optimizer import parameter_groups, set_rates
 from mmscale.engine.optimizer_kind import optimizer_kind
 from mmscale.errors import ConfigError
 from mmscale.model.build import build_model
-from mmscale.model.depth import layer_scales
+from mmscale.model.freezing import layer_scales
 from mmscale.model.timm_vision import TimmTower
 from tests.ranks.tiny import tiny_config
 

@@ -3,8 +3,8 @@
 import pytest
 
 from mmscale.config.load import validate
+from mmscale.engine.optimizer import rate_factor
 from mmscale.engine.plan import plan_batch
-from mmscale.engine.schedule import rate_factor
 from mmscale.errors import ConfigError
 
 
