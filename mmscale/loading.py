@@ -13,7 +13,7 @@ from mmscale.config.paths import path_of
 from mmscale.config.schema import Config
 from mmscale.contracts import InputSpec
 from mmscale.data.decode import in_rgb
-from mmscale.data.transform import eval_transform, normalise
+from mmscale.data.transform import EvalTransform, normalise
 from mmscale.evaluation import load_trained
 from mmscale.model.dual_encoder import DualEncoder, Tokenizer
 
@@ -59,7 +59,7 @@ class Transform:
 
     def __init__(self, spec: InputSpec):
         self._spec = spec
-        self._crop = eval_transform(spec)
+        self._crop = EvalTransform(spec)
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 h w"]:
         """Its pixels, normalised.

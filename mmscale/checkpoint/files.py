@@ -23,8 +23,9 @@ from mmscale.contracts import World
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.parallel.peers import from_all, from_main
 
-# What tensors that are not the model's are named with.
-NOT_THE_MODEL = ("momentum.", "hard_batches.", "queue.", "prototypes.")
+# Tensors that are not the model's: those of the data's order, and each part's under its name.
+_OF_THE_ORDER = "hard_batches."
+_MOMENTUM = "momentum."
 # Suffix of a folder that is being written.
 PARTIAL = ".partial"
 
@@ -160,7 +161,8 @@ class Checkpoint:
         Raises:
             CheckpointError: The model is another; names the first differing tensors.
         """
-        theirs = [name for name in self.tensors if not name.startswith(NOT_THE_MODEL)]
+        others = (_OF_THE_ORDER, *(f"{part}." for part in self.parts))
+        theirs = [name for name in self.tensors if not name.startswith(others)]
         self._fill(model.state_dict(), theirs, "")
 
     def load_momentum(self, own: Mapping[str, Tensor]) -> None:
@@ -169,8 +171,8 @@ class Checkpoint:
         Raises:
             CheckpointError: There is none, or that of another model.
         """
-        prefix = NOT_THE_MODEL[0]
-        self._fill(own, [name for name in self.tensors if name.startswith(prefix)], prefix)
+        names = [name for name in self.tensors if name.startswith(_MOMENTUM)]
+        self._fill(own, names, _MOMENTUM)
 
     def tensors_of(self, part: str) -> dict[str, Tensor]:
         """Tensors named `PART.*`, by what follows the dot.

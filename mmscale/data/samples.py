@@ -14,7 +14,7 @@ from mmscale.data.caption_text import are_cut
 from mmscale.data.decode import decode
 from mmscale.data.reader import DamagedSampleError, SampleReader
 from mmscale.data.shards import ShardSet
-from mmscale.data.transform import eval_transform, stack_rows
+from mmscale.data.transform import EvalTransform, stack_rows
 from mmscale.errors import DataError
 from mmscale.parallel.signals import outlive_termination
 
@@ -50,7 +50,7 @@ class SampleBatches(Dataset):
     def __init__(self, shards: ShardSet, spec: InputSpec, places: range, size: int):
         self._shards, self._spec, self._places, self._size = shards, spec, places, size
         self._starts = [0, *accumulate(shard.samples for shard in shards.shards)]
-        self._transform = eval_transform(spec)
+        self._transform = EvalTransform(spec)
         self._reader: SampleReader | None = None
 
     def __len__(self) -> int:

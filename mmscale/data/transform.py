@@ -7,6 +7,7 @@ and the fastest resampling wants them. `normalise` gives the plain layout.
 import math
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, UInt8
@@ -28,15 +29,20 @@ _TRIES = 10
 _RESERVE = 2.0
 
 
-def eval_transform(spec: InputSpec) -> Callable[[Tensor], Tensor]:
-    """Shortest side to the input size, centre crop: what OpenCLIP evaluates with."""
+@dataclass(frozen=True)
+class EvalTransform:
+    """Shortest side to the input size, centre crop: what OpenCLIP evaluates with.
 
-    def transform(pixels: UInt8[Tensor, "3 h w"]) -> UInt8[Tensor, "3 size size"]:
-        mode = InterpolationMode(spec.interpolation)
-        resized = functional.resize_image(_block(pixels), [spec.image_size], mode, antialias=True)
-        return functional.center_crop_image(resized, [spec.image_size] * 2)[0]
+    A class, for it travels to processes that are not forked (macOS, newer Pythons).
+    """
 
-    return transform
+    spec: InputSpec
+
+    def __call__(self, pixels: UInt8[Tensor, "3 h w"]) -> UInt8[Tensor, "3 size size"]:
+        """The square that is shown to the model."""
+        size, mode = self.spec.image_size, InterpolationMode(self.spec.interpolation)
+        resized = functional.resize_image(_block(pixels), [size], mode, antialias=True)
+        return functional.center_crop_image(resized, [size] * 2)[0]
 
 
 class TrainTransform:
@@ -59,7 +65,7 @@ class TrainTransform:
     ):
         self._size, self._interpolation = spec.image_size, spec.interpolation
         self._scale, self._open = crop_scale, open_with
-        self._whole = eval_transform(spec) if augment == "none" else None
+        self._whole = EvalTransform(spec) if augment == "none" else None
         self._more = augmentation(augment)
 
     def __call__(

@@ -54,7 +54,7 @@ class Checkpoints(Part):
         stage, engine = self._stage, self._stage.learner.engine
         snapshot = take_snapshot(
             replace(state, best=self._evaluation.best, scaler=engine.scaler()),
-            {part.name: kept for part in self._parts if (kept := part.state())},
+            {part.name: part.state() for part in self._parts},
             stage.job.kept,
             chain(
                 engine.tensors(),

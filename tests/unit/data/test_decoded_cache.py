@@ -22,7 +22,7 @@ from mmscale.data.reader import DamagedSampleError
 from mmscale.data.schedule import plan_schedule
 from mmscale.data.shards import open_shards
 from mmscale.data.stream import TrainStream
-from mmscale.data.transform import TrainTransform, eval_transform
+from mmscale.data.transform import EvalTransform, TrainTransform
 
 SPEC = InputSpec(
     image_size=32,
@@ -107,7 +107,7 @@ def test_what_is_kept_is_read(tmp_path):
 def test_evaluation_crops_are_those_without_a_cache(tmp_path, form):
     contents = [photograph(n, *shape, form) for n, shape in enumerate([(150, 90), (64, 99)])]
     shrink = Shrinking(32, "bicubic", is_exact=True)
-    plain, cache = eval_transform(SPEC), opened(tmp_path, shrink)
+    plain, cache = EvalTransform(SPEC), opened(tmp_path, shrink)
     for _ in range(2):
         rows = TrainTransform(SPEC, "none", (0.9, 1.0), cache.picture)
         for content in contents:

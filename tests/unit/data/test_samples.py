@@ -5,8 +5,10 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 
 import pytest
+import torch
 
 from mmscale.data.samples import SampleBatches
 from mmscale.data.shards import open_shards
@@ -46,6 +48,20 @@ def test_a_process_that_was_killed_is_told(synthetic, number):
     assert f"a decoding process (pid {worker.pid}) was ended from outside" in str(failure)
     assert ("memory" in str(failure)) == (number != signal.SIGALRM)
     assert "last checkpoint" in str(failure)
+
+
+def _lengths(captions):
+    return [[len(caption)] for caption in captions]
+
+
+def test_a_process_that_is_not_forked_decodes_the_same(synthetic):
+    # macOS starts them so, and Python from 3.14 on everywhere.
+    shards, spec = open_shards("data.eval", str(synthetic.train)), replace(SPEC, tokenize=_lengths)
+    batches = SampleBatches(shards, spec, range(8), 8)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        (there,) = pool.map(batches.__getitem__, [0])
+    assert there.keys == batches[0].keys
+    assert torch.equal(there.pixels, batches[0].pixels)
 
 
 def test_other_errors_stay_bugs():

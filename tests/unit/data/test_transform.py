@@ -19,9 +19,9 @@ from mmscale.contracts import InputSpec
 from mmscale.data.decode import decode, open_picture
 from mmscale.data.reader import DamagedSampleError
 from mmscale.data.transform import (
+    EvalTransform,
     TrainTransform,
     draw_box,
-    eval_transform,
     normalise,
     stack_rows,
 )
@@ -64,7 +64,7 @@ def gap(content, size=SIZE, interpolation="bicubic"):
     )
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
     wanted = theirs(image) * 255
-    got = eval_transform(spec(size, interpolation))(decode(content, "here")).float()
+    got = EvalTransform(spec(size, interpolation))(decode(content, "here")).float()
     difference = (got - wanted).abs()
     return difference.mean().item(), difference.max().item()
 
@@ -136,7 +136,7 @@ def test_embeddings_are_open_clips():
     pictures = [scene(*shape, kind) for shape in SHAPES for kind in ("noise", "photograph")]
     contents = [encoded(picture) for picture in pictures]
     images = [Image.open(io.BytesIO(content)).convert("RGB") for content in contents]
-    transform = eval_transform(spec())
+    transform = EvalTransform(spec())
     pixels = stack_rows([transform(decode(content, "here")) for content in contents])
     with torch.no_grad():
         wanted = model.encode_image(torch.stack(list(map(theirs, images))), normalize=True)
@@ -237,7 +237,7 @@ def test_named_augmentations_do_something_to_the_crop(augment):
 def test_without_augmentation_training_sees_what_evaluation_sees():
     content = encoded(scene(200, 260))
     row = TrainTransform(spec(), "none", (0.9, 1.0))(content, "here", [3])[0]
-    assert torch.equal(row, eval_transform(spec())(decode(content, "here")))
+    assert torch.equal(row, EvalTransform(spec())(decode(content, "here")))
 
 
 def crop_of_everything(content, seed, size, scale):
