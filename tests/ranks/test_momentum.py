@@ -71,7 +71,9 @@ class _Run:
         config = self.config.model_dump(mode="json")
         random = {"cpu": torch.get_rng_state()}
         saver = Saver(folder, self.world, CheckpointConfig(), print)
-        saver.save(take_snapshot(state, {}, Kept(config), tensors, random, self.world))
+        saver.save(
+            take_snapshot(state, {"momentum": {}}, Kept(config), tensors, random, self.world)
+        )
         saver.finish()
 
     def close(self):
