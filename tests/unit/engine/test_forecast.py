@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmscale import cli
+from mmscale.cli import entry
 from mmscale.config.cluster import read_cluster
 from mmscale.config.load import load_config
 from mmscale.engine.footprint import footprint
@@ -30,7 +30,7 @@ def plan(*words, world=8, samples=100_000, cluster="a100", tokens=None):
 
 def run(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["mmscale", "plan", *words])
-    return explained(cli._invoke)
+    return explained(entry._invoke)
 
 
 def test_the_outline_is_the_model():
