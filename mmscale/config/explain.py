@@ -84,6 +84,12 @@ def explain(error: ValidationError) -> list[str]:
     return found + list(about_paths.values()) + list(terms.values())
 
 
+def first_fault(error: ValidationError) -> str:
+    """Where the first fault of somebody's file is, and which rule it breaks, in one line."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()
+
+
 def _about_term(parts: list[str], fault: Any) -> tuple[str, str]:
     """Path and sentence of a fault in an entry of `loss.terms`; its tag follows the number."""
     path, value = ".".join([*parts[:3], *parts[4:5]]), fault["input"]

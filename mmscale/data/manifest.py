@@ -6,6 +6,7 @@
 import hashlib
 import json
 import re
+import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from dataclasses import field as dataclass_field
@@ -25,7 +26,6 @@ _FORMAT, _VERSION = "mmscale-manifest", 2
 _READABLE = (1, 2)
 # How a manifest ends: with the digest of all that stands before.
 _SEAL = b', "digest": "%s"}\n'
-_TAR_BLOCK = 512
 # 40 million samples; what is larger is no manifest, or more than a run's memory should hold.
 MOST_BYTES = 2**31
 _CHUNK = 2**24
@@ -289,7 +289,7 @@ def _with(values: Any, check: Callable[[Any], tuple[int, ...]]) -> Counts:
 
 def _rising(path: Path | str, where: str, size: int, values: Any) -> tuple[int, ...]:
     offsets = _sound(path, where, "offsets", 0, values)
-    if any(offset % _TAR_BLOCK or offset >= size for offset in offsets):
+    if any(offset % tarfile.BLOCKSIZE or offset >= size for offset in offsets):
         raise _malformed(path, f"{where}: an offset is no tar block of its {size} bytes")
     if any(after <= before for before, after in pairwise(offsets)):
         raise _malformed(path, f"{where}: its offsets do not rise")

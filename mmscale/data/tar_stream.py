@@ -21,7 +21,6 @@ from mmscale.errors import DataError
 
 Found = TypeVar("Found")
 
-_BLOCK = 512
 # So much in a row that no sample is made of, and the shard is given up.
 _PASSED_OVER_BYTES = 2**32
 _LOOK_BACK = 2**20
@@ -66,7 +65,7 @@ def read_from(
         return
     place = int(part * size)
     # Far enough before it to meet the header of the member in which it lies.
-    start = max(0, place - _LOOK_BACK) // _BLOCK * _BLOCK
+    start = max(0, place - _LOOK_BACK) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
     with closing(_chunks(where, web, start)) as chunks:
         flow = _from_header(chunks, start)
         # None where the place is in the last member.
@@ -101,7 +100,7 @@ def _size_to_enter(where: Place, web: Web) -> int | None:
 
 def _opening(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(_BLOCK)
+        return file.read(tarfile.BLOCKSIZE)
 
 
 def _on_file(where: Place, act: Callable[[Path], Found]) -> Found:
@@ -116,9 +115,9 @@ def _from_header(chunks: Iterator[bytes], start: int) -> "_Flow | None":
     rest = b""
     for chunk in chunks:
         rest += chunk
-        whole = len(rest) // _BLOCK * _BLOCK
-        for at in range(0, whole, _BLOCK):
-            if _is_header(rest[at : at + _BLOCK]):
+        whole = len(rest) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+        for at in range(0, whole, tarfile.BLOCKSIZE):
+            if _is_header(rest[at : at + tarfile.BLOCKSIZE]):
                 return _Flow(chain([rest[at:]], chunks), start + at)
         rest, start = rest[whole:], start + whole
     return None

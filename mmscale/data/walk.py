@@ -12,7 +12,6 @@ from typing import Any
 
 from mmscale.data.members import IMAGE_SUFFIXES, Description, describe_members, largest_member
 
-_TAR_BLOCK = 512
 _CHUNK = 2**20
 
 
@@ -149,8 +148,8 @@ def _check_end(path: Path, end: int) -> None:
     # tarfile takes a damaged header in mid-file for the end and says nothing.
     with path.open("rb") as file:
         file.seek(end)
-        block = file.read(_TAR_BLOCK)
-        if len(block) < _TAR_BLOCK or any(block):
+        block = file.read(tarfile.BLOCKSIZE)
+        if len(block) < tarfile.BLOCKSIZE or any(block):
             raise DamagedShardError(f"has a damaged tar header, or ends early, at byte {end}")
         while rest := file.read(_CHUNK):
             if rest.strip(b"\0"):
@@ -164,7 +163,6 @@ def _split_name(name: str) -> tuple[str, str, str]:
     return f"{folder}{slash}{stem}", dot if stem else "", suffix
 
 
-_BLOCK = 512
 _MAGIC = (b"ustar\x0000", b"ustar  \0")
 _SIZE = re.compile(rb"[0-7]{11}[ \0]")
 _CHECKSUM = re.compile(rb"([0-7]{6,7})[ \0]+")
@@ -180,15 +178,15 @@ def plain_members(content: bytes) -> list[tuple[str, int, int]] | None:
     found: list[tuple[str, int, int]] = []
     place = 0
     while place < len(content):
-        header = content[place : place + _BLOCK]
+        header = content[place : place + tarfile.BLOCKSIZE]
         if not header.strip(b"\0"):
-            return found if found and len(header) == _BLOCK else None
+            return found if found and len(header) == tarfile.BLOCKSIZE else None
         name = header[: header.find(b"\0", 0, 100)]
         if not name.isascii() or name.endswith(b"/") or not _is_plain(header):
             return None
-        start = place + _BLOCK
+        start = place + tarfile.BLOCKSIZE
         end = start + int(header[124:135], 8)
-        place = end + -end % _BLOCK
+        place = end + -end % tarfile.BLOCKSIZE
         if place > len(content):
             return None
         found.append((name.decode(), start, end))
@@ -198,7 +196,7 @@ def plain_members(content: bytes) -> list[tuple[str, int, int]] | None:
 def _is_plain(header: bytes) -> bool:
     checksum = _CHECKSUM.fullmatch(header, 148, 156)
     return (
-        len(header) == _BLOCK
+        len(header) == tarfile.BLOCKSIZE
         and header[0] != 0
         and 0 in header[:100]
         and header[156] in b"0\0"

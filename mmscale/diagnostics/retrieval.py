@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from mmscale.contracts import Peers
@@ -79,11 +79,18 @@ def recall_counts(
     for rows, ids in zip(torch.split(queries, chunk), torch.split(query_ids, chunk), strict=True):
         similarity = on_grid(rows) @ columns
         right = ids[:, None] == candidate_ids[None, :]
-        best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-        # Not "at least as similar", so that a NaN counts against the model too.
-        ahead = (~(similarity < best) & ~right).sum(dim=1, keepdim=True)
-        counts += ((ahead < limits) & right.any(dim=1, keepdim=True)).sum(dim=0)
+        counts += _found(similarity, right, limits).sum(dim=0)
     return counts
+
+
+def _found(
+    values: Float[Tensor, "q c"], right: Bool[Tensor, "q c"], limits: Int64[Tensor, " ks"]
+) -> Bool[Tensor, "q ks"]:
+    """Whether fewer wrong candidates than each limit are at least as high as the best right one."""
+    best = values.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+    # Not "at least as high", so that a NaN counts against the model too.
+    ahead = (~(values < best) & ~right).sum(dim=1, keepdim=True)
+    return (ahead < limits) & right.any(dim=1, keepdim=True)
 
 
 def _share(rows: int, peers: Peers) -> slice:
@@ -151,11 +158,9 @@ def reranked_recalls(
     }
     figures = {}
     for direction, (values, right) in found.items():
-        best = values.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-        ahead = (~(values < best) & ~right).sum(1)
-        for top in TOP:
-            hits = (ahead < top) & right.any(1)
-            figures[f"rerank_{direction}_r{top}"] = 100 * float(hits.double().mean())
+        hits = _found(values, right, torch.tensor(TOP, device=values.device))
+        for top, share in zip(TOP, hits.double().mean(dim=0).tolist(), strict=True):
+            figures[f"rerank_{direction}_r{top}"] = 100 * share
     return figures
 
 

@@ -208,7 +208,7 @@ def _positive(curve: Series) -> Series | None:
     return Series(curve.steps[shown], curve.values[shown]) if shown.any() else None
 
 
-COLOURS = {
+_PHASE_COLOURS = {
     "data": "#94a3b8",
     "forward": "#2563eb",
     "loss": "#0d9488",
@@ -217,24 +217,24 @@ COLOURS = {
     "optimizer": "#9333ea",
     "other": "#e2e8f0",
 }
-ORDER = ("data", *PHASES, "other")
+_PHASE_ORDER = ("data", *PHASES, "other")
 
 
 def draw_time(lines: Lines) -> str | None:
     """Share of each phase over the run; None where no line has them."""
-    curves = {name: series(lines, f"time/{name}") for name in ORDER}
+    curves = {name: series(lines, f"time/{name}") for name in _PHASE_ORDER}
     found = {name: smoothed(curve) for name, curve in curves.items() if curve is not None}
-    if len(found) < len(ORDER):
+    if len(found) < len(_PHASE_ORDER):
         return None
     steps = found["data"].steps
-    seconds = np.stack([found[name].values for name in ORDER])
+    seconds = np.stack([found[name].values for name in _PHASE_ORDER])
     with drawing(FULL_WIDTH, 2.4) as figure:
         axes = figure.subplots()
         axes.stackplot(
             steps,
             100 * seconds / seconds.sum(0),
-            labels=ORDER,
-            colors=[COLOURS[name] for name in ORDER],
+            labels=_PHASE_ORDER,
+            colors=[_PHASE_COLOURS[name] for name in _PHASE_ORDER],
         )
         axes.set_ylim(0, 100)
         axes.yaxis.set_major_formatter(PercentFormatter())

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mmscale.config.explain import first_fault
 from mmscale.durable import replace_file
 from mmscale.errors import DataError
 
@@ -118,9 +119,9 @@ def read_space(path: Path) -> list[dict[str, Any]]:
     try:
         moments = [_parse(line) for line in path.read_bytes().splitlines()]
     except (OSError, ValueError) as error:
+        reason = first_fault(error) if isinstance(error, ValidationError) else error
         raise DataError(
-            f"{path}: not the moments of a run ({_reason(error)}); remove the file, the run goes "
-            "on without"
+            f"{path}: not the moments of a run ({reason}); remove the file, the run goes on without"
         ) from error
     return sorted(moments, key=lambda moment: int(moment["step"]))
 
@@ -141,11 +142,3 @@ def _parse(line: bytes) -> dict[str, Any]:
     _Moment.model_validate_json(line)
     moment: dict[str, Any] = json.loads(line)
     return moment
-
-
-def _reason(error: Exception) -> str:
-    """One line; pydantic says at length where and what."""
-    if not isinstance(error, ValidationError):
-        return str(error)
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()

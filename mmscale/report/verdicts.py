@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from mmscale.config.explain import first_fault
 from mmscale.diagnostics.rules_neighbours import MOST_SHARE, MOST_SKEW, MOST_TWINS, MOST_UNCOVERED
 from mmscale.diagnostics.rules_pairing import (
     ALIGNED_AUC,
@@ -118,10 +119,9 @@ def read_doctor(path: Path) -> dict[str, Any]:
     try:
         return _Stored.model_validate_json(path.read_bytes()).model_dump()
     except ValidationError as error:
-        first = error.errors()[0]
-        what = f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()
         raise DataError(
-            f"{path}: is not what the doctor writes ({what}); write it again or remove it"
+            f"{path}: is not what the doctor writes ({first_fault(error)}); write it again or "
+            "remove it"
         ) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error}); remove it") from error

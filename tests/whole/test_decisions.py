@@ -4,9 +4,7 @@ Each life of a run is a process of its own. SIGTERM reaches it when the batch of
 on the device, so that the checkpoint of that step is the last thing it does.
 """
 
-import os
 import shutil
-import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,10 +12,9 @@ import pytest
 
 from mmscale.checkpoint.files import step_folders, step_of
 from mmscale.contracts import Batch
-from mmscale.train import main
-from mmscale.training import loop
 from tests.ranks.launch import run_on_ranks
 from tests.whole.small_run import metrics, write_settings
+from tests.whole.stops import live_until
 
 # What an update or a moment costs in time and memory is no decision.
 COSTS = ("time", "samples_per_second", "tokens_per_second", "flops", "memory", "data_wait")
@@ -97,18 +94,12 @@ CASES = {
 
 def life(words: list[str], first: int, stop_at: int | None, spoilt: tuple[int, ...]) -> int:
     """One process of a run: it goes on after step `first`, and is told to stop in `stop_at`."""
-    place, step = loop.on_device, first
 
-    def on_device(batch: Batch, *where) -> Batch:
-        nonlocal step
-        step += 1
-        if step == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
+    def altered(batch: Batch, step: int) -> Batch:
         bad = float("nan") if step in spoilt else 1.0
-        return place(replace(batch, image=batch.image * bad), *where)
+        return replace(batch, image=batch.image * bad)
 
-    loop.on_device = on_device
-    return main(words)
+    return live_until(words, first, stop_at, altered)
 
 
 def live(words: list[str], run_dir: Path, stop_at: int | None, spoilt: tuple[int, ...]) -> int:

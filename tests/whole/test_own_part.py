@@ -1,18 +1,16 @@
 """A part of one's own: a class, and its place in the list; checkpoints keep what it remembers."""
 
-import os
-import signal
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from mmscale.contracts import Batch, LossInput, NamedTensor
-from mmscale.train import main
-from mmscale.training import build, loop
+from mmscale.training import build
 from mmscale.training.part import Part, StepResult
 from tests.ranks.launch import run_on_ranks
 from tests.whole.small_run import metrics, words_for, write_settings
+from tests.whole.stops import live_until
 
 
 class MeanImage(Part):
@@ -48,18 +46,9 @@ class MeanImage(Part):
 
 def life(words: list[str], first: int, stop_at: int | None) -> int:
     """One process of a run with the part in it."""
-    others, place, step = build._balance, loop.on_device, first
-
-    def on_device(*given) -> Batch:
-        nonlocal step
-        step += 1
-        if step == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return place(*given)
-
+    others = build._balance
     build._balance = lambda stage: [*others(stage), MeanImage(stage.config.model.embed_dim)]
-    loop.on_device = on_device
-    return main(words)
+    return live_until(words, first, stop_at)
 
 
 def figures(run_dir) -> list[tuple]:

@@ -41,14 +41,16 @@ class Stopping(Part):
 
     def begin(self, state: RunState) -> StageOver | None:
         """Takes the evaluation that a stop left for now; raises as `observe` does."""
-        return self.look(state) if self._evaluation.is_fresh else None
+        return self._look(state)
 
     def observe(self, result: StepResult, state: RunState) -> StageOver | None:
         """Raises ConfigError where no evaluation has `stop.metric`."""
-        return self.look(state) if self._evaluation.is_fresh else None
+        return self._look(state)
 
-    def look(self, state: RunState) -> StageOver | None:
-        """Take the newest evaluation."""
+    def _look(self, state: RunState) -> StageOver | None:
+        """Take the newest evaluation, where it is of this moment."""
+        if not self._evaluation.is_fresh:
+            return None
         stop, optim = self._config.stop, self._config.optim
         patience, metrics = self._stage_patience, self._evaluation.metrics
         plateau = optim.plateau.patience if optim.schedule == "plateau" else None
