@@ -111,9 +111,10 @@ class RunLock:
         try:
             self._run_dir.mkdir(parents=True, exist_ok=True)
             locks = self._lock()
-            if locks is not False and self._may_live(self._holder(), locks):
+            holder = self._holder()
+            if locks is not False and self._may_live(holder, locks):
                 tell(
-                    f"run.dir={self._run_dir}: {self._holder()} was here and may still be; "
+                    f"run.dir={self._run_dir}: {holder} was here and may still be; "
                     f"watching for {self._stale:g} s whether it goes on"
                 )
                 seen, deadline = self._content(), time.monotonic() + self._stale
@@ -123,7 +124,7 @@ class RunLock:
                 # To look is to give the lock away.
                 locks = self._lock() if self._content() == seen else False
             if locks is False:
-                yield self._refusal()
+                yield self._refusal(holder)
                 return
             self._write()
         except OSError as error:
@@ -157,12 +158,11 @@ class RunLock:
         # One system sees its own locks: had it lived, ours would have been refused.
         return not (same and locks)
 
-    def _refusal(self) -> str:
-        holder = self._holder() or "which does not say where"
+    def _refusal(self, holder: Holder | None) -> str:
         self._close()
         return (
-            f"run.dir={self._run_dir}: another run is in this folder ({holder}); wait for its end, "
-            "or set another run.dir"
+            f"run.dir={self._run_dir}: another run is in this folder "
+            f"({holder or 'which does not say where'}); wait for its end, or set another run.dir"
         )
 
     def _holder(self) -> Holder | None:
