@@ -12,7 +12,8 @@ from torch import Tensor
 from mmscale.checkpoint.files import Checkpoint
 from mmscale.checkpoint.resume import open_trained
 from mmscale.config.load import overridden, stage_config
-from mmscale.config.schema import Config, ModelConfig
+from mmscale.config.model import ModelConfig
+from mmscale.config.schema import Config
 from mmscale.contracts import InputSpec, Peers
 from mmscale.data.caption_text import with_cleaning
 from mmscale.data.features import FeatureTable

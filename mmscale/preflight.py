@@ -14,9 +14,9 @@ from mmscale.checkpoint.files import Checkpoint, step_folders
 from mmscale.checkpoint.lock import RunLock
 from mmscale.checkpoint.resume import require_same_run, starting_point
 from mmscale.checkpoint.write import Kept
-from mmscale.config.duration import Duration
 from mmscale.config.load import flatten
 from mmscale.config.schema import Config
+from mmscale.config.values import Duration
 from mmscale.contracts import World
 from mmscale.data.shards import ShardSet
 from mmscale.errors import ConfigError, DataError, LaunchError

@@ -12,9 +12,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from mmscale.config.duration import Duration
-from mmscale.config.ramp import Ramp
 from mmscale.config.schema import Config
+from mmscale.config.values import Duration, Ramp
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
 INTRODUCTION = """\

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
-from mmscale.config.heads import HeadConfig
+from mmscale.config.model import HeadConfig
 from mmscale.config.schema import Config
 from mmscale.model.presets import is_whole_openclip
 

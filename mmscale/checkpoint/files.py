@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from mmscale.checkpoint.state import FileRecord, State, rank_file, read_state
 from mmscale.config.load import validate
+from mmscale.config.rules import expanded
 from mmscale.config.schema import Config
-from mmscale.config.staging import expanded
 from mmscale.contracts import World
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.parallel.peers import from_all, from_main

@@ -15,10 +15,10 @@ from mmscale.checkpoint.files import (
 )
 from mmscale.checkpoint.state import STATE
 from mmscale.checkpoint.write import adopt_partial
-from mmscale.config.load import flatten, validate
-from mmscale.config.needs import needs_momentum
-from mmscale.config.schema import Config, ModelConfig
-from mmscale.config.yaml import read_yaml
+from mmscale.config.load import flatten, read_yaml, validate
+from mmscale.config.model import ModelConfig
+from mmscale.config.rules import needs_momentum
+from mmscale.config.schema import Config
 from mmscale.contracts import World
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.parallel.peers import barrier, from_main

@@ -5,8 +5,8 @@ from typing import Annotated
 
 from pydantic import Field, ValidationError
 
-from mmscale.config.section import Positive, PositiveFloat, Section
-from mmscale.config.yaml import read_yaml
+from mmscale.config.load import read_yaml
+from mmscale.config.values import Positive, PositiveFloat, Section
 from mmscale.errors import ConfigError
 
 CLUSTERS = Path(__file__).parent / "clusters"

@@ -9,12 +9,17 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from mmscale.config.data_rules import places
 from mmscale.config.explain import shown
-from mmscale.config.heads import HeadConfig
-from mmscale.config.needs import needs_momentum, trained_terms, with_fusion_decided
+from mmscale.config.model import HeadConfig
+from mmscale.config.rules import (
+    expanded,
+    may_match,
+    needs_momentum,
+    places,
+    trained_terms,
+    with_fusion_decided,
+)
 from mmscale.config.schema import Config
-from mmscale.config.staging import expanded, may_match
 
 COMPONENTS = ("vision", "text", "head", "fusion", "scale")
 

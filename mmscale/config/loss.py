@@ -8,8 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
 from pydantic import Field, model_validator
 
-from mmscale.config.ramp import Ramp, within
-from mmscale.config.section import NonNegativeFloat, PositiveFloat, Section
+from mmscale.config.values import NonNegativeFloat, PositiveFloat, Ramp, Section, within
 
 Share = Annotated[Ramp, within(0, 1)]
 AtLeastZero = Annotated[Ramp, within(0)]

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode, functional
 
-from mmscale.config.schema import DataConfig
+from mmscale.config.data import DataConfig
 from mmscale.contracts import InputSpec
 from mmscale.data.decode import REDUCTIONS, open_picture
 from mmscale.durable import publish, sync

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, count, islice
 
-from mmscale.config.schema import DataConfig
+from mmscale.config.data import DataConfig
 from mmscale.data.lanes import seeded
 from mmscale.data.members import image_id_of
 from mmscale.data.reader import Drawn, Sample

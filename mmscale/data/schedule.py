@@ -10,10 +10,10 @@ from typing import TypeAlias
 
 import numpy as np
 
-from mmscale.config.duration import Duration
-from mmscale.config.needs import labelled_kinds
-from mmscale.config.ramp import Ramp
-from mmscale.config.schema import Config, DataConfig
+from mmscale.config.data import DataConfig
+from mmscale.config.rules import labelled_kinds
+from mmscale.config.schema import Config
+from mmscale.config.values import Duration, Ramp
 from mmscale.contracts import NamedTensor, Position
 from mmscale.data.arrange import Arrangement
 from mmscale.data.grouping import Identities, Marks, read_marks, require_identities

@@ -13,8 +13,7 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 import braceexpand
 
-from mmscale.config.schema import DataConfig
-from mmscale.config.sources import SourceConfig
+from mmscale.config.data import DataConfig, SourceConfig
 from mmscale.data.manifest import (
     MANIFEST_NAME,
     Manifest,

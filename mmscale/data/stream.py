@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from mmscale.config.schema import Config, DataConfig
+from mmscale.config.data import DataConfig
+from mmscale.config.schema import Config
 from mmscale.contracts import Batch, InputSpec, Position, World
 from mmscale.data.caption_text import are_cut
 from mmscale.data.decode import open_picture

@@ -6,9 +6,9 @@ Rules name settings, `key=value`. Whoever trained with other code reads what the
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mmscale.config.duration import Duration
 from mmscale.config.load import with_words
 from mmscale.config.schema import Config
+from mmscale.config.values import Duration
 from mmscale.errors import ConfigError
 
 # What goes further than the remedy does is no less of one.

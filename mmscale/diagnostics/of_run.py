@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from mmscale.config.duration import Duration
 from mmscale.config.schema import Config
+from mmscale.config.values import Duration
 from mmscale.diagnostics.advice import not_yet_set
 from mmscale.diagnostics.doctor import Diagnosis, diagnose
 from mmscale.diagnostics.in_training import InTraining

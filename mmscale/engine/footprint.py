@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from mmscale.config.optim import OptimConfig
 from mmscale.config.schema import Config
+from mmscale.config.training import OptimConfig
 from mmscale.contracts import InputSpec
 from mmscale.engine.flops import counting
 from mmscale.engine.optimizer import parameter_groups

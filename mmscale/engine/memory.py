@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mmscale.config.needs import needs_momentum
+from mmscale.config.rules import needs_momentum
 from mmscale.config.schema import Config
 from mmscale.engine.footprint import Footprint, Weight
 from mmscale.engine.optimizer_kind import optimizer_kind

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mmscale.config.optim import OptimConfig
+from mmscale.config.training import OptimConfig
 from mmscale.contracts import KINDS, PARTS
 from mmscale.errors import ConfigError
 from mmscale.model.freezing import layer_scales

@@ -10,7 +10,7 @@ import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import Tensor
 
-from mmscale.config.optim import OptimConfig
+from mmscale.config.training import OptimConfig
 from mmscale.errors import ConfigError
 
 # Large enough that optimizers which factor matrices do so.

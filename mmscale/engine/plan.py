@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mmscale.config.rules import expanded
 from mmscale.config.schema import Config
-from mmscale.config.staging import expanded
 from mmscale.contracts import World
 from mmscale.errors import ConfigError
 

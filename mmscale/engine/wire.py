@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mmscale.config.needs import trained_terms
+from mmscale.config.rules import trained_terms
 from mmscale.config.schema import Config
 from mmscale.engine.footprint import Footprint, Weight
 from mmscale.engine.memory import FP32, ID, Sharding, padded

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmscale.config.negatives import MiningConfig
-from mmscale.config.ramp import Ramp
+from mmscale.config.training import MiningConfig
+from mmscale.config.values import Ramp
 from mmscale.loss.contrast import Contrast
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mmscale.config.loss import AnyTerm
-from mmscale.config.ramp import Ramp, StepsOf, whole_steps
 from mmscale.config.schema import Config
+from mmscale.config.values import Ramp, StepsOf, whole_steps
 from mmscale.contracts import LossInput, LossOutput, Peers
 from mmscale.loss.mining import Mining
 from mmscale.loss.term import Counts, Given, TermValue, compute

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mmscale.config.loss import AnyTerm, Term
-from mmscale.config.ramp import Ramp
+from mmscale.config.values import Ramp
 from mmscale.contracts import LossInput, Peers
 from mmscale.errors import ConfigError
 from mmscale.loss.contrast import PairRows

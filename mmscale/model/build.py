@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from mmscale.config.schema import ModelConfig
+from mmscale.config.model import ModelConfig
 from mmscale.contracts import InputSpec
 from mmscale.model.fusion import Fusion
 from mmscale.model.heads import Head

@@ -3,7 +3,7 @@
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from mmscale.config.schema import TowerConfig
+from mmscale.config.model import TowerConfig
 from mmscale.errors import ConfigError
 from mmscale.model.width import Tower
 

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmscale.config.heads import FusionConfig
+from mmscale.config.model import FusionConfig
 from mmscale.errors import ConfigError
 
 

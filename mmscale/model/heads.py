@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mmscale.config.heads import HeadConfig
+from mmscale.config.model import HeadConfig
 from mmscale.errors import ConfigError
 from mmscale.model.batch_norm import GlobalBatchNorm
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
-from mmscale.config.schema import TowerConfig
+from mmscale.config.model import TowerConfig
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.model.foreign import require_harmless
 from mmscale.model.hub import hub_call

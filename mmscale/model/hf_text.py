@@ -12,7 +12,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mmscale.config.schema import TextConfig
+from mmscale.config.model import TextConfig
 from mmscale.errors import ConfigError
 from mmscale.model.freezing import chain
 from mmscale.model.hf_models import (

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel
 
-from mmscale.config.schema import TextConfig
+from mmscale.config.model import TextConfig
 from mmscale.errors import ConfigError
 from mmscale.model.hf_models import BRING, file_of, read_json
 from mmscale.model.hub import hub_call

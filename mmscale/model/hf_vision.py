@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import MODEL_MAPPING, PreTrainedModel
 
-from mmscale.config.schema import VisionConfig
+from mmscale.config.model import VisionConfig
 from mmscale.errors import ConfigError
 from mmscale.model.freezing import chain
 from mmscale.model.hf_models import (

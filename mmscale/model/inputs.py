@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mmscale.config.schema import VisionConfig
+from mmscale.config.model import VisionConfig
 from mmscale.contracts import InputSpec
 from mmscale.errors import ConfigError
 from mmscale.model.weights import MisfitError

@@ -8,7 +8,7 @@ import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from mmscale.config.schema import ModelConfig, TowerConfig
+from mmscale.config.model import ModelConfig, TowerConfig
 from mmscale.model.presets import fill_preset, is_whole_openclip
 
 PARTS = ("vision", "text")

@@ -18,7 +18,7 @@ from open_clip.hf_model import HFTextEncoder
 from open_clip.pretrained import download_pretrained_from_hf
 from torch import nn
 
-from mmscale.config.schema import ModelConfig
+from mmscale.config.model import ModelConfig
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.model.freezing import settle
 from mmscale.model.hub import hub_call

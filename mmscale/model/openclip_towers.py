@@ -23,7 +23,7 @@ from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from open_clip.transformer import TextTransformer, Transformer, VisionTransformer
 from torch import Tensor, nn
 
-from mmscale.config.schema import TextConfig, TowerConfig, VisionConfig
+from mmscale.config.model import TextConfig, TowerConfig, VisionConfig
 from mmscale.errors import ConfigError
 from mmscale.model.freezing import chain
 from mmscale.model.hf_models import checkpoint_hf

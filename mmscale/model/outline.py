@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, BertTokenizer
 
-from mmscale.config.schema import ModelConfig, TowerConfig
+from mmscale.config.model import ModelConfig, TowerConfig
 from mmscale.contracts import InputSpec
 from mmscale.errors import ConfigError
 from mmscale.model.build import build_model

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mmscale.config.schema import ModelConfig
+from mmscale.config.model import ModelConfig
 from mmscale.errors import ConfigError
 from mmscale.model.sources import did_you_mean
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MODEL_MAPPING, AutoConfig, PretrainedConfig
 
-from mmscale.config.schema import VisionConfig
+from mmscale.config.model import VisionConfig
 from mmscale.errors import ConfigError
 from mmscale.model.hf_models import class_for, model_folder, read_config, without_pooler
 from mmscale.model.hf_text import HfTextTower, max_positions, pooling_of, text_class

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mmscale.config.ramp import StepsOf, whole_steps
-from mmscale.config.schema import LogitScaleConfig, ModelConfig
+from mmscale.config.model import LogitScaleConfig, ModelConfig
+from mmscale.config.values import StepsOf, whole_steps
 from mmscale.errors import ConfigError
 
 SMALL_SET = 1_000

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from mmscale.config.rules import blocks_of, expanded
 from mmscale.config.schema import Config
-from mmscale.config.staging import blocks_of, expanded
 from mmscale.contracts import COMPONENTS
 from mmscale.errors import ConfigError
 from mmscale.model.two_tower import TwoTower, component_of

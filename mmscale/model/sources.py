@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
-from mmscale.config.schema import TowerConfig
+from mmscale.config.model import TowerConfig
 from mmscale.errors import ConfigError
 
 FORMS = "`timm:NAME`, `hf:NAME_OR_PATH` or `openclip:NAME`"

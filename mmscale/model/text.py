@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from mmscale.config.schema import TextConfig
+from mmscale.config.model import TextConfig
 from mmscale.model.freezing import settle
 from mmscale.model.hf_text import build_hf_text
 from mmscale.model.inputs import TextInput

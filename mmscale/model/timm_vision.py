@@ -14,7 +14,7 @@ from timm.models import group_parameters, parse_model_name
 from timm.models._hub import download_from_hf, load_cfg_from_json
 from torch import Tensor, nn
 
-from mmscale.config.schema import VisionConfig
+from mmscale.config.model import VisionConfig
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.model.freezing import chain
 from mmscale.model.hub import hub_call

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from mmscale.config.schema import VisionConfig
+from mmscale.config.model import VisionConfig
 from mmscale.model.freezing import settle
 from mmscale.model.hf_vision import build_hf_vision
 from mmscale.model.inputs import ImageInput

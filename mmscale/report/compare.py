@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mmscale.config.yaml import read_yaml
+from mmscale.config.load import read_yaml
 from mmscale.errors import ConfigError, DataError
 from mmscale.report.metrics import read_metrics
 from mmscale.report.series import MEAN_RECALL, RECALLS, Lines, aligned, mean_recall

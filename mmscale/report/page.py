@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmscale.config.yaml import read_yaml
+from mmscale.config.load import read_yaml
 from mmscale.errors import ConfigError
 from mmscale.report.examples import Examples
 from mmscale.report.facts import collect_facts, collect_recalls

@@ -9,9 +9,8 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args
 from pydantic import Field, ValidationError, model_validator
 
 from mmscale.config.explain import shown
-from mmscale.config.load import effective, load_config
-from mmscale.config.section import Positive, PositiveFloat, Section
-from mmscale.config.yaml import read_yaml
+from mmscale.config.load import effective, load_config, read_yaml
+from mmscale.config.values import Positive, PositiveFloat, Section
 from mmscale.errors import ConfigError
 from mmscale.report.series import MEAN_RECALL
 

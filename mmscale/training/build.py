@@ -11,16 +11,16 @@ from torch import nn
 from mmscale.checkpoint.files import Checkpoint, newest_sound
 from mmscale.checkpoint.resume import require_same_run
 from mmscale.checkpoint.state import RunState
-from mmscale.config.batches import OWN_MODEL
+from mmscale.config.data import OWN_MODEL
 from mmscale.config.deepspeed import zero_stage
 from mmscale.config.loss import PrototypesTerm
-from mmscale.config.needs import (
+from mmscale.config.rules import (
+    expanded,
     fusion_heads,
     needs_momentum,
     needs_momentum_rows,
 )
 from mmscale.config.schema import Config
-from mmscale.config.staging import expanded
 from mmscale.contracts import Engine, InputSpec, World
 from mmscale.data.caption_text import with_cleaning
 from mmscale.data.features import CachedStream

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmscale.checkpoint.state import RunState
-from mmscale.config.schema import DataConfig
+from mmscale.config.data import DataConfig
 from mmscale.contracts import Batch
 from mmscale.parallel.device import memory_peak
 from mmscale.report.chance import chance_loss

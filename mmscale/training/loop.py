@@ -11,8 +11,8 @@ from typing import TypeAlias
 from mmscale.checkpoint.lock import RunLock
 from mmscale.checkpoint.saver import Saver
 from mmscale.checkpoint.state import RunState
+from mmscale.config.load import as_yaml
 from mmscale.config.schema import Config
-from mmscale.config.yaml import as_yaml
 from mmscale.contracts import Batch, Position, World
 from mmscale.data.caption_text import unknown_words
 from mmscale.engine.inference import on_device

@@ -10,11 +10,12 @@ from mmscale.checkpoint.lock import RunLock
 from mmscale.checkpoint.resume import first_weights
 from mmscale.checkpoint.state import RunState
 from mmscale.config.load import stage_config
-from mmscale.config.needs import (
+from mmscale.config.model import ModelConfig
+from mmscale.config.rules import (
+    expanded,
     with_fusion_decided,
 )
-from mmscale.config.schema import Config, ModelConfig
-from mmscale.config.staging import expanded
+from mmscale.config.schema import Config
 from mmscale.contracts import World
 from mmscale.data.schedule import plan_schedule
 from mmscale.data.shards import open_train

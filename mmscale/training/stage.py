@@ -11,8 +11,8 @@ from mmscale.checkpoint.files import Checkpoint
 from mmscale.checkpoint.saver import Saver
 from mmscale.checkpoint.state import RunState
 from mmscale.checkpoint.write import Kept
-from mmscale.config.duration import Duration
 from mmscale.config.schema import Config
+from mmscale.config.values import Duration
 from mmscale.contracts import InputSpec, Peers, World
 from mmscale.data.features import CachedStream
 from mmscale.data.schedule import Schedule

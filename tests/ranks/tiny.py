@@ -8,9 +8,9 @@ import torch
 
 from mmscale.checkpoint.state import RunState
 from mmscale.config.load import validate
-from mmscale.config.needs import needs_momentum, needs_momentum_rows
-from mmscale.config.ramp import whole_steps
+from mmscale.config.rules import needs_momentum, needs_momentum_rows
 from mmscale.config.schema import Config
+from mmscale.config.values import whole_steps
 from mmscale.contracts import Batch, Peers, World
 from mmscale.engine.ema import copy_of
 from mmscale.engine.plan import plan_batch

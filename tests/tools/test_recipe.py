@@ -3,7 +3,7 @@
 import pytest
 
 from mmscale.config.load import load_config, stage_config
-from mmscale.config.staging import expanded
+from mmscale.config.rules import expanded
 from mmscale.errors import ConfigError
 from tools.studies.cells import Result
 from tools.studies.recipe import DEFAULTS, cells, page

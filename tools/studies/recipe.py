@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from mmscale.config.load import effective, load_config
+from mmscale.config.rules import merged
 from mmscale.config.schema import Config
-from mmscale.config.staging import merged
 from mmscale.errors import ConfigError
 from mmscale.report.series import MEAN_RECALL
 from tools.studies.cells import Cell, Result

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmscale.config.load import read_yaml
 from mmscale.config.paths import path_of
-from mmscale.config.yaml import read_yaml
 from mmscale.errors import ConfigError, DataError
 
 

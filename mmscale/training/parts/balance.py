@@ -12,7 +12,7 @@ Source: Peng et al. 2022, "Balanced Multimodal Learning via On-the-fly Gradient 
 import math
 from collections.abc import Mapping
 
-from mmscale.config.optim import BalanceConfig
+from mmscale.config.training import BalanceConfig
 from mmscale.contracts import Batch, Engine, LossInput, Peers
 from mmscale.engine.movement import Movement, trained_names
 from mmscale.training.part import Part, Step

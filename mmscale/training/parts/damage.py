@@ -1,7 +1,7 @@
 """Samples that could not be decoded: named, and no more of them than allowed."""
 
 from mmscale.checkpoint.state import RunState
-from mmscale.config.schema import DataConfig
+from mmscale.config.data import DataConfig
 from mmscale.contracts import World
 from mmscale.errors import DataError
 from mmscale.parallel.peers import from_all

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from mmscale.checkpoint.state import RunState
-from mmscale.config.stopping import StopConfig
+from mmscale.config.training import StopConfig
 from mmscale.errors import HaltError
 from mmscale.training.part import Part, StepResult
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mmscale.checkpoint.state import RunState
-from mmscale.config.guard import GuardConfig
+from mmscale.config.training import GuardConfig
 from mmscale.contracts import Batch, LossInput, StepRecord
 from mmscale.diagnostics.doctor import beside, judge
 from mmscale.diagnostics.features import feature_figures

@@ -87,7 +87,7 @@ def test_a_killed_runs_folder_is_free_at_once_although_its_workers_live(holding,
 def _other_machine(run_dir, beats, stop=None):
     """What a run on another machine writes, whose lock is not seen here."""
     # Written over, as a run's beats are: who reads between two beats finds one of them whole.
-    with open(run_dir / LOCK, "wb", buffering=0) as lock:
+    with (run_dir / LOCK).open("wb", buffering=0) as lock:
         for number in range(beats):
             there = {"host": "far-away", "pid": 77, "boot": "another", "beat": number}
             os.pwrite(lock.fileno(), json.dumps(there).encode().ljust(512), 0)

@@ -8,9 +8,9 @@ from mmscale.checkpoint.files import newest_sound, step_folders
 from mmscale.checkpoint.saver import Saver
 from mmscale.checkpoint.state import Best, RunState
 from mmscale.checkpoint.write import Kept, take_snapshot
-from mmscale.config.duration import Duration
 from mmscale.config.load import validate
 from mmscale.config.schema import CheckpointConfig, Config
+from mmscale.config.values import Duration
 from mmscale.contracts import NamedTensor, World
 from mmscale.errors import ConfigError
 from mmscale.preflight import checkpoints_ahead, require_room

@@ -11,9 +11,8 @@ from mmscale.checkpoint.resume import require_same_run, starting_point
 from mmscale.checkpoint.saver import Saver
 from mmscale.checkpoint.state import RunState
 from mmscale.checkpoint.write import Kept, take_snapshot
-from mmscale.config.load import load_config
+from mmscale.config.load import as_yaml, load_config
 from mmscale.config.schema import CheckpointConfig
-from mmscale.config.yaml import as_yaml
 from mmscale.contracts import World
 from mmscale.data.pack import pack
 from mmscale.data.shards import open_train

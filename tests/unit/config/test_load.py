@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from mmscale.config.deepspeed import fill, read_deepspeed
-from mmscale.config.duration import Duration
 from mmscale.config.explain import KINDS, known_settings
-from mmscale.config.load import load_config, overridden, validate
-from mmscale.config.yaml import parse_scalar
+from mmscale.config.load import load_config, overridden, parse_scalar, validate
+from mmscale.config.values import Duration
 from mmscale.errors import ConfigError
 
 MINIMAL = {"data": {"train": "shards"}}

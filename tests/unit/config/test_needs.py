@@ -3,7 +3,7 @@
 import pytest
 
 from mmscale.config.load import load_config
-from mmscale.config.needs import needs_momentum, with_fusion_decided
+from mmscale.config.rules import needs_momentum, with_fusion_decided
 from mmscale.errors import ConfigError
 
 BASE = ["demo", "data.train=somewhere"]

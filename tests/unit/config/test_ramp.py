@@ -5,9 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from mmscale.config.duration import Duration
 from mmscale.config.load import validate
-from mmscale.config.ramp import Ramp, whole_steps
+from mmscale.config.values import Duration, Ramp, whole_steps
 from mmscale.errors import ConfigError
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from mmscale.config.load import stage_config, validate
-from mmscale.config.staging import blocks_of, expanded
+from mmscale.config.rules import blocks_of, expanded
 from mmscale.engine.plan import stage_lengths
 from mmscale.errors import ConfigError
 

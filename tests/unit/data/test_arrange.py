@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmscale.config.ramp import Ramp
+from mmscale.config.values import Ramp
 from mmscale.data.arrange import Arrangement
 from mmscale.data.lanes import Item
 from mmscale.data.neighbours import (

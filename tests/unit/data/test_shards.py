@@ -6,7 +6,7 @@ import tarfile
 
 import pytest
 
-from mmscale.config.sources import SourceConfig
+from mmscale.config.data import SourceConfig
 from mmscale.data.reader import DamagedSampleError, SampleReader, parse_sample
 from mmscale.data.shards import list_shards, open_shards
 from mmscale.errors import ConfigError, DataError

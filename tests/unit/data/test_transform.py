@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import RandomResizedCrop
 
-from mmscale.config.schema import DataConfig
+from mmscale.config.data import DataConfig
 from mmscale.contracts import InputSpec
 from mmscale.data.decode import decode, open_picture
 from mmscale.data.reader import DamagedSampleError

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from mmscale.config.data import SourceConfig
 from mmscale.config.load import load_config
-from mmscale.config.sources import SourceConfig
 from mmscale.contracts import InputSpec, Position, World
 from mmscale.data.index import index
 from mmscale.data.manifest import read_manifest, write_manifest

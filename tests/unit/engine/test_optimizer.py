@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from mmscale.config.optim import OptimConfig
+from mmscale.config.training import OptimConfig
 from mmscale.engine.optimizer import parameter_groups, set_rates
 from mmscale.engine.optimizer_kind import optimizer_kind
 from mmscale.errors import ConfigError

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from mmscale.config.loss import TERMS as SETTINGS
 from mmscale.config.loss import AnyTerm, LossConfig
-from mmscale.config.ramp import Ramp, whole_steps
+from mmscale.config.values import Ramp, whole_steps
 from mmscale.contracts import Bank, Embeddings, LossInput, Peers, Prototypes
 from mmscale.loss.mining import Mining
 from mmscale.loss.term import Given, compute

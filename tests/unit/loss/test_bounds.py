@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mmscale.config.loss import TERMS, LossConfig
-from mmscale.config.ramp import whole_steps
+from mmscale.config.values import whole_steps
 from mmscale.contracts import Bank, Embeddings, LossInput
 from mmscale.loss.term import Bounds, Counts, Given, compute
 from mmscale.parallel.peers import Alone

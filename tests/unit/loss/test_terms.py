@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from mmscale.config.loss import TERMS, HingeTerm, NTXentTerm
-from mmscale.config.ramp import whole_steps
+from mmscale.config.values import whole_steps
 from mmscale.loss.mining import Mining
 from mmscale.loss.term import Given, TermValue, compute, term, terms
 from mmscale.parallel.peers import Alone

@@ -23,7 +23,7 @@ from transformers import (
     ViTModel,
 )
 
-from mmscale.config.schema import ModelConfig, TextConfig, VisionConfig
+from mmscale.config.model import ModelConfig, TextConfig, VisionConfig
 from mmscale.data.caption_text import unknown_words
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.model.build import build_model

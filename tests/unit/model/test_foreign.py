@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.integrations import hub_kernels
 
-from mmscale.config.schema import ModelConfig, TextConfig, VisionConfig
+from mmscale.config.model import ModelConfig, TextConfig, VisionConfig
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.model.build import build_model
 from mmscale.model.registry_measure import measure

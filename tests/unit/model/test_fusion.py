@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmscale.config.heads import FusionConfig
+from mmscale.config.model import FusionConfig
 from mmscale.errors import ConfigError
 from mmscale.model.build import build_model
 from mmscale.model.fusion import CrossAttention, Fusion, fuse_pairs

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmscale.config.heads import HeadConfig
+from mmscale.config.model import HeadConfig
 from mmscale.errors import ConfigError
 from mmscale.model.batch_norm import GlobalBatchNorm
 from mmscale.model.build import build_model

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import BertConfig, ViTConfig, ViTImageProcessor, ViTModel
 
-from mmscale.config.schema import ModelConfig
+from mmscale.config.model import ModelConfig
 from mmscale.errors import ConfigError
 from mmscale.model import hub
 from mmscale.model.build import build_model

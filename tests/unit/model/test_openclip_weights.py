@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from mmscale.config.schema import ModelConfig
+from mmscale.config.model import ModelConfig
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.model.build import build_model
 from tests.unit.model.test_foreign import TEXT_CFG, VISION_CFG

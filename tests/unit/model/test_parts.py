@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from mmscale.config.schema import LogitScaleConfig
+from mmscale.config.model import LogitScaleConfig
 from mmscale.errors import ConfigError
 from mmscale.model.scale import LogitScale
 

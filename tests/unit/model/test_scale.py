@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from mmscale.config.duration import Duration
-from mmscale.config.ramp import Ramp
-from mmscale.config.schema import LogitScaleConfig, ModelConfig
+from mmscale.config.model import LogitScaleConfig, ModelConfig
+from mmscale.config.values import Duration, Ramp
 from mmscale.errors import ConfigError
 from mmscale.model.scale import LogitScale, with_scale_fitted
 

@@ -24,7 +24,7 @@ from transformers import (
     ViTModel,
 )
 
-from mmscale.config.schema import TextConfig, VisionConfig
+from mmscale.config.model import TextConfig, VisionConfig
 from mmscale.errors import ConfigError
 from mmscale.model.text import build_text
 from mmscale.model.vision import build_vision

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmscale.config.schema import ModelConfig
+from mmscale.config.model import ModelConfig
 from mmscale.contracts import COMPONENTS
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.model.build import build_model

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmscale.config.schema import VisionConfig
+from mmscale.config.model import VisionConfig
 from mmscale.model.unseen import unseen_line
 from mmscale.model.vision import build_vision
 

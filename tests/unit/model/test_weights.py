@@ -8,7 +8,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
-from mmscale.config.schema import TextConfig, VisionConfig
+from mmscale.config.model import TextConfig, VisionConfig
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.model import hub
 from mmscale.model.text import build_text

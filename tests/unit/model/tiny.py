@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from mmscale.config.schema import ModelConfig
+from mmscale.config.model import ModelConfig
 
 WORDS = [
     "a",

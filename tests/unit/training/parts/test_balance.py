@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mmscale.checkpoint.state import RunState
-from mmscale.config.optim import BalanceConfig
+from mmscale.config.training import BalanceConfig
 from mmscale.contracts import Engine
 from mmscale.parallel.peers import Alone
 from mmscale.training.part import Step

@@ -3,7 +3,7 @@
 import pytest
 
 from mmscale.checkpoint.state import RunState
-from mmscale.config.stopping import StopConfig
+from mmscale.config.training import StopConfig
 from mmscale.contracts import PARTS, StepRecord
 from mmscale.errors import HaltError
 from mmscale.training.part import StepResult

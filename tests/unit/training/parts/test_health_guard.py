@@ -2,7 +2,7 @@
 
 import pytest
 
-from mmscale.config.guard import GuardConfig
+from mmscale.config.training import GuardConfig
 from mmscale.training.parts.health import guard_fault
 from mmscale.training.stage import Timetable
 

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from mmscale.config.ramp import Ramp, whole_steps
+from mmscale.config.values import Ramp, whole_steps
 from mmscale.parallel.peers import Alone
 from mmscale.training.parts.queue import Queue, RowBank
 from tests.ranks.tiny import joint_batch

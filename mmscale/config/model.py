@@ -1,11 +1,12 @@
-"""Settings of the projections to the shared width, and of the fusion model on top."""
+"""Settings of the towers, their projections to the shared width, the scale and the fusion model."""
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from mmscale.config.section import Positive, PositiveFloat, Section
+from mmscale.config.paths import PathSetting
+from mmscale.config.values import Positive, PositiveFloat, Ramp, Section
 
 Kind = Literal["identity", "linear", "mlp", "projector"]
 Init = Literal["normal", "orthogonal", "pca", "autoencoder", "cca"]
@@ -108,3 +109,81 @@ class FusionConfig(Section):
     """Attention heads; they divide `dim`."""
     classes: Positive | None = None
     """Classes of the classification head; null: none."""
+
+
+class TowerConfig(Section):
+    """One of the two encoders."""
+
+    name: PathSetting | None = None
+    """`timm:NAME`, `hf:NAME_OR_PATH` or `openclip:NAME`."""
+    weights: PathSetting = "pretrained"
+    """`pretrained`, `random`, or a file (safetensors, or torch weights only)."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the tower's constructor, such as `pad_type: same`."""
+    frozen: bool | int = False
+    """Keep weights, in evaluation mode: all (`true`), the first N blocks, all but the last (-N)."""
+    checkpointing: bool = False
+    """Compute each block's activations again in the backward pass instead of keeping them."""
+    width: Positive | None = None
+    """Features that the tower must give, where you want to be sure; its own width is read."""
+
+
+class VisionConfig(TowerConfig):
+    """The image encoder."""
+
+    pooling: Literal["auto", "cls", "mean", "map"] = "auto"
+    """How tokens become one vector: `auto` the model's own; `map`: one learnt query attends."""
+    mean: float | tuple[float, float, float] | None = None
+    """Normalisation mean for pixels in [0, 1]; default the tower's own."""
+    std: float | tuple[float, float, float] | None = None
+    """Normalisation standard deviation for pixels in [0, 1]; default the tower's own."""
+
+
+class TextConfig(TowerConfig):
+    """The caption encoder."""
+
+    pooling: Literal["auto", "cls", "mean", "eos", "map"] = "auto"
+    """How tokens become one vector: `auto` the model's own, else `mean`; `eos`: the last one."""
+    context_length: Positive | None = None
+    """Most tokens of a caption; default the tower's own, at most 77."""
+
+
+class LogitScaleConfig(Section):
+    """The inverse temperature: learnt, fixed or scheduled."""
+
+    init: Annotated[float, Field(gt=0)] = 1 / 0.07
+    """First value of the scale (1 / temperature); 10 by default with a `siglip` term."""
+    max: Annotated[float, Field(gt=0)] = 100.0
+    """The scale is clamped to [1, max] where it is used."""
+    learn: bool = True
+    """Learn the scale; without it the scale stays at `init`."""
+    course: Ramp | None = None
+    """The scale as a ramp, instead of learning it."""
+    by_data_size: bool = False
+    """Below 1,000 training images start at 0.8 times the temperature: `init` and `course` / 0.8."""
+    bias: float | None = None
+    """First value of the learnt bias that `siglip` adds to logits; default -10 with that term."""
+
+
+class ModelConfig(Section):
+    """Two towers, their heads and the logit scale."""
+
+    preset: PathSetting | None = None
+    """`small`, `medium`, `medium-mobilebert`, `large` or `openclip:NAME`; explicit settings win."""
+    weights: PathSetting = "random"
+    """A run or checkpoint whose weights the run begins with. For `openclip:NAME` also `random`, an
+    OpenCLIP tag, a file, or `pretrained`: those in the folder of `local-dir:` or the hub's page."""
+    vision: VisionConfig = VisionConfig()
+    """Image encoder."""
+    text: TextConfig = TextConfig()
+    """Caption encoder."""
+    embed_dim: Positive = 512
+    """Width shared by images and captions."""
+    head: HeadConfig = HeadConfig()
+    """Projections."""
+    fusion: FusionConfig = FusionConfig()
+    """Cross-attention on top of both towers."""
+    momentum: Annotated[float, Field(gt=0, lt=1)] = 0.995
+    """Decay of the momentum encoder, the running mean of the weights, where something uses it."""
+    logit_scale: LogitScaleConfig = LogitScaleConfig()
+    """Inverse temperature."""

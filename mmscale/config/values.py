@@ -1,14 +1,126 @@
-"""A number that may change in the course of a run: `0.5`, or `{from: 0, to: 1, over: 1 epochs}`."""
+"""The base of every group of settings, and the values that several groups use."""
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
-from pydantic import AfterValidator, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+)
 from pydantic_core import core_schema
 
-from mmscale.config.duration import Duration
+Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+# Weights, rates and losses are in single precision: this is its largest number, rounded down.
+LARGEST = 3.4e38
+
+
+class Section(BaseModel):
+    """A group of settings; unknown names are refused, values never change after loading."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+    )
+
+
+def infinite_faults(settings: Any, path: str = "") -> Iterator[str]:
+    """Numbers, at any depth, that training would take for infinite, or that are none."""
+    entries: Iterator[tuple[Any, Any]]
+    if isinstance(settings, dict):
+        entries = iter(settings.items())
+    elif isinstance(settings, list | tuple):
+        entries = iter(enumerate(settings))
+    else:
+        if isinstance(settings, float) and not abs(settings) <= LARGEST:
+            yield f"{path}={settings!r} must be a finite number, of at most {LARGEST:g}; lower it"
+        return
+    for name, value in entries:
+        yield from infinite_faults(value, f"{path}.{name}" if path else str(name))
+
+
+_PATTERN = re.compile(
+    r"\s*(?P<amount>\d+(?:\.\d+)?(?:[eE]\d+)?)\s*(?P<multiple>[kMG]?)\s*"
+    r"(?P<unit>steps?|epochs?|samples?)\s*"
+)
+# More than any run takes, and still exact as a number of updates.
+MOST = 1e15
+_MULTIPLES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
+
+
+@dataclass(frozen=True)
+class Duration:
+    """An amount of `steps`, `epochs` or `samples`; parsed from text and written back as text."""
+
+    amount: float
+    unit: str
+
+    @classmethod
+    def parse(cls, value: Any) -> "Duration":
+        """Read `300 steps`, `0.5 epochs` or `1M samples`.
+
+        Raises:
+            ValueError: Not a positive number with one of the three units.
+        """
+        if isinstance(value, Duration):
+            return value
+        match = _PATTERN.fullmatch(str(value))
+        if match is None:
+            raise ValueError(
+                "must be a number with its unit, like '300 steps', '5 epochs' or '1M samples'"
+            )
+        amount = float(match["amount"]) * _MULTIPLES[match["multiple"]]
+        if amount > MOST:
+            raise ValueError(f"must be at most {MOST:g}, with its unit")
+        return cls(amount, match["unit"].rstrip("s") + "s")
+
+    def steps(self, steps_per_epoch: int, global_batch_size: int) -> int:
+        """Whole updates in this duration, rounded up; zero stays zero."""
+        if self.unit == "steps":
+            exact = self.amount
+        elif self.unit == "epochs":
+            exact = self.amount * steps_per_epoch
+        else:
+            exact = self.amount / global_batch_size
+        return -int(-exact // 1)
+
+    def __str__(self) -> str:
+        amount = int(self.amount) if self.amount == int(self.amount) else self.amount
+        return f"{amount} {self.unit}"
+
+    @classmethod
+    def __get_pydantic_core_schema__(
+        cls, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            cls.parse,
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                str, return_schema=core_schema.str_schema()
+            ),
+        )
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {
+            "type": "string",
+            "pattern": r"^\s*\d+(\.\d+)?([eE]\d+)?\s*[kMG]?\s*(steps?|epochs?|samples?)\s*$",
+            "examples": ["300 steps", "5 epochs", "1M samples"],
+        }
+
 
 StepsOf: TypeAlias = Callable[[Duration], int]
 

@@ -1,0 +1,118 @@
+"""Settings of the data: where pairs come from, how they are drawn, and what is made of them."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError
+
+from mmscale.config.paths import FAULT, PathSetting, PathsSetting, expand
+from mmscale.config.values import Positive, PositiveFloat, Ramp, Section, within
+
+
+class SourceConfig(Section):
+    """One of several sources of training pairs."""
+
+    shards: PathsSetting
+    """Packed folder, globs, brace lists or URLs of tars, as for `data.train`."""
+    weight: PositiveFloat = 1.0
+    """How often an epoch shows each sample: the whole part in so many passes, of the fraction that
+    share of one more, anew each epoch. With `resampled`: how often a shard is drawn."""
+
+
+def _explained(value: Any) -> Any:
+    """The value; what is wrong with an entry is told in one sentence, not once an alternative."""
+    if not isinstance(value, list) or not any(isinstance(entry, dict) for entry in value):
+        return value
+    for number, entry in enumerate(value):
+        try:
+            SourceConfig.model_validate(entry)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            # What follows a name says which type of several was tried.
+            name = str(fault["loc"][0]) if fault["loc"] else "it"
+            rule = str(fault["msg"])
+            if fault["type"] != FAULT:
+                rule = rule.removeprefix("Input should be ").lower()
+            raise ValueError(
+                f"a list of {{shards: PLACE, weight: NUMBER}}; in entry {number}, {name}: {rule}"
+            ) from error
+    return value
+
+
+Sources = Annotated[
+    str | list[str] | list[SourceConfig], BeforeValidator(_explained), BeforeValidator(expand)
+]
+
+
+# As `table`: the run's own model.
+OWN_MODEL = "self"
+
+
+class HardBatchesConfig(Section):
+    """Images that are hard to tell apart, brought into one batch."""
+
+    table: PathSetting | None = None
+    """npz of `mmscale embed`, or npz/safetensors of `image_ids` and `neighbours`; `self`: what the
+    model finds alike as the run or stage begins; null: off."""
+    by: Literal["image", "text"] = "image"
+    """Which embeddings of `table` are compared, where it holds no `neighbours`."""
+    share: Annotated[Ramp, within(0, 1)] = Ramp.constant(0.5)
+    """Share of a batch's images brought in as neighbours of others; a ramp counts the data's own
+    batches, from the run's first."""
+    window: Positive = 32
+    """Batches among which images change places, for `data.positive_share` too."""
+
+
+class DataConfig(Section):
+    """The training and evaluation streams."""
+
+    train: Sources
+    """Packed folder with its manifest, globs or brace lists of tars beside one, `http(s)://` of
+    either, or a list of such; or sources with weights: `[{shards: a, weight: 2}, {shards: b}]`."""
+    eval: PathsSetting | None = None
+    """Packed folder of held-out pairs; without it nothing is evaluated."""
+    allow_pipe: bool = False
+    """Let `pipe:COMMAND` in `data.train` run the command; what it writes is the shard."""
+    resampled: bool = False
+    """Draw shards with replacement and read each to its end, without a manifest. The order still
+    follows from the position; going on in mid-epoch reads the epoch's part before it again."""
+    epoch_samples: Positive | None = None
+    """With `resampled`: images that count as an epoch; default the first shard's times shards."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Decoding processes a rank; 0 decodes in the training process."""
+    lanes: Literal["auto"] | Positive = "auto"
+    """Sub-streams that an epoch is cut into; must divide the batch, the world must divide it."""
+    shuffle_buffer: Positive = 8192
+    """Raw samples held for shuffling, over all lanes and ranks together."""
+    captions: Literal["random", "first", "flat"] | Positive = "random"
+    """Rows an image an epoch: one `random` caption, the `first`, every one (`flat`), or k."""
+    caption_cleaning: Literal["none", "whitespace", "lower", "canonicalize"] = "none"
+    """Before the tokenizer, by OpenCLIP's names: mend encoding and spaces; lower case; no marks."""
+    match: Literal["image", "caption", "group"] = "image"
+    """Which images count as one: by id; by equal content or caption; or by the data's `group`."""
+    positive_share: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of a batch's images beside another that `match` makes one with it; 0 keeps all such
+    images apart, null leaves them as they fall."""
+    hard_batches: HardBatchesConfig = HardBatchesConfig()
+    """Neighbours in one batch."""
+    image_size: Positive | None = None
+    """Side of the square input in pixels; default the image tower's own."""
+    augment: Literal["none", "crop", "flip", "color_jitter", "randaugment", "trivialaugment"] = (
+        "crop"
+    )
+    """`none`: the evaluation transform; `crop`: a random resized crop; the others do theirs to it.
+    `flip` mirrors half of the images, which makes captions wrong that say left or right."""
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+    """Share of the image's area that a random crop keeps, from and to."""
+    max_damaged: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of an epoch's rows that may be undecodable before the run ends with exit 4."""
+    feature_cache: PathSetting | None = None
+    """Folder that keeps frozen towers' outputs; needs both towers frozen and `augment=none`."""
+    decoded_cache: PathSetting | None = None
+    """Folder that keeps decoded training images, shrunk as far as crops allow."""
+    cache_gb: Annotated[float, Field(gt=0)] = 64.0
+    """Most that each of the two caches may hold, in GB; what was used longest ago goes first."""
+
+    @property
+    def rows_per_item(self) -> int:
+        """Rows that one turn of a sample gives to a batch: k where `captions` is k."""
+        return self.captions if isinstance(self.captions, int) else 1
