@@ -45,13 +45,14 @@ model:
     weights: random
     options: {width: 64, layers: 1, heads: 2, context_length: 32}
   embed_dim: 32
-  fusion: {layers: 1, dim: 32, heads: 2}
 train: {duration: 20 steps, global_batch_size: 64}
 optim: {lr: 1e-3, warmup: 2 steps}
 eval: {every: 10 steps}
 checkpoint: {every: 10 steps, keep: 10}
 log: {page: false}
 """
+# Refused where nothing is fused.
+FUSION = "model.fusion={layers: 1, dim: 32, heads: 2}"
 TERMS = (
     {"kind": "infonce", "label_smoothing": 0.1},
     {"kind": "infonce", "temperature": 0.1},
@@ -142,7 +143,7 @@ KINDS: dict[str, Kind] = {
             "eval.weights=ema",
         )
     ),
-    "fusion": Kind((f"loss.terms={json.dumps(FUSED)}",)),
+    "fusion": Kind((FUSION, f"loss.terms={json.dumps(FUSED)}")),
     "mining": Kind(
         (
             "negatives.queue.size=100",
@@ -151,7 +152,7 @@ KINDS: dict[str, Kind] = {
         )
     ),
     "hard-batches": Kind((f"data.hard_batches={json.dumps(HARD_BATCHES)}",)),
-    "stages": Kind((f"stages={json.dumps(STAGES)}",)),
+    "stages": Kind((FUSION, f"stages={json.dumps(STAGES)}")),
     "cached": Kind(
         (
             "data={augment: none, feature_cache: features}",
