@@ -116,7 +116,7 @@ def report(
     """
     if words and data is None:
         raise ConfigError(f"{words[0]}: the model is used with --data only; name the pairs")
-    from mmscale.diagnostics.layout import require_layout
+    from mmscale.diagnostics.space import require_layout
     from mmscale.report.page import REPORT_NAME, write_page
 
     if layout is not None:
@@ -170,8 +170,8 @@ def _diagnosed_npz(path: Path) -> dict[str, Any]:
     """Anybody's embeddings: what helps is said in words, for the settings are not ours."""
     from dataclasses import replace
 
-    from mmscale.diagnostics.advice import in_words
     from mmscale.diagnostics.doctor import diagnose
+    from mmscale.diagnostics.of_run import in_words
     from mmscale.diagnostics.pairs import load_npz
 
     diagnosis = diagnose(load_npz(path))
@@ -179,7 +179,7 @@ def _diagnosed_npz(path: Path) -> dict[str, Any]:
 
 
 def _diagnosed_run(run: Path, data: str | None, words: list[str] | None) -> dict[str, Any]:
-    from mmscale.diagnostics.in_training import InTraining
+    from mmscale.diagnostics.doctor import InTraining
     from mmscale.diagnostics.of_run import Course, diagnose_run
     from mmscale.evaluation import embed_set
     from mmscale.parallel.peers import Alone

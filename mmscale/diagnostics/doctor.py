@@ -1,21 +1,75 @@
 """From embedded pairs to a verdict: what is wrong, on which figures, why, and what to set."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mmscale.diagnostics.finding import Figures, Finding, picked
 from mmscale.diagnostics.geometry import PREFIX, health_figures
-from mmscale.diagnostics.in_training import InTraining
 from mmscale.diagnostics.mixture import mixture_figures
 from mmscale.diagnostics.order import order_figures
 from mmscale.diagnostics.pairing import pairing_figures
 from mmscale.diagnostics.pairs import Pairs
+from mmscale.diagnostics.rules import RULES, too_few_samples
 from mmscale.diagnostics.rules_pairing import SHARES, pairs_in_doubt
-from mmscale.diagnostics.rules_space import too_few_samples
-from mmscale.diagnostics.verdicts import RULES
 
 HEALTHY = "healthy"
+STILL = "still"
+_MOST_NAMED = 5
+
+
+@dataclass(frozen=True)
+class InTraining:
+    """What a run's last probe saw of its training pairs.
+
+    Attributes:
+        pairs: Training pairs that were measured.
+        auc: Their `health/auc`.
+        loss_progress: Their `health/loss_progress`.
+        backbone_cka_z: The `cka_z` of the towers' own features of them.
+        still: Trained parameters that no gradient has moved so far.
+    """
+
+    pairs: int
+    auc: float
+    loss_progress: float
+    backbone_cka_z: float | None = None
+    still: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, line: Mapping[str, Any]) -> "InTraining | None":
+        """From a probe's line; None where it lacks the figures."""
+        names = ("pairs", "auc", "loss_progress")
+        if any(line.get(PREFIX + name) is None for name in names):
+            return None
+        return cls(
+            pairs=int(line[f"{PREFIX}pairs"]),
+            auc=line[f"{PREFIX}auc"],
+            loss_progress=line[f"{PREFIX}loss_progress"],
+            backbone_cka_z=line.get(f"{PREFIX}backbone_cka_z"),
+            still=tuple(str(name) for name in line.get(STILL) or ()),
+        )
+
+    @classmethod
+    def last_of(cls, lines: Iterable[Mapping[str, Any]]) -> "InTraining | None":
+        """From the last probe of a run's log."""
+        found = None
+        for line in lines:
+            found = cls.of(line) or found
+        return found
+
+    def cause(self) -> tuple[str, ...]:
+        """What to check first where weights stand still."""
+        # Not every loss has a use for the scale.
+        still = [name for name in self.still if not name.startswith("scale.")]
+        if not still:
+            return ()
+        named = ", ".join(still[:_MOST_NAMED])
+        more = f" and {len(still) - _MOST_NAMED} more" * (len(still) > _MOST_NAMED)
+        return (
+            f"No gradient has moved {named}{more}: detached, masked, or outside of what the loss "
+            "sees",
+        )
 
 
 @dataclass(frozen=True)
@@ -23,7 +77,7 @@ class Diagnosis:
     """What the doctor says.
 
     Attributes:
-        verdict: The first name in `verdicts.RULES` that holds; `healthy` if no other does.
+        verdict: The first name in `rules.RULES` that holds; `healthy` if no other does.
         also: The other names that hold, in the same order.
         confidence: As in `Finding`: how sure the verdict is on its figures, not what caused it.
         evidence: The figures that decided it, as under `health/`.
@@ -64,7 +118,7 @@ class Diagnosis:
 def diagnose(pairs: Pairs, training: InTraining | None = None) -> Diagnosis:
     """The verdict on one set of pairs, the same each time for the same pairs.
 
-    `healthy` means that none of the failures in `verdicts.RULES` shows; it is no praise of the
+    `healthy` means that none of the failures in `rules.RULES` shows; it is no praise of the
     recalls.
 
     Args:

@@ -20,11 +20,10 @@ import math
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from mmscale.diagnostics.pairs import Pairs, one_to_one
-from mmscale.diagnostics.standing import standing_rows
 
 LARGEST_SAMPLE = 4096
 FEWEST_PAIRS = 64
@@ -180,3 +179,27 @@ def _peak(likelihood: Float64[Tensor, " g"]) -> float:
         return x[1]
     middle = (x[0] + x[1]) / 2 + left / bend * (x[2] - x[0]) / 2
     return min(max(middle, x[0]), x[2])
+
+
+# Deviations of cosines below this are rounding of fp32 rows.
+_RESOLUTION = 1e-8
+
+
+def standing_rows(
+    image: Float[Tensor, "n d"], text: Float[Tensor, "n d"]
+) -> tuple[Float64[Tensor, "n d"], Float64[Tensor, "n d"]]:
+    """Rows whose products are cosines without what each row and each column has in common.
+
+    The product of image row i and text row j is their cosine, doubly centred and divided by the
+    deviations of row i and column j, so that images with many similar captions and captions in
+    everybody's neighbourhood stand out no sooner than others. Cells of pairs that do not belong
+    together have mean 0 and deviation 1. A row that does not deviate becomes zeros.
+    """
+    sides = [rows.double() - rows.double().mean(dim=0) for rows in (image, text)]
+    covariances = [rows.T @ rows / len(rows) for rows in sides]
+    overall = float((covariances[0] * covariances[1]).sum().clamp(min=0.0).sqrt())
+    standing = []
+    for rows, others in zip(sides, reversed(covariances), strict=True):
+        deviation = (rows @ others * rows).sum(dim=1, keepdim=True).clamp(min=0.0).sqrt()
+        standing.append(torch.where(deviation > _RESOLUTION, rows / deviation, 0.0))
+    return standing[0] * overall, standing[1]

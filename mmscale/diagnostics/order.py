@@ -9,9 +9,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from mmscale.diagnostics.mixture import other_cells, share_figures, standing
+from mmscale.diagnostics.mixture import other_cells, share_figures, standing, standing_rows
 from mmscale.diagnostics.pairs import Pairs, one_to_one
-from mmscale.diagnostics.standing import standing_rows
 
 FEWEST_PAIRS = 32
 LARGEST_SAMPLE = 2**16

@@ -8,9 +8,8 @@ from typing import Any
 from mmscale.diagnostics.doctor import Diagnosis, finding_of
 from mmscale.diagnostics.finding import Figures
 from mmscale.diagnostics.geometry import PREFIX
+from mmscale.diagnostics.rules import COLLAPSED_VARIANCE, RULES, VANISHED_VARIANCE
 from mmscale.diagnostics.rules_pairing import ALIGNED_Z
-from mmscale.diagnostics.rules_space import COLLAPSED_VARIANCE, VANISHED_VARIANCE
-from mmscale.diagnostics.verdicts import RULES
 
 COLLAPSE, DEAD = "complete_collapse", "dead_tower"
 

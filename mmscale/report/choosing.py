@@ -12,8 +12,8 @@ from mmscale.data.decode import difference, thumbnail
 from mmscale.data.reader import DamagedSampleError, SampleReader
 from mmscale.data.shards import ShardSet
 from mmscale.diagnostics.pairs import Pairs, Sources, first_pairs, thinned_rows
-from mmscale.diagnostics.ranking import Answer as Ranked
-from mmscale.diagnostics.ranking import best_and_worst
+from mmscale.diagnostics.retrieval import Answer as Ranked
+from mmscale.diagnostics.retrieval import best_and_worst
 from mmscale.diagnostics.space import MAP_PAIRS
 from mmscale.diagnostics.suspects import doubtful_captions, equal_captions, near_images
 from mmscale.errors import DataError

@@ -6,8 +6,7 @@ from functools import reduce
 import numpy as np
 from numpy.typing import NDArray
 
-from mmscale.diagnostics.layout import aligned, lay_out
-from mmscale.diagnostics.space import Cloud, read_cloud
+from mmscale.diagnostics.space import Cloud, aligned, lay_out, read_cloud
 from mmscale.report.examples import Examples
 from mmscale.report.moments import spaced
 from mmscale.report.space import Moments

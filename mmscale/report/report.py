@@ -10,9 +10,8 @@ from typing import Any, Self
 
 from mmscale.config.schema import Config
 from mmscale.contracts import World
-from mmscale.diagnostics.layout import require_layout
 from mmscale.diagnostics.pairs import Pairs
-from mmscale.diagnostics.space import snapshot
+from mmscale.diagnostics.space import require_layout, snapshot
 from mmscale.report.console import TrainingConsole
 from mmscale.report.metrics import MetricsLog
 from mmscale.report.page import Page

@@ -8,7 +8,15 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mmscale.config.explain import first_fault
-from mmscale.diagnostics.rules_neighbours import MOST_SHARE, MOST_SKEW, MOST_TWINS, MOST_UNCOVERED
+from mmscale.diagnostics.rules import (
+    COLLAPSED_VARIANCE,
+    FEWEST_IMAGES,
+    LARGEST_KNEE_OF_FEW,
+    MOST_SHARE,
+    MOST_SKEW,
+    MOST_TWINS,
+    MOST_UNCOVERED,
+)
 from mmscale.diagnostics.rules_pairing import (
     ALIGNED_AUC,
     ALIGNED_Z,
@@ -16,7 +24,6 @@ from mmscale.diagnostics.rules_pairing import (
     MOSTLY_MISPAIRED_Z,
     PAIRED_Z,
 )
-from mmscale.diagnostics.rules_space import COLLAPSED_VARIANCE, FEWEST_IMAGES, LARGEST_KNEE_OF_FEW
 from mmscale.errors import DataError
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmscale.checkpoint.state import RunState
-from mmscale.diagnostics.in_training import InTraining
+from mmscale.diagnostics.doctor import InTraining
 from mmscale.diagnostics.of_run import Course, diagnose_run
 from mmscale.diagnostics.pairs import Pairs
 from mmscale.durable import replace_file

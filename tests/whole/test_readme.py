@@ -10,7 +10,7 @@ import typer.main
 from mmscale import errors
 from mmscale.cli import app
 from mmscale.config.load import load_config
-from mmscale.diagnostics.verdicts import ORDER, RULES
+from mmscale.diagnostics.rules import ORDER, RULES
 from mmscale.model.presets import PRESETS as MODEL_PRESETS
 from tests.whole.command import ROOT
 

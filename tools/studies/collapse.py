@@ -12,9 +12,8 @@ import torch
 
 from mmscale.config.load import flatten, load_config
 from mmscale.config.schema import Config
-from mmscale.diagnostics.doctor import diagnose
+from mmscale.diagnostics.doctor import STILL, InTraining, diagnose
 from mmscale.diagnostics.geometry import PREFIX, health_figures
-from mmscale.diagnostics.in_training import STILL, InTraining
 from mmscale.diagnostics.pairing import pairing_figures
 from mmscale.diagnostics.pairs import Pairs
 from mmscale.diagnostics.retrieval import recalls

@@ -10,14 +10,12 @@ import torch
 from mmscale.checkpoint.state import RunState
 from mmscale.config.training import GuardConfig
 from mmscale.contracts import Batch, LossInput, StepRecord
-from mmscale.diagnostics.doctor import beside, judge
-from mmscale.diagnostics.features import feature_figures
-from mmscale.diagnostics.geometry import PREFIX, PROBE_ROWS, health_figures
-from mmscale.diagnostics.in_training import STILL, InTraining
+from mmscale.diagnostics.doctor import STILL, InTraining, beside, judge
+from mmscale.diagnostics.geometry import PREFIX, PROBE_ROWS, feature_figures, health_figures
 from mmscale.diagnostics.pairing import pairing_figures
 from mmscale.diagnostics.pairs import Pairs
 from mmscale.diagnostics.persistence import COLLAPSE, DEAD, Alarm, Persistence
-from mmscale.diagnostics.rules_space import FEWEST_IMAGES
+from mmscale.diagnostics.rules import FEWEST_IMAGES
 from mmscale.durable import replace_file
 from mmscale.engine.movement import Moved, Movement, trained_names
 from mmscale.errors import ConfigError

@@ -8,7 +8,7 @@ from mmscale.config.load import load_config
 from mmscale.diagnostics.doctor import diagnose, judge
 from mmscale.diagnostics.geometry import health_figures
 from mmscale.diagnostics.pairs import Pairs, one_to_one
-from mmscale.diagnostics.verdicts import ORDER
+from mmscale.diagnostics.rules import ORDER
 from mmscale.errors import DataError
 from tests.unit.diagnostics.faulty_embeddings import (
     MODES,

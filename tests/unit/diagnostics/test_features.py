@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mmscale.diagnostics.features import feature_figures
+from mmscale.diagnostics.geometry import feature_figures
 from mmscale.parallel.peers import Alone
 
 

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from mmscale.diagnostics.doctor import diagnose
-from mmscale.diagnostics.in_training import InTraining
+from mmscale.diagnostics.doctor import InTraining, diagnose
 from tests.unit.diagnostics.faulty_embeddings import (
     at_scale,
     healthy,

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mmscale.diagnostics.layout import aligned, lay_out, require_layout
+from mmscale.diagnostics.space import aligned, lay_out, require_layout
 from mmscale.errors import ConfigError
 
 

@@ -5,13 +5,11 @@ from dataclasses import replace
 import pytest
 
 from mmscale.config.load import load_config
-from mmscale.diagnostics.advice import in_words, not_yet_set
-from mmscale.diagnostics.doctor import bare, diagnose
+from mmscale.diagnostics.doctor import InTraining, bare, diagnose
 from mmscale.diagnostics.geometry import health_figures
-from mmscale.diagnostics.in_training import InTraining
-from mmscale.diagnostics.of_run import Course, diagnose_run
+from mmscale.diagnostics.of_run import Course, diagnose_run, in_words, not_yet_set
 from mmscale.diagnostics.pairing import pairing_figures
-from mmscale.diagnostics.verdicts import RULES
+from mmscale.diagnostics.rules import RULES
 from mmscale.report.verdicts import TOO_EARLY, describe, in_lines, told
 from tests.unit.diagnostics.faulty_embeddings import (
     dead,

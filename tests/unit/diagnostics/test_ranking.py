@@ -1,7 +1,6 @@
 import torch
 
-from mmscale.diagnostics.ranking import best_and_worst
-from mmscale.diagnostics.retrieval import recall_counts
+from mmscale.diagnostics.retrieval import best_and_worst, recall_counts
 from tests.unit.diagnostics.faulty_embeddings import healthy
 
 

@@ -1,9 +1,10 @@
-"""Rules about the shape of each tower's rows: too few, one point, one dead, too few directions."""
+"""The doctor's verdicts in their order and the rule of each, but those about the pairing."""
 
 import math
+from collections.abc import Callable
 
 from mmscale.diagnostics.finding import Figures, Finding, below, decided, picked
-from mmscale.diagnostics.rules_pairing import unaligned_surely
+from mmscale.diagnostics.rules_pairing import shuffled_pairs, unaligned, unaligned_surely
 
 # At 32 pairs chance leaves the AUC a deviation of 0.05 and a good model is 20 deviations from
 # chance (CLIP on COCO: 79 at 500 pairs, falling with the root); below, neither side is clear.
@@ -159,3 +160,169 @@ def _narrowness(figures: Figures, side: str) -> float:
 def _variance_error(variance: float, num: float) -> float:
     """Largest sampling error of 1 - |mean|^2 that rows of this variance allow."""
     return 2 * math.sqrt(max(variance, 0.0) / num)
+
+
+# Share of images, and of captions, that are there twice under another id.
+MOST_TWINS = {"image": 0.05, "text": 0.3}
+
+# Skew of how often an item is chosen, share of items never chosen, and share of the similarity's
+# variance that the item alone decides. CLIP on COCO has 2.4, 0.37, 0.17; a narrow cone in which a
+# common part takes half of a row's length 5.9, 0.8, 0.4; a space of hubs over 5, 0.5 and 0.9.
+MOST_SKEW = 2.0
+MOST_UNCOVERED = 0.5
+MOST_SHARE = 0.6
+
+# Captions are the columns, which images choose from.
+_SHARES = {"i2t": "column_share", "t2i": "row_share"}
+
+
+def false_negatives(figures: Figures) -> Finding:
+    """Rows are there several times under other ids, so that a match counts as a negative."""
+    shares = {side: figures[f"twins_{side}"] for side in MOST_TWINS}
+    num = figures["pairs"]
+    sure = {
+        side: 1 - below(shares[side], most, math.sqrt(most * (1 - most) / num))
+        for side, most in MOST_TWINS.items()
+    }
+    causes = (
+        "An image stands under several ids, once for each of its captions: give its rows one "
+        "image id",
+        "The data holds copies of images or captions: group them, so that they are positives",
+        "The captions are labels that many images share",
+    )
+    remedies = (
+        "data.match=caption",
+        "data.captions=random",
+        "loss.preset=clip",
+    )
+    evidence = picked(figures, "twins_image", "twins_text")
+    return decided(max(sure.values()), evidence, causes, remedies)
+
+
+def hubness(figures: Figures) -> Finding:
+    """A few items are the nearest of very many, and most are nobody's."""
+    sides = {side: _hubs(figures, side) for side in ("i2t", "t2i")}
+    side = max(sides, key=sides.__getitem__)
+    causes = (
+        "The rows share a large common part, so that items near it are near everything",
+        "Few negatives a batch: popular items are never pushed away",
+        "The space is narrow for the number of items",
+    )
+    remedies = (
+        "train.global_batch_size=1024",
+        "model.head.standardize=4096",
+        "negatives.queue.size=4096",
+        "model.embed_dim=512",
+    )
+    evidence = picked(figures, f"hub_skew_{side}", f"uncovered_{side}", _SHARES[side])
+    # Where nothing is matched, and where a tower is constant, the nearest item is chance.
+    sure = min(sides[side], 1 - unaligned_surely(figures))
+    return decided(sure, evidence, causes, remedies)
+
+
+def _hubs(figures: Figures, side: str) -> float:
+    error = 0.5 / math.sqrt(figures["pairs"])
+    return min(
+        1 - below(figures[f"hub_skew_{side}"], MOST_SKEW, 0.5),
+        1 - below(figures[f"uncovered_{side}"], MOST_UNCOVERED, error),
+        1 - below(figures[_SHARES[side]], MOST_SHARE, error),
+    )
+
+
+# Where the scale is clamped by default; at 100 a trained CLIP is healthy and far from its floor.
+CLAMP = 100.0
+# Share of the way from chance to the floor at which nothing is left to learn from a batch.
+DONE = 0.99
+# Share of the chance loss that the scale itself forbids to go below.
+LEAST_FLOOR = 0.5
+# Loss progress on training rows, and how far held-out rows of the same number may lag behind it.
+LEARNT = 0.9
+LARGEST_GAP = 0.4
+
+
+def scale_saturated(figures: Figures) -> Finding:
+    """The scale is at its limit and the loss at its floor: gradients vanish."""
+    if "logit_scale" not in figures:
+        return Finding(False, 1.0, {})
+    beyond = 1 - below(figures["logit_scale"], 1.05 * CLAMP, 0.01 * CLAMP)
+    at_limit = 1 - below(figures["logit_scale"], 0.99 * CLAMP, 0.005 * CLAMP)
+    done = 1 - below(figures["loss_progress"], DONE, 0.002)
+    causes = (
+        "The scale rose to its clamp while the batch is already told apart: the negatives are too "
+        "easy or too few",
+        "The scale learns faster than the towers, or started too high",
+        "The limit of the scale was raised",
+    )
+    remedies = (
+        "optim.lr_scale.scale=0.1",
+        "model.logit_scale.max=50",
+        "model.logit_scale.init=14.2857",
+        "train.global_batch_size=1024",
+        "negatives.queue.size=4096",
+    )
+    evidence = picked(figures, "logit_scale", "loss", "loss_progress")
+    return decided(max(beyond, min(at_limit, done)), evidence, causes, remedies)
+
+
+def scale_stuck_low(figures: Figures) -> Finding:
+    """Pairs are aligned, but the scale keeps the loss near chance whatever the towers learn."""
+    if "logit_scale" not in figures:
+        return Finding(False, 1.0, {})
+    share = figures["loss_floor"] / figures["loss_chance"]
+    low = 1 - below(share, LEAST_FLOOR, 0.02)
+    causes = (
+        "The logit scale is not trained: missing from the optimizer, or its rate is zero",
+        "Weight decay pulls it down",
+        "It started low and the run was too short to raise it",
+    )
+    remedies = (
+        "model.logit_scale.init=14.2857",
+        "optim.lr_scale.scale=1.0",
+    )
+    evidence = picked(figures, "logit_scale", "loss", "loss_floor", "loss_chance")
+    return decided(min(low, 1 - unaligned_surely(figures)), evidence, causes, remedies)
+
+
+def overfit(figures: Figures) -> Finding:
+    """Batches of training rows are told apart, held-out rows are not.
+
+    Needs the run's own training figures (`train_loss_progress`); loss progress counts as many rows
+    on both sides.
+    """
+    if "train_loss_progress" not in figures or "heldout_loss_progress" not in figures:
+        return Finding(False, 1.0, {})
+    gap = figures["train_loss_progress"] - figures["heldout_loss_progress"]
+    learnt = 1 - below(figures["train_loss_progress"], LEARNT, 0.02)
+    causes = (
+        "The model knows its training pairs by heart: too many trained parameters for the pairs, "
+        "or too many epochs",
+        "Training and held-out pairs come from different sources",
+        "The captions of the training file are joined to the wrong images, and were memorised",
+    )
+    remedies = (
+        "train.duration=5 epochs",
+        "model.vision.frozen=true",
+        "data.augment=crop",
+        "data.captions=random",
+        "optim.weight_decay=0.2",
+    )
+    evidence = picked(figures, "train_loss_progress", "heldout_loss_progress", "train_auc", "auc")
+    return decided(min(learnt, 1 - below(gap, LARGEST_GAP, 0.05)), evidence, causes, remedies)
+
+
+RULES: dict[str, Callable[[Figures], Finding]] = {
+    "too_few_samples": too_few_samples,
+    "complete_collapse": complete_collapse,
+    "dead_tower": dead_tower,
+    "dimensional_collapse": dimensional_collapse,
+    "shuffled_pairs": shuffled_pairs,
+    "unaligned": unaligned,
+    "scale_saturated": scale_saturated,
+    "scale_stuck_low": scale_stuck_low,
+    "overfit": overfit,
+    "false_negatives": false_negatives,
+    "hubness": hubness,
+}
+"""The first that holds is the verdict; none: `healthy`."""
+
+ORDER = (*RULES, "healthy")
