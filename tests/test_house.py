@@ -116,6 +116,28 @@ def test_commands_of_the_readme_are_in_the_makefile():
     assert named <= targets
 
 
+def _anchors(page: Path) -> set[str]:
+    """What links can name in a page: its headings as GitHub writes them into addresses."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_between_pages_lead_to_a_file_and_a_heading():
+    pages = [path for path in tracked() if path.suffix == ".md"]
+    broken = []
+    for page in pages:
+        prose = re.sub(r"```.*?```|`[^`\n]+`", "", page.read_text("utf-8"), flags=re.DOTALL)
+        for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+            if "://" in link:
+                continue
+            name, _, heading = link.partition("#")
+            target = (page.parent / name).resolve() if name else page
+            if not target.exists() or (heading and heading not in _anchors(target)):
+                broken.append(f"{page.relative_to(ROOT)}: {link}")
+    assert pages
+    assert not broken
+
+
 def test_tracked_files_are_small_and_hold_no_data():
     large = {str(p): p.stat().st_size for p in tracked() if p.stat().st_size > TEXT_LIMIT_BYTES}
     assert not large
