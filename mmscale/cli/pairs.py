@@ -33,7 +33,7 @@ def synth(
 ) -> int:
     """Render captioned scenes in Flickr30k's layout."""
     from mmscale.data.synth import render
-    from mmscale.report.progress import progress_of
+    from mmscale.report.console import progress_of
 
     with progress_of("rendered") as progress, writing("--out", out):
         render(
@@ -99,7 +99,7 @@ def pack(
 
     from mmscale.data.pack import pack as run
     from mmscale.data.pack_folder import Part
-    from mmscale.report.progress import progress_of
+    from mmscale.report.console import progress_of
 
     chosen = Part.parse(part)
     with progress_of("packed") as progress:
@@ -150,7 +150,7 @@ def index(
     """
     from mmscale.data.index import index as run
     from mmscale.data.index import local_tars
-    from mmscale.report.progress import progress_of
+    from mmscale.report.console import progress_of
 
     tars = local_tars(shards)
     target = out or tars[0].parent
@@ -187,7 +187,7 @@ def verify(
     Of a folder that mmscale pack filled with several splits, each is checked.
     """
     from mmscale.data.verify import verify_all
-    from mmscale.report.progress import progress_of
+    from mmscale.report.console import progress_of
 
     with progress_of("verified") as progress:
         faults = verify_all(folder, workers, progress, say)

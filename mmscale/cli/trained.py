@@ -158,8 +158,7 @@ def compare(
 def _search_for_suspects(run: Path, data: str, words: list[str] | None) -> None:
     from mmscale.evaluation import embed_set
     from mmscale.parallel.peers import Alone
-    from mmscale.report.choosing import choose_suspects
-    from mmscale.report.examples import Examples
+    from mmscale.report.examples import Examples, choose_suspects
 
     trained, shards = _trained(run, data, words)
     found = choose_suspects(embed_set(trained, shards, Alone()), shards, data, tell)

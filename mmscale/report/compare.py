@@ -14,8 +14,7 @@ from typing import Any
 
 from mmscale.config.load import read_yaml
 from mmscale.errors import ConfigError, DataError
-from mmscale.report.metrics import read_metrics
-from mmscale.report.series import MEAN_RECALL, RECALLS, Lines, aligned, mean_recall
+from mmscale.report.metrics import MEAN_RECALL, RECALLS, Lines, aligned, mean_recall, read_metrics
 
 SEED = "run.seed"
 # Settings that leave no trace in what a run learns.

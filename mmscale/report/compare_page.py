@@ -25,7 +25,7 @@ from mmscale.report.figure import (
     png,
     step_axis,
 )
-from mmscale.report.series import MEAN_RECALL, Series, mean_recall, series, smoothed
+from mmscale.report.metrics import MEAN_RECALL, Series, mean_recall, series, smoothed
 from mmscale.report.template import write_html
 
 CURVES_HEIGHT = 3.2  # inches

@@ -1,4 +1,4 @@
-"""What a person sees while training, on stderr: a live line on a terminal, short lines elsewhere.
+"""What a person sees on stderr: a live line or a bar on a terminal, short lines elsewhere.
 
 Texts may come from data (captions, file names): they are cleaned of control characters and never
 read as markup.
@@ -8,11 +8,20 @@ import sys
 import time
 import unicodedata
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column
 from rich.text import Text
 
@@ -164,3 +173,56 @@ def early_line(world: World) -> Callable[[str], None]:
             sys.stderr.write(clean(text) + "\n")
 
     return say
+
+
+PROGRESS_SECONDS = 10.0  # between two lines where stderr is a file
+
+
+class _RateColumn(ProgressColumn):
+    """Items a second of late."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.1f}/s")
+
+
+@contextmanager
+def progress_of(verb: str, console: Console | None = None) -> Iterator[Callable[[int, int], None]]:
+    """A function that is called with what is done and how much there is.
+
+    Args:
+        verb: What happens to the items, such as `packed`.
+        console: Where to write; default stderr.
+    """
+    console = console or Console(stderr=True)
+    if not console.is_terminal or console.is_dumb_terminal:
+        yield _plain(verb, console)
+        return
+    columns = (
+        TextColumn(verb),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TimeRemainingColumn(),
+    )
+    # Shards end seconds apart: the rate is that of the last minutes, not of the last two.
+    with Progress(*columns, console=console, speed_estimate_period=120) as bar:
+        task = bar.add_task(verb, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _plain(verb: str, console: Console) -> Callable[[int, int], None]:
+    start = told = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if done < total and now - told < PROGRESS_SECONDS:
+            return
+        told = now
+        rate = done / max(now - start, 1e-9)
+        left = f", {(total - done) / rate:,.0f} s left" if 0 < done < total else ""
+        line = f"{verb} {done:,} of {total:,}, {rate:,.1f}/s{left}"
+        console.print(line, highlight=False, markup=False)
+
+    return tell

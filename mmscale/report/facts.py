@@ -1,4 +1,4 @@
-"""What the page tells in figures: recalls against chance, and how long the run was."""
+"""What the page tells in figures: recalls against chance, what chance is, how long the run was."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from mmscale.report.chance import chance_recall
+from mmscale.config.loss import AnyTerm
+from mmscale.loss.objective import named
 from mmscale.report.console import duration
-from mmscale.report.series import TOP, WAYS, Lines, series
+from mmscale.report.metrics import TOP, WAYS, Lines, series
 
 
 @dataclass(frozen=True)
@@ -107,3 +108,38 @@ def _chance(line: Mapping[str, Any], way: str, k: int) -> str:
 
 def _text(value: float | None, form: str) -> str:
     return "?" if value is None else format(value, form)
+
+
+def chance_loss(terms: tuple[AnyTerm, ...], measured: Mapping[str, float]) -> float | None:
+    """The objective of a model that cannot tell the pairs of a batch apart.
+
+    Args:
+        terms: `loss.terms`.
+        measured: What the update's record says of them: `StepRecord.terms`.
+
+    Returns:
+        None where the chance value of a term at work is not a function of the batch.
+    """
+    total = 0.0
+    for name, term in named(terms).items():
+        # A term of weight 0 is not measured.
+        if name not in measured:
+            continue
+        if (chance := measured.get(f"{name}_chance")) is None:
+            return None
+        total += measured.get(f"{name}_weight", term.weight.last) * chance
+    return total
+
+
+def chance_recall(k: int, num_candidates: int, num_correct: float = 1) -> float:
+    """Percent of queries with a correct candidate among k drawn blindly, without putting back.
+
+    Args:
+        k: Candidates looked at.
+        num_candidates: Candidates in all.
+        num_correct: Correct candidates of a query; an average over queries need not be whole.
+    """
+    missed = 1.0
+    for drawn in range(min(k, num_candidates)):
+        missed *= max(0.0, 1 - num_correct / (num_candidates - drawn))
+    return 100 * (1 - missed)

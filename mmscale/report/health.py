@@ -22,7 +22,7 @@ from mmscale.report.figure import (
     literal,
     step_axis,
 )
-from mmscale.report.series import Lines, Series, series
+from mmscale.report.metrics import Lines, Series, series
 
 PREFIX = "health/"
 COLUMNS = 4

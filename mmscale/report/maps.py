@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 
 from mmscale.diagnostics.space import Cloud, aligned, lay_out, read_cloud
 from mmscale.report.examples import Examples
-from mmscale.report.moments import spaced
-from mmscale.report.space import Moments
+from mmscale.report.space import Moments, spaced
 
 SIZE = 200  # units that a map is wide and high
 MOST_SHOWN = 4

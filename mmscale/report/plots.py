@@ -21,7 +21,7 @@ from mmscale.report.figure import (
     log_axis,
     step_axis,
 )
-from mmscale.report.series import EMPTY, Lines, Series, series, smoothed
+from mmscale.report.metrics import EMPTY, Lines, Series, series, smoothed
 
 HEIGHT = 3.1  # inches, of every picture of half the page's width
 RECALL_STYLES = {"r1": ("-", 1.0), "r5": ("--", 0.75), "r10": (":", 0.75)}

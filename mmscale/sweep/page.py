@@ -18,7 +18,7 @@ from mmscale.report.figure import (
     data_uri,
     drawing,
 )
-from mmscale.report.series import aligned
+from mmscale.report.metrics import aligned
 from mmscale.report.template import write_html
 from mmscale.sweep.space import Choice, LogUniform, Parameter, Space
 from mmscale.sweep.study import Trial

@@ -12,7 +12,7 @@ from mmscale.config.explain import shown
 from mmscale.config.load import effective, load_config, read_yaml
 from mmscale.config.values import Positive, PositiveFloat, Section
 from mmscale.errors import ConfigError
-from mmscale.report.series import MEAN_RECALL
+from mmscale.report.metrics import MEAN_RECALL
 
 
 class _Range(Section):

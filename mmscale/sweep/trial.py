@@ -12,8 +12,7 @@ from pathlib import Path
 import mmscale
 from mmscale.errors import ConfigError, LaunchError, MmscaleError, TerminatedError
 from mmscale.parallel.signals import StopSignal
-from mmscale.report.metrics import read_metrics
-from mmscale.report.series import MEAN_RECALL, mean_recall
+from mmscale.report.metrics import MEAN_RECALL, mean_recall, read_metrics
 
 STDERR = "stderr.txt"
 _LOCK = "lock"

@@ -10,7 +10,7 @@ from mmscale.diagnostics.of_run import Course, diagnose_run
 from mmscale.diagnostics.pairs import Pairs
 from mmscale.durable import replace_file
 from mmscale.errors import Stop, TerminatedError
-from mmscale.report.choosing import choose_examples
+from mmscale.report.examples import choose_examples
 from mmscale.report.metrics import read_metrics
 from mmscale.report.page import write_page
 from mmscale.report.verdicts import told

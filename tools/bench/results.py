@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmscale.errors import ConfigError
-from mmscale.report.series import aligned
+from mmscale.report.metrics import aligned
 
 BENCHES = ("data", "loss", "step")
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from mmscale.config.load import load_config
 from mmscale.data.shards import open_train
 from mmscale.errors import ConfigError
-from mmscale.report.series import MEAN_RECALL, RECALLS
+from mmscale.report.metrics import MEAN_RECALL, RECALLS
 from tools.studies.cells import Cell, Figures, Result
 from tools.studies.experiments import with_defaults
 from tools.studies.table import Table, table_of

@@ -14,7 +14,7 @@ from mmscale.config.load import effective, load_config
 from mmscale.config.rules import merged
 from mmscale.config.schema import Config
 from mmscale.errors import ConfigError
-from mmscale.report.series import MEAN_RECALL
+from mmscale.report.metrics import MEAN_RECALL
 from tools.studies.cells import Cell, Result
 from tools.studies.experiments import with_defaults
 from tools.studies.table import Table, Value, table_of

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from mmscale.report.series import aligned
+from mmscale.report.metrics import aligned
 
 Value: TypeAlias = float | int | str
 MISSING = "-"

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mmscale.config.load import load_config
-from mmscale.report.metrics import read_metrics
-from mmscale.report.series import MEAN_RECALL, mean_recall
+from mmscale.report.metrics import MEAN_RECALL, mean_recall, read_metrics
 from mmscale.train import run
 from tools.studies.cells import Cell, Figures
 

@@ -4,7 +4,7 @@ import random
 import pytest
 
 from mmscale.config.loss import LossConfig
-from mmscale.report.chance import chance_loss, chance_recall
+from mmscale.report.facts import chance_loss, chance_recall
 
 
 def terms(*entries):

@@ -10,8 +10,7 @@ from mmscale.data.reader import SampleReader
 from mmscale.data.shards import open_shards
 from mmscale.diagnostics.pairs import Pairs, Sources
 from mmscale.diagnostics.space import snapshot
-from mmscale.report.choosing import choose_examples, choose_suspects
-from mmscale.report.examples import Examples
+from mmscale.report.examples import Examples, choose_examples, choose_suspects
 from mmscale.report.maps import draw_maps
 from tests.unit.diagnostics.faulty_embeddings import healthy
 

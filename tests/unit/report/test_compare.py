@@ -10,7 +10,7 @@ from mmscale.cli import app
 from mmscale.errors import ConfigError, DataError
 from mmscale.report.compare import as_json, compare, table
 from mmscale.report.compare_page import write_comparison
-from mmscale.report.series import MEAN_RECALL, RECALLS
+from mmscale.report.metrics import MEAN_RECALL, RECALLS
 
 EVIL = "<script>alert('x')</script>"
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -1,6 +1,6 @@
 import pytest
 
-from mmscale.report.moments import (
+from mmscale.report.space import (
     MOST_SHOWN,
     draw_similarity,
     draw_similarity_over_time,

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from mmscale.report.health import draw_health
+from mmscale.report.metrics import Series, series, smoothed
 from mmscale.report.plots import (
     draw_balance,
     draw_gradient_norms,
@@ -14,7 +15,6 @@ from mmscale.report.plots import (
     draw_schedule,
     draw_terms,
 )
-from mmscale.report.series import Series, series, smoothed
 
 OF_LINES = {
     "loss": draw_loss,

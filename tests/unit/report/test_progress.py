@@ -2,8 +2,8 @@ import io
 
 from rich.console import Console
 
-from mmscale.report import progress
-from mmscale.report.progress import progress_of
+from mmscale.report import console
+from mmscale.report.console import progress_of
 
 
 def test_a_terminal_shows_a_bar_with_rate_and_time_left():
@@ -20,7 +20,7 @@ def test_a_terminal_shows_a_bar_with_rate_and_time_left():
 
 def test_a_file_gets_a_line_now_and_then_and_the_last(monkeypatch):
     file, clock = io.StringIO(), iter((0.0, 1.0, 11.0, 12.0, 20.0))
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
     with progress_of("packed", Console(file=file, width=100)) as tell:
         for done in (10, 110, 120, 200):
             tell(done, 200)

@@ -6,8 +6,7 @@ import pytest
 
 from mmscale.config.schema import Config
 from mmscale.errors import ConfigError
-from mmscale.report.page import Page
-from mmscale.report.pictures import space_pictures
+from mmscale.report.page import Page, space_pictures
 from mmscale.report.wandb import WandbSink
 
 
