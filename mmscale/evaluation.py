@@ -1,4 +1,4 @@
-"""A model on held-out pairs: while it trains, and afterwards from its checkpoint."""
+"""A model on held-out pairs, while it trains and from its checkpoint; `mmscale.load`."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -6,18 +6,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import torch
+from jaxtyping import Float
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from mmscale.checkpoint.files import Checkpoint
 from mmscale.checkpoint.resume import open_trained
 from mmscale.config.load import overridden, stage_config
 from mmscale.config.model import ModelConfig
+from mmscale.config.paths import path_of
 from mmscale.config.schema import Config
 from mmscale.contracts import InputSpec, Peers
 from mmscale.data.caption_text import with_cleaning
+from mmscale.data.decode import in_rgb
 from mmscale.data.features import FeatureTable
 from mmscale.data.shards import ShardSet
+from mmscale.data.transform import EvalTransform, normalise
 from mmscale.diagnostics.pairs import Pairs, Sources
 from mmscale.diagnostics.retrieval import RECALLS, recalls, reranked_recalls, shortlists
 from mmscale.encoding import HeldOut, encode_set
@@ -27,6 +33,7 @@ from mmscale.engine.inference import Inference
 from mmscale.engine.rerank import match_scores
 from mmscale.errors import HaltError, printable
 from mmscale.model.build import build_model
+from mmscale.model.dual_encoder import DualEncoder, Tokenizer
 from mmscale.model.hub import fetching_only
 from mmscale.model.kept import kept_towers, opened_lines
 from mmscale.model.selection import select
@@ -211,3 +218,57 @@ def _figures(
         )
         figures |= reranked_recalls(pairs, lists, scores)
     return figures
+
+
+def load(
+    path: str | Path, *words: str
+) -> tuple[DualEncoder, Callable[[Image.Image], Tensor], Tokenizer]:
+    """The model of a run or checkpoint on its device, its evaluation transform and tokenizer.
+
+    Args:
+        path: The run or checkpoint.
+        words: `key=value`, where a tower that the run names lies elsewhere now:
+            `model.text.name=hf:FOLDER`, or where it shall run: `engine.device=cpu`.
+
+    Raises:
+        CheckpointError: Neither, or damaged.
+        ConfigError: A word would make it another model.
+    """
+    trained = load_trained(Path(path_of(str(path), str(path))), words)
+    model = DualEncoder(trained.model, trained.spec.pad_token)
+    return model, Transform(trained.spec), Tokenizer(trained.spec)
+
+
+def load_on_cpu(
+    path: Path, words: Sequence[str] = (), check: Callable[[Config], None] | None = None
+) -> tuple[Config, DualEncoder, InputSpec]:
+    """The model of a run or checkpoint in fp32, with the run's configuration; as `load_trained`.
+
+    Raises:
+        CheckpointError: Neither, or damaged.
+        ConfigError: A word would make it another model.
+    """
+    trained = load_trained(path, words, check)
+    return (
+        trained.config,
+        DualEncoder(trained.model.cpu().float(), trained.spec.pad_token),
+        trained.spec,
+    )
+
+
+class Transform:
+    """A photograph to the pixels that the model was evaluated with."""
+
+    def __init__(self, spec: InputSpec):
+        self._spec = spec
+        self._crop = EvalTransform(spec)
+
+    def __call__(self, image: Image.Image) -> Float[Tensor, "3 h w"]:
+        """Its pixels, normalised.
+
+        Raises:
+            DataError: Its mode says nothing of its range.
+        """
+        upright = in_rgb(ImageOps.exif_transpose(image))
+        pixels = torch.from_numpy(np.array(upright)).permute(2, 0, 1)
+        return normalise(self._crop(pixels)[None], self._spec)[0]

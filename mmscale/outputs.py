@@ -1,4 +1,4 @@
-"""What a command writes: checked before its work begins; faults are told by setting and path."""
+"""What a command writes: checked before its work begins, whole or not at all; faults tell where."""
 
 import errno
 import os
@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mmscale.durable import publish, sync
 from mmscale.errors import ConfigError, storage_fault
 
 
@@ -110,3 +109,35 @@ def _is_there(folder: Path) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Give a file its content in one step that survives a kill and a power cut."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(aside, path)
+    except OSError as error:
+        # A full disk does not say which file it was.
+        error.filename, error.filename2 = str(path), None
+        with suppress(OSError):
+            aside.unlink()
+        raise
+
+
+def publish(aside: Path, path: Path) -> None:
+    """Move a finished file or folder, already on disk, to its name."""
+    aside.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

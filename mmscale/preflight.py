@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mmscale.checkpoint.contents import contents_of
 from mmscale.checkpoint.files import Checkpoint, step_folders
 from mmscale.checkpoint.lock import RunLock
-from mmscale.checkpoint.resume import require_same_run, starting_point
+from mmscale.checkpoint.resume import contents_of, require_same_run, starting_point
 from mmscale.checkpoint.write import Kept
 from mmscale.config.load import flatten
 from mmscale.config.schema import Config

@@ -20,10 +20,10 @@ from mmscale.checkpoint.export import (
     preprocessing,
     require_equal,
     require_no_offset,
+    timm_parts,
     write_json,
     write_tokenizer,
 )
-from mmscale.checkpoint.export_limits import timm_parts
 from mmscale.model.openclip_towers import openclip_config
 from mmscale.model.presets import OPENCLIP, is_whole_openclip
 

@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mmscale.contracts import Position
-from mmscale.durable import replace_file
 from mmscale.errors import CheckpointError
+from mmscale.outputs import replace_file
 
 FORMAT, VERSION = "mmscale-checkpoint", 2
 STATE, DIGEST = "state.json", "state.sha256"

@@ -25,8 +25,8 @@ from mmscale.checkpoint.state import (
     write_state,
 )
 from mmscale.contracts import NamedTensor, World
-from mmscale.durable import publish, replace_file, sync
 from mmscale.errors import HaltError
+from mmscale.outputs import publish, replace_file, sync
 
 _DRAFT = "draft.json"
 # Suffix of a folder that is being removed.

@@ -84,7 +84,7 @@ def export(
     require_there(run, "run or checkpoint")
     from mmscale.checkpoint.export import Exported, require_exportable
     from mmscale.checkpoint.export import export as write
-    from mmscale.loading import load_on_cpu
+    from mmscale.evaluation import load_on_cpu
 
     exported = Exported(
         *load_on_cpu(run, words or (), lambda config: require_exportable(config, to, out)), out

@@ -28,7 +28,7 @@ from torchvision.transforms.v2 import InterpolationMode, functional
 from mmscale.config.data import DataConfig
 from mmscale.contracts import InputSpec
 from mmscale.data.decode import REDUCTIONS, open_picture
-from mmscale.durable import publish, sync
+from mmscale.outputs import publish, sync
 
 SEGMENT_BYTES = 32 * 2**20
 # Changes when the same bytes would be kept as other pixels.

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmscale.data.samples import SampleBatch
-from mmscale.durable import publish
+from mmscale.outputs import publish
 
 _SECONDS = 60.0
 _SIDES = ("image", "text")

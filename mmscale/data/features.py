@@ -22,8 +22,8 @@ from mmscale.data.lanes import Item
 from mmscale.data.neighbours import Neighbours, mean_by_image, nearest
 from mmscale.data.schedule import AnyLane, Schedule
 from mmscale.data.shards import ShardSet
-from mmscale.durable import publish, sync
 from mmscale.errors import DataError
+from mmscale.outputs import publish, sync
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from typing import Any, TypeGuard
 
 from mmscale.data.grouping import Identities, Trait, join
 from mmscale.data.unread import Counts, Unread, load_json
-from mmscale.durable import replace_file
 from mmscale.errors import DataError
+from mmscale.outputs import replace_file
 
 MANIFEST_NAME = "manifest.json"
 # Version 1 had no digest of its own.

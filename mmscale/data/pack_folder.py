@@ -15,8 +15,8 @@ from mmscale.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from mmscale.data.pool import map_ordered
 from mmscale.data.shard_writer import Task, is_sound, read_note
 from mmscale.data.sources import Record, Rejection
-from mmscale.durable import replace_file
 from mmscale.errors import ConfigError, DataError, printable
+from mmscale.outputs import replace_file
 
 REJECTED_NAME = "rejected.txt"
 # Each changes when the same records would give other bytes: as they are, and shrunk.

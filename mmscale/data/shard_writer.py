@@ -16,8 +16,8 @@ from mmscale.data.index import describe_shard
 from mmscale.data.manifest import Shard, parse_shard
 from mmscale.data.members import image_id_of
 from mmscale.data.sources import Record
-from mmscale.durable import publish, replace_file
 from mmscale.errors import DataError
+from mmscale.outputs import publish, replace_file
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Any
 
 from mmscale.data.pool import map_ordered
 from mmscale.data.scenes import SHAPES, Scene, Thing, draw_scene, paint
-from mmscale.durable import replace_file
 from mmscale.errors import ConfigError
+from mmscale.outputs import replace_file
 
 _CHUNK = 64
 

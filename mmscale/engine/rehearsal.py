@@ -7,8 +7,7 @@ from mmscale.contracts import InputSpec
 from mmscale.model.build import build_model
 from mmscale.model.dual_encoder import Tokenizer
 from mmscale.model.two_tower import TwoTower
-from mmscale.parallel.device import DevicePolicy
-from mmscale.parallel.fallback import fall_back_line, operations
+from mmscale.parallel.device import DevicePolicy, fall_back_line, operations
 
 
 def gaps_line(model: TwoTower, spec: InputSpec, policy: DevicePolicy) -> str | None:

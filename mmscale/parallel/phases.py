@@ -1,4 +1,4 @@
-"""Where an update's time goes: its phases, told apart on the device's own clock.
+"""Where an update's time goes: its phases, on the device's own clock, or a trace of all it does.
 
 A phase within another one interrupts it, so that seconds add up. On an accelerator the stamps are
 events of its stream: nothing waits until they are read, and an update that is not timed has none.
@@ -7,10 +7,12 @@ events of its stream: nothing waits until they are read, and an update that is n
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
-from torch.profiler import record_function
+from torch.profiler import profile, record_function, schedule
 
 PHASES = ("forward", "loss", "backward", "communication", "optimizer")
 
@@ -80,3 +82,47 @@ def phase(name: str) -> Iterator[None]:
             yield
         finally:
             clock.enter(before)
+
+
+# Updates before the first that is traced: the first ones compile, allocate and read ahead.
+SETTLING, WARM = 2, 1
+NAME = "profile.json.gz"
+
+
+class Trace:
+    """Does nothing where `log.profile` is not set, and on every rank but the main one."""
+
+    def __init__(self, folder: Path | None, steps: int | None):
+        """Prepare.
+
+        Args:
+            folder: Of the run; None on every rank but the main one.
+            steps: `log.profile` in updates.
+        """
+        self._profile: Any = None
+        if steps is not None and folder is not None:
+            path = folder / NAME
+            self._profile = profile(
+                schedule=schedule(wait=SETTLING, warmup=WARM, active=steps, repeat=1),
+                on_trace_ready=lambda done: done.export_chrome_trace(str(path)),
+                profile_memory=True,
+            )
+
+    def __enter__(self) -> "Trace":
+        if self._profile is not None:
+            self._profile.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._profile is not None:
+            self._profile.__exit__(kind, error, trace)
+
+    def step(self) -> None:
+        """An update is through."""
+        if self._profile is not None:
+            self._profile.step()

@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from mmscale.durable import replace_file
 from mmscale.errors import ConfigError
+from mmscale.outputs import replace_file
 from mmscale.report.compare import (
     Comparison,
     Group,

@@ -22,8 +22,8 @@ from mmscale.diagnostics.retrieval import Answer as Ranked
 from mmscale.diagnostics.retrieval import best_and_worst
 from mmscale.diagnostics.space import MAP_PAIRS
 from mmscale.diagnostics.suspects import doubtful_captions, equal_captions, near_images
-from mmscale.durable import replace_file
 from mmscale.errors import DataError
+from mmscale.outputs import replace_file
 
 EXAMPLES_NAME = "examples.json"
 PICTURE_PREFIX = "data:image/webp;base64,"

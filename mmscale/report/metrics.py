@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmscale.durable import replace_file
 from mmscale.errors import DataError
+from mmscale.outputs import replace_file
 
 # What readers count with, by name and by the beginning of it.
 _NUMBERS = frozenset({"step", "samples", "samples_per_second", "data_wait", "logit_scale", "lr"})

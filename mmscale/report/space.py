@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mmscale.config.explain import first_fault
-from mmscale.durable import replace_file
 from mmscale.errors import DataError
+from mmscale.outputs import replace_file
 from mmscale.report.figure import (
     CHANCE_COLOUR,
     FULL_WIDTH,

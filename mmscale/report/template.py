@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from mmscale.durable import replace_file
+from mmscale.outputs import replace_file
 from mmscale.report.console import clean
 
 _FOLDER = Path(__file__).parent

@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 
 from mmscale.config.load import flatten
-from mmscale.durable import replace_file
 from mmscale.errors import ConfigError, HaltError, TerminatedError, printable
+from mmscale.outputs import replace_file
 from mmscale.parallel.signals import StopSignal
 from mmscale.sweep.space import Space, read_space
 from mmscale.sweep.study import Attempt, Study, Trial, require_optuna, trial_folder

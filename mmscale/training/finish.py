@@ -8,8 +8,8 @@ from mmscale.checkpoint.state import RunState
 from mmscale.diagnostics.doctor import InTraining
 from mmscale.diagnostics.of_run import Course, diagnose_run
 from mmscale.diagnostics.pairs import Pairs
-from mmscale.durable import replace_file
 from mmscale.errors import Stop, TerminatedError
+from mmscale.outputs import replace_file
 from mmscale.report.examples import choose_examples
 from mmscale.report.metrics import read_metrics
 from mmscale.report.page import write_page

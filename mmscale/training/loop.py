@@ -19,10 +19,9 @@ from mmscale.engine.inference import on_device
 from mmscale.engine.optimizer import rate_factor
 from mmscale.errors import HaltError
 from mmscale.outputs import write_output
-from mmscale.parallel.failure import wait_for
-from mmscale.parallel.phases import PhaseClock
+from mmscale.parallel.failure import Watchdog, wait_for
+from mmscale.parallel.phases import PhaseClock, Trace
 from mmscale.parallel.signals import StopSignal
-from mmscale.parallel.watchdog import Watchdog
 from mmscale.report.console import early_line
 from mmscale.report.report import Report
 from mmscale.training.build import build_parts, build_stage
@@ -40,7 +39,6 @@ from mmscale.training.parts.evaluation import Evaluation
 from mmscale.training.prepare import prepare
 from mmscale.training.stage import Job, Services, Stage, Start
 from mmscale.training.step import train_step
-from mmscale.training.trace import Trace
 
 Batches: TypeAlias = Generator[tuple[Batch, Position, float], None, None]
 

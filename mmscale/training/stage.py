@@ -22,8 +22,8 @@ from mmscale.encoding import HeldOut
 from mmscale.engine.flops import Flops
 from mmscale.engine.plan import BatchPlan
 from mmscale.parallel.device import DevicePolicy
+from mmscale.parallel.failure import Watchdog
 from mmscale.parallel.signals import StopSignal
-from mmscale.parallel.watchdog import Watchdog
 from mmscale.report.report import Report
 from mmscale.training.step import Learner
 

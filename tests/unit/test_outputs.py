@@ -9,9 +9,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mmscale.durable import replace_file
 from mmscale.errors import ConfigError, told
-from mmscale.outputs import file_output, require_file, require_folder, write_output, writing
+from mmscale.outputs import (
+    file_output,
+    replace_file,
+    require_file,
+    require_folder,
+    write_output,
+    writing,
+)
 
 
 @pytest.fixture

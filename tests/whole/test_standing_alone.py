@@ -10,7 +10,7 @@ import pytest
 
 from mmscale.checkpoint.state import FileRecord, write_state
 from mmscale.errors import ConfigError
-from mmscale.loading import load_on_cpu
+from mmscale.evaluation import load_on_cpu
 from tests.unit.model.test_foreign import bring_code, save_openclip
 from tests.unit.model.test_kept import save_clip_with_tokenizer
 from tests.unit.model.tiny import save_bert

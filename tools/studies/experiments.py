@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmscale.durable import replace_file
 from mmscale.errors import ConfigError
+from mmscale.outputs import replace_file
 from tools.studies.cells import Cell, Result
 from tools.studies.grid import run_grid
 from tools.studies.trained import trained

@@ -5,8 +5,8 @@ import json
 import sys
 from pathlib import Path
 
-from mmscale.durable import replace_file
 from mmscale.errors import explained
+from mmscale.outputs import replace_file
 from tools.studies.cell_runs import FIGURES
 from tools.studies.cells import Cell
 

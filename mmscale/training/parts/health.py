@@ -16,9 +16,9 @@ from mmscale.diagnostics.pairing import pairing_figures
 from mmscale.diagnostics.pairs import Pairs
 from mmscale.diagnostics.persistence import COLLAPSE, DEAD, Alarm, Persistence
 from mmscale.diagnostics.rules import FEWEST_IMAGES
-from mmscale.durable import replace_file
 from mmscale.engine.movement import Moved, Movement, trained_names
 from mmscale.errors import ConfigError
+from mmscale.outputs import replace_file
 from mmscale.parallel.peers import from_main
 from mmscale.training.held_out import HeldOutSample
 from mmscale.training.part import Halt, Part, Step, StepResult

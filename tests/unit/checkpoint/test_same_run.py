@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mmscale.checkpoint.contents import contents_of
 from mmscale.checkpoint.files import Checkpoint, step_folder
-from mmscale.checkpoint.resume import require_same_run, starting_point
+from mmscale.checkpoint.resume import contents_of, require_same_run, starting_point
 from mmscale.checkpoint.saver import Saver
 from mmscale.checkpoint.state import RunState
 from mmscale.checkpoint.write import Kept, take_snapshot

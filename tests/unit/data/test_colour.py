@@ -16,7 +16,7 @@ from mmscale.data.decoded_cache import Shrinking
 from mmscale.data.image_checks import Treatment, prepare_image
 from mmscale.data.reader import DamagedSampleError
 from mmscale.errors import DataError
-from mmscale.loading import Transform
+from mmscale.evaluation import Transform
 
 # Every upper byte with several lower ones.
 RAMP = np.linspace(0, 65535, 128 * 128).astype(np.uint16).reshape(128, 128)
