@@ -15,12 +15,18 @@ from pydantic import BaseModel
 
 from mmscale.config.load import PRESETS, load_config
 from mmscale.config.schema import Config
+from mmscale.loss.term import terms
+from tools.house_figures import circle, functions, imported, lines_of, modules
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mmscale"
 TEXT_LIMIT_BYTES = 1_000_000
 # Not installed everywhere, or imported by launchers before us.
 FOREIGN = {"datasets", "distributed", "evaluate", "tokenizers", "wandb", "webdataset"}
+# What is true today; none of them may grow.
+FILES, LINES, LONGEST_FILE = 244, 36_600, 401
+LONG_FUNCTIONS, WIDE_FUNCTIONS = 2, 9
+WAY_FILES, WAY_LINES = 17, 3_250
 # Roots of folders that exist on one machine only.
 MACHINE_PATHS = re.compile(r"(?<![\w.~$}-])/(?:work|home|root|Users)/\w")
 VAGUE_NAMES = {"utils.py", "helpers.py", "common.py", "misc.py"}
@@ -209,3 +215,55 @@ def test_ranks_exchange_no_pickles():
         if isinstance(node, ast.Attribute) and re.fullmatch(r"\w+_object(_list)?", node.attr)
     }
     assert called == set()
+
+
+def test_files_lines_functions_and_imports_of_the_package_stay_within_their_limits():
+    files = modules()
+    every = [function for path in files.values() for function in functions(path)]
+    assert len(files) <= FILES
+    assert sum(lines_of(path) for path in files.values()) <= LINES
+    assert max(lines_of(path) for path in files.values()) <= LONGEST_FILE
+    assert sum(function.lines > 60 for function in every) <= LONG_FUNCTIONS
+    assert sum(function.parameters > 7 for function in every) <= WIDE_FUNCTIONS
+    assert circle() == []
+
+
+def _way_of_a_batch() -> list[tuple[str, list[str]]]:
+    """Each file of the table in docs/architecture.md, and those that lead to it."""
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    table = page.split("## The way of a batch")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\S+\.py)` \|([^|]*)\|", table, re.MULTILINE)
+    return [(file, re.findall(r"`(\S+\.py)`", way)) for file, way in rows]
+
+
+def test_the_way_of_a_batch_is_as_short_as_its_table_says():
+    way = [file for file, _ in _way_of_a_batch()]
+    assert len(way) == len(set(way)) <= WAY_FILES
+    assert sum(lines_of(PACKAGE / file) for file in way) <= WAY_LINES
+
+
+def test_each_file_on_the_way_of_a_batch_is_imported_by_those_that_lead_to_it():
+    known = modules()
+    names = {str(path.relative_to(PACKAGE)): name for name, path in known.items()}
+    files = {name: file for file, name in names.items()}
+    # `loss/term.py` imports every module of its folder, which no import statement names.
+    found = {"loss/term.py": {files[compute.__module__] for compute in terms().values()}}
+
+    def leads_to(file: str) -> set[str]:
+        direct = {files[name] for name in imported(known[names[file]], known)}
+        through = {
+            inner for name in direct if name.endswith("__init__.py") for inner in leads_to(name)
+        }
+        return direct | through | found.get(file, set())
+
+    (first, none), *rest = _way_of_a_batch()
+    assert (first, none) == ("train.py", [])
+    seen = {first}
+    for file, chain in rest:
+        assert chain, f"{file}: nothing is said to lead to it"
+        reached = seen
+        for link in [*chain, file]:
+            on_the_way = link in seen or any(link in leads_to(other) for other in reached)
+            assert on_the_way, f"{file}: {link} is imported by none of {sorted(reached)}"
+            reached = {link}
+        seen |= {file, *chain}
