@@ -24,7 +24,7 @@ from tests.whole.small_run import (
 
 
 @pytest.mark.slow
-def test_hard_batches_go_on_as_they_began(synthetic, tmp_path):
+def test_hard_batches_resume_with_the_table_they_started_with(synthetic, tmp_path):
     settings = words_for(synthetic, write_settings(tmp_path))
     first, second = tmp_path / "first", tmp_path / "second"
     succeed([*ALONE, *settings, f"run.dir={first}", "train.duration=2 steps"])
@@ -107,7 +107,7 @@ def test_a_table_that_is_not_there_is_named(synthetic, tmp_path):
 
 
 @pytest.mark.slow
-def test_plan_knows_what_cannot_be_built(synthetic, tmp_path):
+def test_plan_refuses_batches_that_cannot_be_built(synthetic, tmp_path):
     settings = words_for(synthetic, write_settings(tmp_path))
     words = ["data.captions=flat", "data.positive_share=0", "train.global_batch_size=240"]
     done = run(["mmscale", "plan", *settings, *words])

@@ -20,7 +20,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="MPS works here")
-def test_the_run_is_built_on_the_cpu_where_mps_fails_and_says_so(
+def test_a_run_whose_rehearsal_fails_on_mps_is_built_on_the_cpu(
     synthetic: SyntheticPairs, tmp_path
 ) -> None:
     words = [*words_for(synthetic, write_settings(tmp_path)), f"run.dir={tmp_path / 'run'}"]

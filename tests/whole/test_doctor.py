@@ -42,7 +42,7 @@ def test_half_of_the_captions_of_strangers_files_are_mixed_up(tmp_path):
     assert not any("=" in remedy.split()[0] for remedy in diagnosis["remedies"])
 
 
-def test_what_cannot_be_read_is_told(tmp_path):
+def test_the_doctor_names_a_file_that_it_cannot_read(tmp_path):
     image, text = rows(64, 0)
     image[7] = 0.0
     np.savez(tmp_path / "zeros.npz", image=image, text=text)
@@ -58,7 +58,7 @@ def test_what_cannot_be_read_is_told(tmp_path):
         assert not done.stdout
 
 
-def test_28_updates_are_too_early_to_say(synthetic, tmp_path):
+def test_a_run_of_28_updates_is_too_early_to_diagnose(synthetic, tmp_path):
     words = [
         *words_for(synthetic, write_settings(tmp_path)),
         f"data.eval={synthetic.train}",

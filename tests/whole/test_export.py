@@ -65,7 +65,7 @@ def test_load_and_export_agree_with_embed(trained, synthetic, tmp_path):
     np.testing.assert_allclose(own.numpy(), rows, atol=1e-3)
 
 
-def test_an_unknown_format_and_a_missing_run_are_told(trained, tmp_path):
+def test_export_refuses_an_unknown_format_and_a_missing_run(trained, tmp_path):
     done = run(["mmscale", "export", trained, "--to", "tflite", "--out", tmp_path / "out"])
     assert done.returncode == 2
     assert "open_clip, hf, onnx" in done.stderr

@@ -170,7 +170,7 @@ def test_a_fault_is_named_and_costs_no_good_sample(fault, place, packed, spec, m
     assert surroundings(place) == before
 
 
-def test_there_are_many_kinds():
+def test_the_table_of_faults_has_at_least_150_kinds():
     names = [fault.name for fault in FAULTS]
     assert len(set(names)) == len(names) >= 150
 
@@ -205,7 +205,7 @@ def nobody():
         shutil.rmtree(folder)
 
 
-def test_what_may_not_be_read_is_named(nobody, packed, spec, monkeypatch, capsys):
+def test_unreadable_files_and_folders_are_named(nobody, packed, spec, monkeypatch, capsys):
     good_source(nobody / "source")
     shutil.copytree(packed, nobody / "packed")
     shutil.copytree(packed, nobody / "other")

@@ -50,7 +50,7 @@ def words(test_data, tmp_path_factory):
     ],
     ids=["python", "accelerate", "deepspeed"],
 )
-def test_mean_recall(start, words, tmp_path):
+def test_every_launcher_reaches_the_mean_recall_on_flickr8k(start, words, tmp_path):
     settings = [f"run.dir={tmp_path}", *words]
     if start[0] == "deepspeed":
         start = [str(free_port()) if word == "PORT" else word for word in start]

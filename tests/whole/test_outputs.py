@@ -90,7 +90,7 @@ def test_the_page_of_a_run_that_may_only_be_read_is_refused_at_once(tmp_path):
     assert f"{folder / 'report.html'}: cannot be written: this user may not" in done.stderr
 
 
-def test_figures_that_nobody_reads_to_the_end_are_no_failure():
+def test_a_reader_that_closes_the_pipe_causes_no_error():
     done = run(["bash", "-c", "mmscale models | head -n 1; exit ${PIPESTATUS[0]}"])
     assert done.returncode in (0, 141), explain(done)
     assert not done.stderr

@@ -69,7 +69,9 @@ def _ended(
     ("number", "code", "word"),
     [(signal.SIGTERM, 143, "told to stop"), (signal.SIGINT, 130, "interrupted")],
 )
-def test_while_libraries_are_imported(settings, tmp_path, number, code, word):
+def test_a_signal_while_libraries_are_imported_ends_in_one_line(
+    settings, tmp_path, number, code, word
+):
     words = [*ALONE, *settings, f"run.dir={tmp_path / 'run'}"]
     done = _ended(words, number, _imports_torch, to_group)
     assert done.returncode == code, explain(done)
@@ -98,7 +100,7 @@ def _in_the_feature_pass(settings, tmp_path, send) -> list[str | Path]:
     return words
 
 
-def test_in_the_feature_pass_of_a_whole_job(settings, tmp_path):
+def test_a_signal_to_a_whole_job_in_its_feature_pass_keeps_the_features(settings, tmp_path):
     _in_the_feature_pass(settings, tmp_path, to_group)
 
 
@@ -129,7 +131,7 @@ def _interrupted_evaluation(words: list[str], folder: Path) -> str:
     return str(ended.value)
 
 
-def test_in_an_evaluation_of_two_ranks(settings, synthetic, tmp_path):
+def test_a_signal_to_one_of_two_evaluating_ranks_leaves_a_checkpoint(settings, synthetic, tmp_path):
     """Told to one of them: both leave after the same batch, with a checkpoint."""
     folder = tmp_path / "run"
     # What is started by a forkserver has nothing to start its own from.
@@ -143,7 +145,7 @@ def test_in_an_evaluation_of_two_ranks(settings, synthetic, tmp_path):
     assert [line["step"] for line in metrics(folder) if "eval/mean" in line] == [1, 2, 2]
 
 
-def test_after_the_last_update(settings, synthetic, tmp_path):
+def test_a_signal_in_the_last_evaluation_keeps_the_trained_weights(settings, synthetic, tmp_path):
     """In the evaluation at the end: the trained weights are kept, and the run is made whole."""
     folder = tmp_path / "run"
     words = [*ALONE, *settings, "eval.batch_size=1", "train.duration=1 steps"]
@@ -172,7 +174,7 @@ def test_ctrl_c_says_where_the_run_goes_on(settings, tmp_path):
 
 
 @pytest.mark.parametrize("send", [to_process, to_group])
-def test_a_verb_with_processes_of_its_own(synthetic, tmp_path, send):
+def test_a_signal_to_synth_ends_its_workers_too(synthetic, tmp_path, send):
     words = ["mmscale", "synth", "--images", "60000", "--workers", "2", "--out", tmp_path / "out"]
     images = tmp_path / "out" / "images"
     done = _ended(words, signal.SIGTERM, lambda _: images.exists() and any(images.iterdir()), send)

@@ -136,7 +136,9 @@ def test_the_three_stages_of_the_preset_train_to_their_end(synthetic, tmp_path):
         ("train.duration=8 steps", "6 steps (heads) + 4 steps (queue)"),
     ],
 )
-def test_what_cannot_be_trained_ends_with_2(settings, tmp_path, word, said):
+def test_unknown_patterns_and_optimizers_and_too_long_stages_exit_with_2(
+    settings, tmp_path, word, said
+):
     done = run([*ALONE, *settings, f"run.dir={tmp_path / 'run'}", word])
     assert done.returncode == 2, explain(done)
     assert said in done.stderr

@@ -262,7 +262,7 @@ def test_weights_that_are_not_finite_end_with_3_and_are_not_kept(
     assert "Traceback" not in done.stderr
 
 
-def test_a_full_disk_in_mid_save_is_told_and_borne(settings, tmp_path):
+def test_a_full_disk_during_a_save_is_reported_and_training_continues(settings, tmp_path):
     folder = tmp_path / "run"
     words = [*ALONE, *settings, f"run.dir={folder}", ENDLESS, "checkpoint.every=4 steps"]
     with launched([*words, "checkpoint.failures=1000"]) as launch:
@@ -300,7 +300,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_5(settings, tmp_path):
 
 
 @pytest.mark.slow
-def test_neither_wandb_nor_the_clock_is_missed(settings, tmp_path):
+def test_a_silent_wandb_and_a_jumping_clock_change_no_loss(settings, tmp_path):
     """A web service that never answers, and a wall clock that jumps by two years at each look."""
     sound, folder = tmp_path / "sound", tmp_path / "run"
     words = [*ALONE, *settings, "train.duration=6 steps"]

@@ -36,7 +36,7 @@ def test_what_has_moved_is_found_by_the_words_of_a_verb(synthetic, tmp_path):
         mmscale.load(folder, "model.embed_dim=64")
 
 
-def test_words_that_a_verb_cannot_use_are_refused(tmp_path):
+def test_overrides_that_a_verb_cannot_use_are_refused(tmp_path):
     (tmp_path / "x.npz").touch()
     done = run(["mmscale", "doctor", tmp_path / "x.npz", "data.eval=y"])
     assert done.returncode == 2, explain(done)

@@ -66,7 +66,7 @@ INERT = [
 
 
 @pytest.mark.parametrize(("words", "path"), INERT, ids=lambda value: str(value))
-def test_what_nothing_reads_is_refused(settings, words, path):
+def test_a_setting_that_nothing_reads_is_refused(settings, words, path):
     with pytest.raises(ConfigError) as caught:
         load_config([settings, *words])
     assert caught.value.exit_code == 2
@@ -92,7 +92,7 @@ def test_what_nothing_reads_is_refused(settings, words, path):
         [*FROZEN, "optim.lr_scale.head=3"],
     ],
 )
-def test_what_something_reads_loads(settings, words):
+def test_a_setting_that_something_reads_is_accepted(settings, words):
     load_config([settings, *words])
 
 
@@ -102,14 +102,14 @@ STAGES = (
 )
 
 
-def test_a_stage_that_reads_it_is_enough(settings):
+def test_a_setting_that_one_stage_reads_is_accepted(settings):
     word = "optim.lr_scale.vision=0.1"
     load_config([settings, STAGES % ("", "[head, 'vision[-2:]']"), word])
     with pytest.raises(ConfigError, match="where vision is trained"):
         load_config([settings, STAGES % ("", "[head, text]"), word])
 
 
-def test_a_stage_waits_for_evaluations_that_there_are(settings):
+def test_a_stages_patience_needs_evaluations(settings):
     word = STAGES % (", patience: 2", "[head]")
     load_config([settings, word, "data.eval=val", "stop.metric=eval/i2t_r1"])
     with pytest.raises(ConfigError, match=r"stages\.0\.patience=2 has an effect only with"):
@@ -134,11 +134,11 @@ def test_a_preset_may_leave_a_setting_without_effect(preset, words):
     load_config([preset, *words])
 
 
-def test_what_is_put_over_a_preset_is_the_users_own():
+def test_a_word_over_a_preset_without_effect_is_refused():
     with pytest.raises(ConfigError, match=r"^stop\.patience=3 has an effect only with"):
         load_config(["demo", "data.eval=null", "stop.patience=3"])
 
 
-def test_every_value_is_found():
+def test_effects_cover_every_setting_of_the_schema():
     config = validate({"data": {"train": "shards"}})
     assert {path: value_at(config, path) for path in EFFECTS} == flatten(config)

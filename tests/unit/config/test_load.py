@@ -39,7 +39,7 @@ MINIMAL = {"data": {"train": "shards"}}
         (["data.crop_scale=[0.9,0.2]"], ["data.crop_scale", "must rise"]),
     ],
 )
-def test_wrong_words(words, parts):
+def test_a_wrong_setting_is_refused_in_one_line_with_its_repair(words, parts):
     with pytest.raises(ConfigError) as caught:
         load_config(["demo", *words])
     message = str(caught.value)
@@ -65,7 +65,7 @@ def _numbers() -> list[str]:
     return [*plain, *ramped, *terms, *options]
 
 
-def test_the_settings_with_numbers_are_found():
+def test_the_list_of_numeric_settings_reaches_lists_and_unions():
     assert {"optim.lr=VALUE", "data.crop_scale=VALUE", "model.logit_scale.course=VALUE"} < set(
         _numbers()
     )
@@ -73,7 +73,7 @@ def test_the_settings_with_numbers_are_found():
 
 @pytest.mark.parametrize("word", _numbers())
 @pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1e999", "1e300", "inf", "nan"])
-def test_no_number_is_infinite(word, value):
+def test_infinite_and_nan_numbers_are_refused_by_every_setting(word, value):
     if value in ("inf", "nan") and ".options=" in word:
         # There it is text, and the constructor's own business.
         return
@@ -83,7 +83,7 @@ def test_no_number_is_infinite(word, value):
 
 
 @pytest.mark.parametrize("value", ["1e999 steps", "9e999 epochs", "1e300 samples"])
-def test_no_duration_is_infinite(value):
+def test_durations_beyond_the_limit_are_refused(value):
     with pytest.raises(ConfigError, match="must be at most 1e"):
         load_config(["demo", f"train.duration={value}"])
 
@@ -103,7 +103,7 @@ def test_no_duration_is_infinite(value):
         "data.hard_batches.share={from: true}",
     ],
 )
-def test_values_are_told_as_they_are_written(word):
+def test_messages_show_values_as_yaml_and_not_as_python(word):
     """Neither Python's way of writing a value nor a name of its types is in a message."""
     with pytest.raises(ConfigError) as refused:
         load_config(["demo", "data.train=x", word])
@@ -117,12 +117,12 @@ def test_every_fault_is_told_at_once():
     assert len(str(caught.value).splitlines()) == 3
 
 
-def test_no_config_lists_the_presets():
+def test_loading_without_a_config_lists_the_presets():
     with pytest.raises(ConfigError, match=r"demo.*flickr8k"):
         load_config([])
 
 
-def test_numbers_are_numbers_and_words_are_words():
+def test_scalars_are_read_as_yaml_1_2_reads_them():
     assert parse_scalar("3e-4") == 3e-4
     assert parse_scalar("1e5") == 1e5
     assert parse_scalar("off") == "off"
@@ -164,13 +164,13 @@ def test_a_dump_reads_back_as_itself():
     ("text", "steps"),
     [("300 steps", 300), ("2 epochs", 20), ("0.25 epochs", 3), ("1k samples", 16), ("1 step", 1)],
 )
-def test_durations(text, steps):
+def test_a_duration_is_parsed_converted_to_steps_and_written_back(text, steps):
     duration = Duration.parse(text)
     assert duration.steps(steps_per_epoch=10, global_batch_size=64) == steps
     assert Duration.parse(str(duration)) == duration
 
 
-def test_torch_is_not_imported_to_tell_a_mistake():
+def test_a_wrong_setting_is_reported_without_importing_torch():
     code = (
         "import sys; from mmscale.train import main; code = main(['demo', 'optim.lr=abc']); "
         "sys.exit(9 if 'torch' in sys.modules else code)"
@@ -197,7 +197,7 @@ def test_deepspeed_file_is_found_in_the_checkout(tmp_path, monkeypatch):
         read_deepspeed(str(bad))
 
 
-def test_a_trained_run_is_told_where_things_are_and_nothing_else():
+def test_a_trained_run_accepts_overrides_of_places_device_and_workers_only():
     run = load_config(["demo", "data.train=a", "data.eval=b", "data.feature_cache=null"])
     told = overridden(
         run, ["model.text.name=hf:~/m", "data.eval=[c, d]", "engine.device=cpu", "data.workers=0"]

@@ -18,7 +18,7 @@ def test_a_named_objective_fills_the_terms_and_survives_being_written(name):
     assert validate(read.model_dump(mode="json")) == read
 
 
-def test_the_source_documents_two_objectives():
+def test_the_presets_simple_and_mixed_have_their_documented_terms():
     simple = {term.kind: term.weight.last for term in config(preset="simple").loss.terms}
     assert simple == {"infonce": 1, "regression": 0.5, "decorrelation": 0.2}
     mixed = {term["kind"] for term in OBJECTIVES["mixed"]}
@@ -60,12 +60,12 @@ def test_siglip_starts_from_its_authors_scale_and_bias_unless_they_are_set():
         (3, r"loss\.terms=3"),
     ],
 )
-def test_a_mistake_in_a_term_names_the_place_and_the_way_out(terms, said):
+def test_an_error_in_a_term_names_its_index_and_the_repair(terms, said):
     with pytest.raises(ConfigError, match=said):
         config(terms=terms)
 
 
-def test_a_name_beside_other_terms_is_a_contradiction():
+def test_a_preset_given_with_other_terms_is_refused():
     with pytest.raises(ConfigError, match=r"loss\.preset=siglip"):
         config(preset="siglip", terms=[{"kind": "infonce"}])
 

@@ -41,6 +41,6 @@ def test_a_running_mean_is_kept_where_something_uses_it(words, kept):
         (["model.momentum=1.0"], r"model\.momentum"),
     ],
 )
-def test_contradictions_are_named(words, message):
+def test_settings_that_contradict_each_other_are_refused(words, message):
     with pytest.raises(ConfigError, match=message):
         load_config([*BASE, *words])

@@ -39,7 +39,7 @@ EXPANDED = {
 
 
 @pytest.mark.parametrize("text", EXPANDED)
-def test_paths(text):
+def test_home_folders_in_paths_are_expanded_once(text):
     wanted = EXPANDED[text]
     assert not expanded(text).startswith("~") if wanted is None else expanded(text) == wanted
     assert expanded(expanded(text)) == expanded(text)
@@ -49,7 +49,7 @@ def test_paths(text):
     "text",
     ["$HOME/a", "a/${B}/c", "${B", "a$(pwd)", "~no-such-user/x", "a/~/b", "./~", "{a,~}/x/~"],
 )
-def test_what_nothing_stands_for_is_refused(text):
+def test_a_path_with_a_variable_an_unknown_user_or_an_inner_tilde_is_refused(text):
     with pytest.raises(ValueError, match="write the path out"):
         expanded(text)
 
@@ -93,7 +93,7 @@ WORDS = [
 
 
 @pytest.mark.parametrize("word", WORDS)
-def test_words_of_a_command(word):
+def test_path_settings_given_as_words_are_expanded_or_refused(word):
     config = load_config(["demo", "data.train=x", word.format("~/y")])
     assert "/h/y" in str(config)
     with pytest.raises(ConfigError) as refused:
@@ -103,7 +103,7 @@ def test_words_of_a_command(word):
     assert "`$DATA` is not filled in here" in sentence
 
 
-def test_a_yaml_file_and_its_own_name(tmp_path, monkeypatch):
+def test_the_name_of_a_config_file_is_expanded_like_the_paths_in_it(tmp_path, monkeypatch):
     (tmp_path / "x.yaml").write_text("run: {dir: ~/runs/a}\ndata: {train: ~/pairs}")
     monkeypatch.setenv("HOME", str(tmp_path))
     config = load_config(["~/x.yaml"])

@@ -54,13 +54,13 @@ def test_a_ramp_is_written_as_it_was_read(written):
         {"from": "x", "to": 1, "over": "5 steps"},
     ],
 )
-def test_what_is_no_ramp(wrong):
+def test_a_ramp_of_anything_but_numbers_is_refused(wrong):
     with pytest.raises(ValueError, match="must be a number"):
         Ramp.parse(wrong)
 
 
 @pytest.mark.parametrize("alpha", [1.5, {"from": 0, "to": 2, "over": "1 epochs"}])
-def test_both_ends_keep_the_limits(alpha):
+def test_a_ramp_with_an_end_outside_the_settings_limits_is_refused(alpha):
     settings = {"terms": [{"kind": "distillation", "alpha": alpha}]}
     with pytest.raises(ConfigError, match=r"loss\.terms\.0\.alpha=.* must lie within \[0, 1\]"):
         validate({"data": {"train": "unused"}, "loss": settings})

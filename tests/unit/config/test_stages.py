@@ -85,7 +85,7 @@ def test_blocks_are_picked_as_python_slices(pattern, picked):
 
 
 @pytest.mark.parametrize("pattern", ["vision", "head[0]", "vision[]", "vision[-]", "vision[-:2]"])
-def test_other_patterns_are_no_blocks(pattern):
+def test_parameter_patterns_are_not_read_as_blocks(pattern):
     assert blocks_of(pattern) is None
 
 
@@ -95,7 +95,7 @@ def test_the_last_stage_lasts_until_the_run_ends():
     assert _lengths(_config([], train={"duration": "7 steps"})) == [7]
 
 
-def test_stages_of_other_batches_share_the_rows_of_the_run():
+def test_stages_with_other_batch_sizes_share_the_runs_rows():
     """1,000 rows an epoch: 2 epochs in batches of 50, then 8 epochs in batches of 100."""
     config = _config(
         [{**HEADS, "global_batch_size": 50}, ALL],
@@ -131,7 +131,7 @@ def test_stages_longer_than_the_run_are_refused(length):
         ({"duratoin": "3 epochs"}, "stages.1.duratoin"),
     ],
 )
-def test_what_is_wrong_in_a_stage_is_said_with_its_name(stage, said):
+def test_errors_in_a_stage_name_the_stage(stage, said):
     with pytest.raises(ConfigError) as raised:
         _config([HEADS, {**ALL, **stage}])
     assert said in str(raised.value)

@@ -19,7 +19,7 @@ from tests.unit.diagnostics.faulty_embeddings import (
 
 
 @pytest.mark.parametrize("num", [1, 3, 31])
-def test_too_few_samples(num):
+def test_fewer_than_32_distinct_images_are_too_few_samples(num):
     diagnosis = diagnose(healthy(0.2)(num, 32, 0))
     assert diagnosis.verdict == "too_few_samples"
     assert diagnosis.also == ()
@@ -32,7 +32,7 @@ def test_five_captions_do_not_make_more_images():
     assert diagnose(five).verdict == "too_few_samples"
 
 
-def test_the_dead_side_is_named():
+def test_dead_tower_names_the_side_and_its_settings():
     for side, component in (("image", "vision"), ("text", "text")):
         diagnosis = diagnose(MODES[f"dead {side} tower"][1](128, 64, 0))
         assert f"The {side} tower" in diagnosis.causes[0]
@@ -63,7 +63,7 @@ def test_without_features_a_space_that_no_order_fits_is_unaligned():
         assert "cannot be told apart" in diagnosis.causes[0]
 
 
-def test_features_turn_the_causes():
+def test_backbone_features_tell_unaligned_from_shuffled_pairs():
     pairs = isotropic(256, 64, 0)
     features = healthy(0.5)(256, 96, 1)
     paired = replace(pairs, backbone_image=features.image, backbone_text=features.text)
@@ -74,7 +74,7 @@ def test_features_turn_the_causes():
     assert "backbone_cka_z" in diagnose(paired).evidence
 
 
-def test_json_is_the_contracts():
+def test_a_diagnosis_is_json_with_the_contracts_keys():
     content = json.loads(json.dumps(diagnose(isotropic(128, 64, 0)).to_json()))
     assert list(content) == ["verdict", "also", "confidence", "evidence", "causes", "remedies"]
     assert content["evidence"].keys() >= {"auc_centred", "delta_z"}
@@ -90,7 +90,7 @@ def test_every_remedy_is_a_setting_that_loads(tmp_path):
         load_config([str(run), word])
 
 
-def test_rules_have_a_place_in_the_order():
+def test_every_rule_has_a_position_in_the_order():
     assert ORDER[0] == "too_few_samples"
     assert ORDER[-1] == "healthy"
 
@@ -107,7 +107,7 @@ def test_a_narrow_cone_that_tells_its_inputs_apart_is_not_dead():
     assert judge(figures | {"health/variance_text": 0.02}).verdict == "complete_collapse"
 
 
-def test_nan_is_refused():
+def test_the_doctor_refuses_embeddings_that_are_not_finite():
     pairs = isotropic(64, 16, 0)
     pairs.image[0, 0] = torch.inf
     with pytest.raises(DataError, match="image embeddings"):

@@ -34,19 +34,19 @@ def share_right(name: str, sizes: list[tuple[int, int]]) -> float:
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_a_failure_in_a_small_sample(name):
+def test_each_failure_is_named_in_samples_of_128(name):
     assert share_right(name, [(128, 64), (128, 256), (128, 768)]) >= 0.95
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODES)
-def test_a_mode_in_samples_of_512(name):
+def test_each_failure_is_named_in_samples_of_512(name):
     assert share_right(name, [(512, 64), (512, 256), (512, 768)]) >= 0.95
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", MODES)
-def test_a_mode_in_samples_of_2048(name):
+def test_each_failure_is_named_in_samples_of_2048(name):
     assert share_right(name, [(2048, 64), (2048, 256), (2048, 768)]) >= 0.95
 
 

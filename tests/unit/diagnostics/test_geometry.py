@@ -79,7 +79,7 @@ REAL = {
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_real_features(real_data, name):
+def test_figures_of_real_features_are_the_recorded_ones(real_data, name):
     pairs = load_features(real_data, name)
     figures = health_figures(pairs) | pairing_figures(pairs)
     for key, expected in REAL[name].items():
@@ -92,19 +92,19 @@ def test_real_features(real_data, name):
 @pytest.mark.parametrize(
     ("scale", "loss"), [(1, 6.06762), (1 / 0.07, 4.34017), (100, 1.80089)], ids=str
 )
-def test_the_loss_of_real_features(real_data, scale, loss):
+def test_health_loss_of_real_features_is_the_recorded_one(real_data, scale, loss):
     pairs = replace(load_features(real_data, "features_clip.npy"), logit_scale=float(scale))
     figures = health_figures(pairs)
     assert figures["health/loss"] == pytest.approx(loss, abs=2e-5)
     assert figures["health/loss_chance"] == pytest.approx(6.2146, abs=1e-4)
 
 
-def test_the_floor_of_the_loss():
+def test_loss_floor_is_that_of_a_simplex_of_unit_rows():
     assert loss_floor(128, 1.0) == pytest.approx(3.858, abs=5e-4)
     assert loss_floor(128, 1 / 0.07) == pytest.approx(7e-5, rel=0.05)
 
 
-def test_golden_fixture():
+def test_tower_figures_of_a_fixed_matrix_are_the_recorded_ones():
     i, j = (torch.arange(n, dtype=torch.float64) for n in (8, 6))
     i, j = i[:, None], j[None, :]
     raw = torch.sin(0.7 * i + 0.3 * j + 0.1 * i * j)
@@ -156,7 +156,7 @@ def test_delta_z_is_that_of_drawn_permutations():
 @pytest.mark.parametrize(
     ("num", "expected"), [(256, 244), (768, 619), (2048, 728), (4096, 749), (25600, 765)]
 )
-def test_isotropic_rankme(num, expected):
+def test_rankme_of_isotropic_rows_follows_marchenko_pastur(num, expected):
     assert isotropic_rankme(num, 768) == pytest.approx(expected, abs=1)
 
 
@@ -213,7 +213,7 @@ def test_a_large_set_is_thinned_the_same_way_each_time():
 
 
 @pytest.mark.parametrize("num", [1, 2, 3, 4, 5])
-def test_a_handful_of_pairs(num):
+def test_figures_of_a_handful_of_pairs_are_finite(num):
     figures = health_figures(isotropic(num, 16, 0))
     assert figures["health/pairs"] == num
     assert all(math.isfinite(value) for value in figures.values())
@@ -226,7 +226,7 @@ def test_nan_is_refused():
         health_figures(pairs)
 
 
-def test_the_probe_is_cheap():
+def test_health_figures_of_a_thinned_probe_take_under_300_ms():
     pairs = as_pairs(*(torch.randn(2048, 512).numpy() for _ in range(2)))
     seconds = []
     for _ in range(5):

@@ -17,7 +17,7 @@ from tests.unit.diagnostics.faulty_embeddings import (
 KNOWN_BY_HEART = InTraining(pairs=128, auc=1.0, loss_progress=0.99, backbone_cka_z=50.0)
 
 
-def test_training_pairs_known_by_heart_and_held_out_ones_not():
+def test_memorised_training_pairs_with_weak_held_out_ones_are_overfit():
     for seed in range(5):
         pairs = at_scale(weak, 14.3)(512, 256, seed)
         assert diagnose(pairs).healthy
@@ -52,7 +52,7 @@ def test_a_healthy_space_is_not_blamed_for_noisy_training_features():
     assert diagnose(pairs, replace(KNOWN_BY_HEART, backbone_cka_z=0.4, loss_progress=0.5)).healthy
 
 
-def test_weights_that_stand_still_are_named_first():
+def test_weights_without_a_gradient_are_the_first_cause():
     still = ("scale.log_scale", "head.image.weight", "head.text.weight")
     diagnosis = diagnose(isotropic(128, 64, 0), replace(KNOWN_BY_HEART, still=still))
     assert "No gradient has moved head.image.weight, head.text.weight:" in diagnosis.causes[0]
@@ -68,7 +68,7 @@ def test_a_probe_line_is_read_back():
     assert InTraining.last_of(lines[:1]) is None
 
 
-def test_a_blind_tower_is_told_where_both_have_collapsed():
+def test_complete_collapse_names_the_tower_whose_features_do_not_vary():
     num = 128
     point = torch.nn.functional.normalize(torch.ones(1, 32), dim=1).repeat(num, 1)
     pairs = replace(

@@ -18,7 +18,7 @@ def test_pca_is_the_first_two_directions(clusters):
 
 
 @pytest.mark.parametrize(("method", "library"), [("tsne", "sklearn"), ("umap", "umap")])
-def test_neighbours_stay_neighbours(clusters, method, library):
+def test_a_map_keeps_clusters_together_and_repeats_itself(clusters, method, library):
     pytest.importorskip(library)
     places = lay_out(clusters, method)
     assert np.array_equal(places, lay_out(clusters, method))
@@ -28,7 +28,7 @@ def test_neighbours_stay_neighbours(clusters, method, library):
 
 
 @pytest.mark.parametrize("method", ["pca", "tsne", "umap"])
-def test_points_that_have_no_neighbourhood_are_placed(method):
+def test_a_map_places_identical_and_very_few_points(method):
     pytest.importorskip({"pca": "numpy", "tsne": "sklearn", "umap": "umap"}[method])
     for rows in (np.zeros((40, 3)), np.eye(4)):
         assert lay_out(rows, method).shape == (len(rows), 2)

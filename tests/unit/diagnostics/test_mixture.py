@@ -63,7 +63,7 @@ def counted(make, share: float, num: int, draws: int, width: int = 64) -> dict[s
     }
 
 
-def test_two_humps_of_known_shares():
+def test_matched_share_of_two_separate_normals_is_recovered():
     """Normal laws four deviations apart, by their quantiles: nothing is left to chance."""
     for share in (0.2, 0.5, 0.9):
         up, down = round(1000 * share), round(1000 * (1 - share))
@@ -82,7 +82,7 @@ def test_one_hump_is_no_mixture_however_weak():
         assert figures["mispaired_z"] < 1.0
 
 
-def test_what_cannot_be_told_is_not_told():
+def test_matched_share_of_one_normal_has_the_interval_0_to_1():
     """Pairs of which nothing is known may all be matched, and none."""
     figures = share_figures(torch.special.ndtri((torch.arange(400).double() + 0.5) / 400))
     assert (figures["matched_share_low"], figures["matched_share_high"]) == (0.0, 1.0)
@@ -90,7 +90,7 @@ def test_what_cannot_be_told_is_not_told():
 
 
 @pytest.mark.parametrize("share", SHARES)
-def test_the_share_of_mixtures(share):
+def test_matched_share_of_drawn_mixtures_lies_in_its_interval(share):
     found = counted(anisotropic, share, 300, 25)
     assert found["right"] >= 0.95
     assert found["width"] < 0.5
@@ -130,7 +130,7 @@ def test_where_no_pair_stands_out_nothing_is_mixed():
     assert judge(figures | {"health/matched_z": 20.0}).verdict == "shuffled_pairs"
 
 
-def test_mixtures_of_trained_clip(real_data):
+def test_matched_share_of_mixed_clip_pairs_lies_in_its_interval(real_data):
     make = bootstrapped(load_features(real_data, "features_clip.npy"))
     for share in SHARES:
         found = counted(make, share, 400, 6)

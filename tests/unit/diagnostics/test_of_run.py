@@ -31,7 +31,7 @@ def course(tmp_path, updates, *words, samples=0, epochs=0):
     ("make", "updates"),
     [(joint_collapse(0.0), 28), (dead("text"), 199), (isotropic, 0), (isotropic, 1)],
 )
-def test_a_run_of_few_updates_is_told_nothing(tmp_path, make, updates):
+def test_a_run_of_few_updates_is_too_few_samples_and_says_too_early(tmp_path, make, updates):
     pairs = make(128, 64, 0)
     name = diagnose(pairs).verdict
     diagnosis = diagnose_run(pairs, course(tmp_path, updates))
@@ -45,7 +45,7 @@ def test_a_run_of_few_updates_is_told_nothing(tmp_path, make, updates):
 
 
 @pytest.mark.parametrize("make", [joint_collapse(0.0), dead("text"), isotropic])
-def test_a_run_that_is_long_enough_is_told(tmp_path, make):
+def test_a_run_past_its_grace_gets_its_verdict(tmp_path, make):
     pairs = make(128, 64, 0)
     diagnosis = diagnose_run(pairs, course(tmp_path, 200))
     assert diagnosis.verdict == diagnose(pairs).verdict
@@ -71,19 +71,19 @@ def optim(warmup):
     return f"optim.warmup={warmup}"
 
 
-def test_a_warmup_without_end_is_no_excuse(tmp_path):
+def test_a_warmup_longer_than_the_limit_does_not_delay_the_verdict(tmp_path):
     late = course(tmp_path, 1000, optim("5000 steps"))
     assert diagnose_run(isotropic(128, 64, 0), late).verdict == "unaligned"
 
 
-def test_what_is_healthy_or_mixed_up_needs_no_time(tmp_path):
+def test_healthy_and_shuffled_pairs_are_called_after_few_updates(tmp_path):
     begun = course(tmp_path, 5)
     assert diagnose_run(healthy(0.5)(256, 64, 0), begun).healthy
     for make in (mispaired(healthy(0.5), 0.5), moved(healthy(0.5), lambda text: text.flip(0))):
         assert diagnose_run(make(256, 64, 0), begun).verdict == "shuffled_pairs"
 
 
-def test_weights_that_stand_still_are_told_at_once(tmp_path):
+def test_weights_without_a_gradient_are_named_after_few_updates(tmp_path):
     training = InTraining(128, 0.5, 0.0, still=("head.text.weight",))
     diagnosis = diagnose_run(isotropic(128, 64, 0), course(tmp_path, 20), training)
     assert "Too early" in diagnosis.causes[0]
@@ -123,12 +123,12 @@ def test_a_remedy_that_is_set_is_not_repeated(tmp_path):
         ("model.logit_scale.max=50", "model.logit_scale.max=30"),
     ],
 )
-def test_what_goes_further_is_not_taken_back(tmp_path, word, further):
+def test_a_remedy_weaker_than_the_current_setting_is_not_given(tmp_path, word, further):
     assert not_yet_set((word,), course(tmp_path, 5000).config, 5000) == (word,)
     assert not_yet_set((word,), course(tmp_path, 5000, further).config, 5000) == ()
 
 
-def test_no_warmup_that_is_longer_than_the_run(tmp_path):
+def test_a_warmup_longer_than_the_run_is_not_advised(tmp_path):
     config = course(tmp_path, 0).config
     assert not_yet_set(("optim.warmup=1000 steps",), config, 28) == ()
     assert not_yet_set(("optim.warmup=1000 steps",), config, 5000) != ()

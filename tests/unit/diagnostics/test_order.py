@@ -39,14 +39,14 @@ MOVES = {
 
 @pytest.mark.parametrize("words", MOVES)
 @pytest.mark.parametrize("make", [healthy(0.7), weak], ids=["healthy", "weak"])
-def test_rows_that_are_moved_are_told_how(make, words):
+def test_shifts_and_reversals_of_rows_are_named(make, words):
     diagnosis = diagnose(moved(make, MOVES[words])(300, 128, 0))
     assert diagnosis.verdict == "shuffled_pairs"
     assert words in diagnosis.causes[0]
     assert not any("cannot be told" in cause for cause in diagnosis.causes)
 
 
-def test_a_permutation_is_told():
+def test_permuted_rows_are_called_a_permutation():
     permuted = moved(healthy(0.7), lambda text: text[torch.randperm(len(text))])
     for width in (64, 256):
         diagnosis = diagnose(permuted(200, width, width))
@@ -54,7 +54,7 @@ def test_a_permutation_is_told():
         assert "a permutation" in diagnosis.causes[0]
 
 
-def test_rows_that_one_side_lacks_shift_the_rest():
+def test_rows_missing_on_one_side_are_named_as_a_shift():
     pairs = healthy(0.7)(400, 64, 0)
     ids = torch.arange(397)
     short = replace(
@@ -73,7 +73,7 @@ def test_half_of_the_rows_shifted_is_a_mixture_with_an_order():
     assert diagnosis.evidence["shift_share"] == pytest.approx(0.5, abs=0.1)
 
 
-def test_more_rows_than_a_sample_holds():
+def test_a_shift_is_found_in_more_rows_than_a_sample_holds():
     """A sample that is thinned evenly would have neither row's neighbour."""
     figures = order_figures(
         moved(healthy(0.7), lambda text: text.roll(1, 0))(LARGEST_SAMPLE + 904, 16, 0)
@@ -156,7 +156,7 @@ def test_neighbours_that_resemble_each_other_are_no_shift():
         assert max(figures["health/shift_z"], figures["health/reversed_z"]) < SURE
 
 
-def test_sorted_rows_are_shifted_by_what_they_are_shifted():
+def test_the_shift_of_sorted_rows_is_the_one_applied():
     """Rows resemble those beside them; the right one is a little nearer than they are."""
     rng = np.random.default_rng(0)
     meaning = np.repeat(rng.normal(size=(20, 64)), 20, axis=0) + rng.normal(size=(400, 64))

@@ -5,7 +5,7 @@ from mmscale.diagnostics.pairing import cka, pairing_figures
 from tests.unit.diagnostics.faulty_embeddings import dead, healthy, load_features, rotated, shuffled
 
 
-def test_real_features(real_data):
+def test_cka_of_trained_and_untrained_clip_is_the_recorded_one(real_data):
     trained = pairing_figures(load_features(real_data, "features_clip.npy"))
     assert trained["health/cka"] == pytest.approx(0.605, abs=5e-4)
     assert trained["health/cka_z"] == pytest.approx(214, rel=0.01)
@@ -51,7 +51,7 @@ def test_z_is_that_of_drawn_permutations():
     assert z == pytest.approx(value / float(drawn.std()), rel=0.08)
 
 
-def test_rotation_keeps_it_and_shuffling_ends_it():
+def test_cka_z_survives_rotation_and_vanishes_with_shuffling():
     straight, turned, mixed = (
         pairing_figures(make(256, 64, 0))["health/cka_z"]
         for make in (healthy(0.5), rotated, shuffled)
@@ -61,6 +61,6 @@ def test_rotation_keeps_it_and_shuffling_ends_it():
     assert abs(mixed) < 5
 
 
-def test_a_constant_tower_knows_nothing():
+def test_cka_of_a_constant_tower_is_zero():
     figures = pairing_figures(dead("image")(64, 32, 0))
     assert figures == {"health/cka": 0.0, "health/cka_z": 0.0}

@@ -17,7 +17,7 @@ def write(path, **arrays):
     return path
 
 
-def test_what_is_saved_is_loaded(tmp_path):
+def test_pairs_saved_as_npz_are_loaded_unchanged(tmp_path):
     made = isotropic(10, 8, 0)
     pairs = Pairs(
         made.image,
@@ -44,7 +44,7 @@ def test_without_ids_row_i_is_paired_with_row_i(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["image_ids", "text_ids"])
-def test_one_array_of_ids_serves_both(tmp_path, name):
+def test_one_array_of_ids_is_used_for_images_and_texts(tmp_path, name):
     ids = np.array([3, 3, 4, 5, 6, 7])
     loaded = load_npz(write(tmp_path / "a.npz", image=rows(), text=rows(), **{name: ids}))
     assert loaded.image_ids.tolist() == loaded.text_ids.tolist() == ids.tolist()
@@ -60,12 +60,12 @@ def test_rows_that_are_not_unit_are_normalised_aloud(tmp_path, caplog, kind, sca
     assert torch.allclose(loaded.image, torch.from_numpy(rows()), atol=2e-3)
 
 
-def test_unit_rows_pass_in_silence(tmp_path, caplog):
+def test_unit_rows_are_loaded_without_a_warning(tmp_path, caplog):
     load_npz(write(tmp_path / "a.npz", image=rows().astype(np.float16), text=rows()))
     assert not caplog.text
 
 
-def test_rows_of_zeros_stay(tmp_path, caplog):
+def test_an_array_of_zeros_is_loaded_with_a_warning(tmp_path, caplog):
     loaded = load_npz(write(tmp_path / "a.npz", image=np.zeros((6, 4)), text=rows()))
     assert "6 are zeros" in caplog.text
     assert not loaded.image.any()
@@ -106,7 +106,7 @@ def test_names_and_numbers_do_not_mix(tmp_path):
 
 
 @pytest.mark.parametrize("new", [True, False])
-def test_a_torch_file_is_called_one(tmp_path, new):
+def test_a_torch_file_is_refused_pointing_to_np_savez(tmp_path, new):
     path = tmp_path / "pairs.npz"
     content = {"image": torch.tensor(rows()), "text": torch.tensor(rows())}
     torch.save(content, path, _use_new_zipfile_serialization=new)
@@ -180,7 +180,7 @@ def test_what_is_no_npz_is_refused(tmp_path, content):
         load_npz(path)
 
 
-def test_a_missing_file_a_folder_and_a_single_array(tmp_path):
+def test_load_npz_refuses_a_missing_file_a_folder_and_a_single_array(tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
         load_npz(tmp_path / "absent.npz")
     with pytest.raises(DataError, match="cannot be read"):

@@ -32,13 +32,13 @@ def course(persistence, probes, every=10):
     return [None if alarm is None else alarm.diagnosis.verdict for alarm in alarms]
 
 
-def test_one_finding_is_none():
+def test_persistence_needs_consecutive_findings():
     persistence = Persistence(3, 0, BAD)
     probes = [GOOD, UNALIGNED, UNALIGNED, GOOD, UNALIGNED, UNALIGNED, GOOD]
     assert course(persistence, probes) == [None] * 7
 
 
-def test_what_is_remembered_goes_through_json_between_any_two_probes():
+def test_persistence_resumed_from_json_after_any_probe_alarms_alike():
     """Among it what the towers contract from, which the very first look told."""
     probes = [GOOD, *[UNALIGNED] * 4, *[DEAD] * 3, GOOD, *[UNALIGNED] * 3]
     whole, resumed = Persistence(3, 0, BAD), Persistence(3, 0, BAD)
@@ -57,13 +57,13 @@ def test_what_is_remembered_goes_through_json_between_any_two_probes():
     assert {verdict for verdict, _ in filter(None, told)} == {"unaligned", "dead_tower"}
 
 
-def test_what_lasts_is_told_once_and_again_after_it_was_gone():
+def test_a_lasting_verdict_alarms_once_and_again_after_it_was_gone():
     persistence = Persistence(3, 0, BAD)
     told = course(persistence, [UNALIGNED] * 6 + [GOOD] * 3 + [UNALIGNED] * 3)
     assert told == [None, None, "unaligned", *[None] * 8, "unaligned"]
 
 
-def test_an_untrained_model_is_given_time():
+def test_persistence_is_silent_within_the_grace():
     assert course(Persistence(3, 60, BAD), [UNALIGNED] * 6 + [GOOD] * 3) == [None] * 9
     assert course(Persistence(3, 60, BAD), [UNALIGNED] * 9)[-1] == "unaligned"
 
@@ -72,7 +72,7 @@ def test_only_named_verdicts_count():
     assert course(Persistence(2, 0, ("hubness",)), [UNALIGNED] * 4) == [None] * 4
 
 
-def test_a_verdict_behind_another_lasts_too():
+def test_persistence_counts_verdicts_that_another_hides():
     """A dying tower: unaligned all along, dead at last."""
     told = course(Persistence(3, 0, BAD), [UNALIGNED, UNALIGNED, DEAD, DEAD, DEAD])
     assert told == [None, None, "unaligned", None, "dead_tower"]
@@ -101,7 +101,7 @@ def test_a_contraction_in_which_pairs_stand_out_more_is_learning():
     assert course(Persistence(3, 1000, BAD), probes) == [None] * 6
 
 
-def test_one_tower_that_contracts_is_dying():
+def test_one_contracting_tower_alarms_as_dead_tower_within_the_grace():
     wide, narrow = with_course(0.6, 1), with_course(0.6, 1) | {"health/variance_text": 0.01}
     persistence = Persistence(2, 1000, BAD)
     persistence.begin(wide)

@@ -27,14 +27,14 @@ def test_answers_are_ordered_by_rank_and_then_by_lead():
     )
 
 
-def test_an_id_is_in_a_list_once():
+def test_best_and_worst_list_each_id_once():
     pairs = healthy(0.7)(20, 16, 0)
     text, text_ids = pairs.text.repeat(3, 1), pairs.text_ids.repeat(3)
     for answers in best_and_worst(text, pairs.image, text_ids, pairs.image_ids, 20):
         assert sorted(int(text_ids[answer.query]) for answer in answers) == list(range(20))
 
 
-def test_ranks_are_those_of_the_recalls():
+def test_best_and_worst_ranks_agree_with_the_recall_counts():
     pairs = healthy(2.5)(300, 16, 0)
     sides = pairs.image, pairs.text, pairs.image_ids, pairs.text_ids
     best, _ = best_and_worst(*sides, 300)

@@ -46,7 +46,7 @@ def by_definition(given, score):
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 256])
-def test_recalls_are_those_of_the_definition(chunk):
+def test_reranked_recalls_are_those_of_slow_loops(chunk):
     given, score = pairs(), torch.randn(IMAGES, IMAGES * CAPTIONS_EACH)
     score[torch.rand_like(score) < 0.2] = 0.5  # some ties
     lists = shortlists(given, K, chunk)
@@ -57,7 +57,7 @@ def test_recalls_are_those_of_the_definition(chunk):
     assert 0 < figures["rerank_i2t_r1"] < 100
 
 
-def test_the_dual_encoder_s_own_score_changes_nothing():
+def test_reranking_by_the_dual_encoders_own_score_changes_no_recall():
     given = pairs()
     lists = shortlists(given, K)
     wanted = lists.wanted()
@@ -82,7 +82,7 @@ def test_equal_scores_and_equal_rows_find_nothing():
     assert not right.any(), "a right candidate wins no tie for the last place"
 
 
-def test_an_oracle_finds_all_that_the_lists_hold():
+def test_reranking_by_an_oracle_finds_every_pair_in_the_shortlists():
     given = pairs()
     lists = shortlists(given, K)
     wanted = lists.wanted()

@@ -60,7 +60,7 @@ def slow_counts(queries, candidates, query_ids, candidate_ids, ks):
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 256])
-def test_counts_are_those_of_loops(chunk):
+def test_recall_counts_are_those_of_slow_loops(chunk):
     pairs = with_captions(healthy(2.0)(25, 8, 0), [1, 2, 3, 4, 5] * 5, noise=1.5)
     both = [
         (pairs.image, pairs.text, pairs.image_ids, pairs.text_ids),
@@ -82,7 +82,7 @@ def test_a_collapsed_model_finds_nothing():
     }
 
 
-def test_ties_by_hand():
+def test_tied_wrong_candidates_count_against_the_query():
     a, b = [1.0, 0.0], [0.0, 1.0]
     queries = torch.tensor([a, a, b])
     candidates = torch.tensor([a, a, b, a])
@@ -123,7 +123,7 @@ def test_similarities_are_exact():
     assert torch.allclose(found, pairs.image.double() @ pairs.text.double().T, atol=1e-6)
 
 
-def test_real_features(real_data):
+def test_recalls_of_real_features_are_the_recorded_ones(real_data):
     figures = recalls(load_features(real_data, "features_clip.npy"), Alone())
     assert figures["i2t_r1"] == pytest.approx(55.2)
     assert figures["t2i_r1"] == pytest.approx(50.6)
@@ -141,7 +141,7 @@ def test_ranks_share_the_queries(size):
         assert recalls(pairs, Recorder(rank, size, totals)) == alone
 
 
-def test_more_ranks_than_queries():
+def test_recalls_add_up_with_more_ranks_than_queries():
     pairs = healthy(0.2)(3, 16, 0)
     assert sum(recalls(pairs, Recorder(rank, 5))["i2t_r1"] for rank in range(5)) == pytest.approx(
         100
@@ -161,7 +161,7 @@ def test_fewer_candidates_than_k():
     assert recalls(healthy(0.2)(3, 16, 0), Alone())["t2i_r10"] == 100
 
 
-def test_partners_must_be_there():
+def test_recall_refuses_an_image_or_caption_without_partner():
     pairs = healthy(0.2)(8, 16, 0)
     with pytest.raises(DataError, match="image has no caption"):
         recalls(replace(pairs, text=pairs.text[1:], text_ids=pairs.text_ids[1:]), Alone())
@@ -169,7 +169,7 @@ def test_partners_must_be_there():
         recalls(replace(pairs, image=pairs.image[1:], image_ids=pairs.image_ids[1:]), Alone())
 
 
-def test_nan_is_never_a_find():
+def test_rows_of_nan_find_nothing_and_recalls_refuse_them():
     pairs = healthy(0.2)(8, 16, 0)
     broken = torch.full_like(pairs.image, torch.nan)
     counts = recall_counts(broken, pairs.text, pairs.image_ids, pairs.text_ids)

@@ -47,7 +47,7 @@ def test_a_large_set_is_thinned_alike_each_time():
     assert len(json.dumps(snapshot(replace(pairs, backbone_image=None)))) < 60_000
 
 
-def test_collapsed_rows_have_a_place():
+def test_the_cloud_of_collapsed_rows_is_one_point():
     cloud = read_cloud(written(joint_collapse(0.0)(64, 16, 0))["cloud"])
     assert np.allclose(cloud.image, 0, atol=1e-3)
 

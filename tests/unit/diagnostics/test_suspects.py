@@ -24,7 +24,7 @@ def test_a_model_that_knows_nothing_doubts_little(make):
     assert len(doubtful_captions(*sides)) <= 2
 
 
-def test_what_is_suggested_leaves_out_the_image_and_its_own_captions():
+def test_suggestions_leave_out_the_image_and_its_own_captions():
     """One of three captions is another image's; the two right ones must not speak for it."""
     pairs = healthy(0.5)(200, 64, 0)
     owner = torch.arange(200).repeat_interleave(3)

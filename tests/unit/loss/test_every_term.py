@@ -29,7 +29,7 @@ def test_every_kind_has_a_case():
 
 
 @pytest.mark.parametrize(("name", "with_bank"), CASES)
-def test_gradient_in_float64(name, with_bank):
+def test_the_gradient_of_every_term_passes_gradcheck_in_float64(name, with_bank):
     ids = IDS[:6]
     leaf = leaves(ids)
     # The opinion of the momentum encoders takes the scale, and is no function to differentiate.
@@ -46,7 +46,7 @@ def test_gradient_in_float64(name, with_bank):
 
 @pytest.mark.parametrize(("name", "with_bank"), CASES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_finite_at_the_largest_scale(name, with_bank, dtype):
+def test_every_term_is_finite_at_the_largest_scale(name, with_bank, dtype):
     """One row, two, all of one id, in half precision and at scale 100: loss and gradient finite."""
     for ids in map(torch.tensor, SIZES):
         leaf = leaves(ids, dtype=dtype)
@@ -64,7 +64,7 @@ def test_finite_at_the_largest_scale(name, with_bank, dtype):
 
 
 @pytest.mark.parametrize("name", WITH_BANK)
-def test_an_id_that_is_on_every_row_of_the_bank(name):
+def test_every_term_is_finite_where_the_queue_holds_only_positives(name):
     ids = torch.tensor([9, 9, 9])
     leaf = leaves(ids)
 

@@ -77,14 +77,14 @@ def problems(draw):
 
 @settings(max_examples=100, deadline=None)
 @given(problem=problems())
-def test_equals_the_dense_loss(problem):
+def test_tiled_infonce_equals_the_dense_loss(problem):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "CPU_SIDE", SIDE)
         patch.setattr(tiles, "KEPT_BYTES", KEPT_TILES * SIDE * SIDE * 8)
         assert_same(*problem)
 
 
-def test_equals_the_dense_loss_over_the_edge_of_a_real_tile():
+def test_tiled_infonce_equals_the_dense_loss_over_the_edge_of_a_real_tile():
     count = tiles.CPU_SIDE + 3
     ids = torch.arange(count).clamp(max=count - 5)
     assert_same(unit_rows(count, 4, 0), unit_rows(count, 4, 1), ids, scale_of(30.0))
@@ -115,7 +115,7 @@ def value_and_gradients_once(loss, image, text, ids, scale):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("ids", [[0], [5, 5], [1, 1, 1, 1], [0, 1, 2, 3]])
-def test_finite_at_the_largest_scale(dtype, ids):
+def test_infonce_is_finite_at_the_largest_scale(dtype, ids):
     image = unit_rows(len(ids), 6, 0, dtype).requires_grad_()
     text = unit_rows(len(ids), 6, 1, dtype).requires_grad_()
     loss = infonce(PairRows(image, text, torch.tensor(ids), Alone()), torch.tensor([100.0]))
@@ -166,7 +166,7 @@ def test_a_bank_that_is_hidden_from_every_row_changes_nothing():
     torch.testing.assert_close(alone, beside, rtol=1e-14, atol=1e-14)
 
 
-def test_nan_stays_nan():
+def test_infonce_of_nan_rows_is_nan():
     image = unit_rows(5, 3, 0)
     image[2, 1] = torch.nan
     assert infonce(PairRows(image, image, torch.arange(5), Alone()), scale_of(9.0)).isnan()

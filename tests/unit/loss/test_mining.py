@@ -83,13 +83,13 @@ def siglip_of(positives, negatives):
 @pytest.mark.parametrize(
     ("name", "loss"), [("infonce", infonce_of), ("dcl", dcl_of), ("siglip", siglip_of)]
 )
-def test_by_slow_loops(kind, share, strength, name, loss):
+def test_mined_losses_are_those_of_slow_loops(kind, share, strength, name, loss):
     found = LOSSES[name](Mining(kind, share, strength)).item()
     assert found == pytest.approx(by_loops(kind, share, strength, loss), rel=1e-10)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_nothing_changes_where_every_negative_counts(name):
+def test_mining_at_strength_0_or_share_1_is_the_plain_loss(name):
     plain = LOSSES[name](None).item()
     for mining in (Mining("hard", 0.3, 0.0), Mining("semi_hard", 0.3, 0.0), Mining("hard", 1, 1)):
         assert LOSSES[name](mining).item() == pytest.approx(plain, rel=1e-12)
@@ -158,7 +158,7 @@ def test_strength_is_a_schedule_and_at_zero_the_plain_loss():
         assert at(step) == pytest.approx(wanted, rel=1e-12)
 
 
-def test_other_terms_are_as_they_were():
+def test_mining_leaves_terms_that_do_not_need_it_alone():
     rows = made_up(leaves(IDS), IDS)
     terms = [{"kind": "infonce"}, {"kind": "hinge"}, {"kind": "hn_nce"}, {"kind": "ntxent"}]
     mined = objective({"kind": "hard"}, *terms)(rows).terms
@@ -169,7 +169,7 @@ def test_other_terms_are_as_they_were():
 
 @pytest.mark.parametrize("strength", [0.4, 1.0])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_floor_and_chance_are_those_of_what_counts(strength, smoothing):
+def test_floor_and_chance_under_mining_follow_the_counted_negatives(strength, smoothing):
     """Of ten rows with ten columns: logits that know nothing, and the best ones there are."""
     ids = torch.tensor([0, 0, 1, 2, 3, 4, 5, 6, 7, 8])
     term = {"kind": "infonce", "label_smoothing": smoothing}

@@ -127,7 +127,7 @@ def test_a_term_whose_input_is_missing_is_an_error_that_names_it(kind, missing):
         objective({"kind": kind}, **needs)(rows(**missing))
 
 
-def test_labels_are_checked():
+def test_classification_refuses_missing_and_too_large_labels():
     needs = {"model": {"fusion": {"classes": 3}}}
     sums = objective({"kind": "classification"}, **needs)
     none = torch.full_like(IDS, -1)
@@ -139,7 +139,7 @@ def test_labels_are_checked():
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_named_objective_computes(name):
+def test_every_loss_preset_gives_a_finite_total(name):
     settings = {"loss": {"preset": name}, "model": {"fusion": {"classes": 3}}}
     config = validate({"data": {"train": "unused"}, **settings})
     sums = Objective(config, Alone(), steps_of=lambda duration: 5)

@@ -79,7 +79,7 @@ def test_infonce_with_repeated_ids_is_supcon_across_modalities(unit):
         agree(ours(PairRows(x, y, IDS, Alone()), of(10)), (one + other) / 2)
 
 
-def test_supcon_over_two_views(unit):
+def test_supcon_over_two_views_is_metric_learnings(unit):
     losses = pytest.importorskip("pytorch_metric_learning.losses", reason="needs mmscale[oracle]")
     reducers = pytest.importorskip("pytorch_metric_learning.reducers")
     x, y = unit
@@ -90,7 +90,7 @@ def test_supcon_over_two_views(unit):
     )
 
 
-def test_hinge(unit):
+def test_hinge_is_the_triplet_margin_loss_of_metric_learning(unit):
     losses = pytest.importorskip("pytorch_metric_learning.losses", reason="needs mmscale[oracle]")
     distances = pytest.importorskip("pytorch_metric_learning.distances")
     reducers = pytest.importorskip("pytorch_metric_learning.reducers")

@@ -74,7 +74,7 @@ def test_tight_clusters_have_a_low_temperature():
     )
 
 
-def test_too_few_images():
+def test_clustering_needs_more_images_than_clusters():
     with pytest.raises(ConfigError, match="clusters=6"):
         cluster(torch.eye(6), torch.arange(6), 6, 0.2, 0)
 

@@ -89,7 +89,7 @@ def test_the_same_image_under_two_ids_is_found(pairs, shards):
     assert [twins.photos for twins in chosen.twins] == [(50, 60)]
 
 
-def test_shards_that_went_leave_a_page_without_photographs(pairs, shards, tmp_path):
+def test_missing_shards_leave_the_examples_without_photographs(pairs, shards, tmp_path):
     gone = replace(shards, paths=tuple(tmp_path / path.name for path in shards.paths))
     told = []
     chosen = choose_examples(pairs, gone, told.append)

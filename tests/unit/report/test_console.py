@@ -67,11 +67,11 @@ def test_text_from_data_is_neither_markup_nor_control():
     assert stream.getvalue() == "a [red]dog[/red] [/] :smile: [2Jon a second line gnirts\n"
 
 
-def test_clean_keeps_other_scripts():
+def test_clean_keeps_accents_other_scripts_and_emoji():
     assert clean("café 犬 \U0001f415\ud800") == "café 犬 \U0001f415"
 
 
-def test_durations():
+def test_seconds_are_shown_as_hours_minutes_and_seconds():
     assert [duration(s) for s in (0, 65, 59.6, 7200)] == ["0:00", "1:05", "1:00", "2:00:00"]
 
 

@@ -62,7 +62,7 @@ def full_folder(folder, space, make_examples):
     return folder
 
 
-def test_metrics_alone_make_a_page(folder):
+def test_a_page_is_written_from_the_metrics_alone(folder):
     page = write_page(folder).path
     assert page == folder / "report.html"
     text = Reader(page).text
@@ -101,7 +101,7 @@ def test_text_from_data_stays_text(full_folder):
     assert all(source.startswith("data:image/") for source in sources)
 
 
-def test_characters_that_steer_are_left_out(full_folder):
+def test_control_and_direction_characters_are_removed_from_the_page(full_folder):
     content = write_page(full_folder).path.read_text("utf-8")
     assert not set(content) & set("\0\x1b\u202e\u2066")
     assert "abreversed" in content
@@ -180,7 +180,7 @@ def test_a_run_that_has_only_begun_is_not_called_red(folder):
 
 
 @pytest.mark.parametrize("name", [*VERDICTS, "some_new_verdict"])
-def test_each_verdict_has_words(folder, name):
+def test_every_verdict_has_a_title_on_the_page(folder, name):
     (folder / "doctor.json").write_text(json.dumps({"verdict": name}))
     words = Reader(write_page(folder).path).text
     title = VERDICTS[name].title if name in VERDICTS else "Some new verdict"
@@ -197,7 +197,7 @@ def test_a_damaged_file_is_told(folder, content):
 
 
 @pytest.mark.parametrize("name", ["svg", ["pca"], 3])
-def test_a_map_that_is_none_is_told(full_folder, name):
+def test_an_unknown_map_in_the_stored_configuration_is_refused(full_folder, name):
     (full_folder / "config.yaml").write_text(yaml.safe_dump({"log": {"map": name}}))
     with pytest.raises(ConfigError, match=r"config\.yaml: log\.map is"):
         write_page(full_folder)
@@ -219,7 +219,7 @@ def spoil(content, draw: random.Random) -> None:
 
 @pytest.mark.parametrize("name", ["doctor.json", "space.jsonl", "examples.json", "config.yaml"])
 @pytest.mark.parametrize("seed", [*range(4), pytest.param(range(4, 100), marks=pytest.mark.soak)])
-def test_a_file_that_somebody_edited_is_drawn_or_told(full_folder, name, seed):
+def test_an_edited_file_of_a_run_is_drawn_or_refused_in_a_sentence(full_folder, name, seed):
     path = full_folder / name
     whole = path.read_text("utf-8")
     for number in [seed] if isinstance(seed, int) else seed:

@@ -51,12 +51,12 @@ def test_a_picture_shows_something_on_white(draw, run_lines):
     ],
     ids=["no line", "no figure", "no number"],
 )
-def test_nothing_to_draw_is_none(draw, lines):
+def test_a_plot_without_data_is_none(draw, lines):
     assert draw(lines) is None
 
 
 @pytest.mark.parametrize("draw", OF_LINES.values(), ids=OF_LINES.keys())
-def test_one_point_is_enough(draw, run_lines):
+def test_a_plot_of_one_point_is_drawn(draw, run_lines):
     first = [line for line in run_lines if line.get("step") == 10]
     assert pixels(draw(first)).std() > 0
 
@@ -74,13 +74,13 @@ def test_the_balance_is_that_of_the_steps_that_have_both():
     assert draw_balance([*lines, {"step": 2, "grad_norm_text": 1.0}]) is not None
 
 
-def test_one_term_needs_no_picture_beside_the_loss(run_lines):
+def test_terms_are_plotted_only_if_there_are_several(run_lines):
     one = [{key: v for key, v in line.items() if "vicreg" not in key} for line in run_lines]
     assert draw_terms(one) is None
     assert draw_terms(run_lines) is not None
 
 
-def test_the_later_line_of_a_step_counts():
+def test_a_series_keeps_the_later_of_two_lines_of_a_step():
     curve = series([{"step": 2, "x": 1.0}, {"step": 1, "x": 5.0}, {"step": 2, "x": 3.0}], "x")
     assert curve.steps.tolist() == [1, 2]
     assert curve.values.tolist() == [5, 3]

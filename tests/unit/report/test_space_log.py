@@ -36,7 +36,7 @@ def test_starting_over_forgets_everything(tmp_path, left):
     assert not path.exists()
 
 
-def test_a_long_run_keeps_moments_evenly(tmp_path):
+def test_the_space_log_of_a_long_run_keeps_evenly_spaced_snapshots(tmp_path):
     path = tmp_path / "space.jsonl"
     write(SpaceLog(path, 0), *range(10, 5010, 10))
     kept = steps(path)
@@ -48,7 +48,7 @@ def test_a_long_run_keeps_moments_evenly(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", '{"step": true}', '{"similarity": {}}', "[" * 10**5])
-def test_what_is_no_moment_is_told(tmp_path, line):
+def test_a_damaged_line_of_the_space_log_is_refused(tmp_path, line):
     path = tmp_path / "space.jsonl"
     path.write_text(json.dumps({"step": 1}) + "\n" + line + "\n")
     with pytest.raises(DataError, match=r"space\.jsonl"):

@@ -88,7 +88,7 @@ def test_a_tower_that_was_slowed_comes_back():
     assert 0.49 < towers.factors[0] <= 1, "a fifth of the rate would lie below the band's 0.5"
 
 
-def test_its_state_is_all_that_it_needs_to_go_on():
+def test_balance_resumed_from_its_state_gives_the_same_factors():
     straight, cut = Towers(5.0), Towers(5.0)
     wanted = _run(straight, 12)
     state = _run(cut, 6)
@@ -97,7 +97,7 @@ def test_its_state_is_all_that_it_needs_to_go_on():
     assert cut.factors == straight.factors
 
 
-def test_it_measures_only_every_so_many_updates_and_no_skipped_one():
+def test_balance_measures_every_nth_update_and_no_skipped_one():
     towers = Towers(9.0)
     balancer = ModalityBalancer(BalanceConfig(band=(0.5, 2), every=4), towers, Alone())
     seen = []

@@ -28,7 +28,7 @@ batches = st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=9), max_siz
 
 
 @given(batches, st.integers(1, 11))
-def test_a_ring_holds_the_latest_rows(batches, size):
+def test_the_queue_holds_the_latest_rows_newest_first(batches, size):
     bank = RowBank(size, 2, False, CPU)
     latest = fill(bank, batches)[-size:]
     kept = bank.latest()
@@ -61,7 +61,7 @@ def test_one_slot_an_image_never_holds_an_image_twice(batches, size):
 
 
 @given(batches, st.integers(1, 9), st.integers(1, 9))
-def test_a_restored_bank_goes_on_as_the_one_before(batches, size, other):
+def test_a_restored_queue_continues_as_before_at_its_own_or_another_size(batches, size, other):
     bank = RowBank(size, 2, False, CPU)
     added = fill(bank, batches)
     same, resized = RowBank(size, 2, False, CPU), RowBank(other, 2, False, CPU)

@@ -67,7 +67,7 @@ def test_an_epochs_end_clusters_the_latest_row_of_each_image():
     assert (unknown == NO_LABEL).tolist() == [True, False, True]
 
 
-def test_those_that_begin_within_an_epoch_wait_for_a_whole_one():
+def test_clusters_started_within_an_epoch_wait_for_a_whole_epoch():
     clusters = run(made(), range(STEPS - 1, 2 * STEPS))
     clusters.cluster_anew(2 * STEPS)
     assert clusters.of(torch.tensor([101]))
@@ -75,7 +75,7 @@ def test_those_that_begin_within_an_epoch_wait_for_a_whole_one():
     assert early.of(torch.tensor([101])) == ()
 
 
-def test_they_stay_for_an_epoch_and_change_with_the_next():
+def test_clusters_stay_for_an_epoch_and_change_with_the_next():
     clusters = run(made(), range(STEPS + 1))
     first = tensors(clusters)["0.centres"]
     assert torch.equal(tensors(run(clusters, range(STEPS + 1, 2 * STEPS)))["0.centres"], first)
@@ -83,7 +83,7 @@ def test_they_stay_for_an_epoch_and_change_with_the_next():
     assert not torch.equal(tensors(clusters)["0.centres"], first)
 
 
-def test_the_order_in_which_images_came_does_not_matter_to_them():
+def test_clusters_do_not_depend_on_the_order_of_images():
     """Ranks that were restored hold rows in another order than those that saw them come."""
     rows, ids = batch(0, 30)
     wanted = cluster(rows, ids * 1000 + torch.arange(30), 4, 0.2, seed=3)
@@ -94,7 +94,7 @@ def test_the_order_in_which_images_came_does_not_matter_to_them():
 
 
 @pytest.mark.parametrize("at", [1, STEPS, STEPS + 2])
-def test_restored_they_go_on_as_before(at):
+def test_restored_clusters_continue_as_uninterrupted_ones(at):
     straight = run(made(), range(2 * STEPS + 1))
     before, after = run(made(), range(at)), made()
     after.restore({name: value.clone() for name, value in tensors(before).items()})
