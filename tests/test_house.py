@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -245,6 +246,16 @@ def test_files_lines_functions_and_imports_of_the_package_stay_within_their_limi
     assert sum(function.lines > 60 for function in every) <= LONG_FUNCTIONS
     assert sum(function.parameters > 7 for function in every) <= WIDE_FUNCTIONS
     assert circle() == []
+
+
+def test_the_rooms_of_the_page_are_the_layers_that_the_linter_holds():
+    """Room for room, in the same order."""
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    drawing = page.split("## Rooms")[1].split("```")[1].strip().splitlines()
+    rows = [re.findall(r"\w+(?=/|\.py)", re.split(r" {2,}", line)[0]) for line in drawing]
+    linter = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]
+    (layers,) = (found["layers"] for found in linter["contracts"] if found["type"] == "layers")
+    assert rows == [[room.split(".")[1] for room in layer.split(" | ")] for layer in layers]
 
 
 def _way_of_a_batch() -> list[tuple[str, list[str]]]:
