@@ -27,7 +27,7 @@ FOREIGN = {"datasets", "distributed", "evaluate", "tokenizers", "wandb", "webdat
 # What a page tells its reader to write.
 TO_BE_WRITTEN = {"mmscale/loss/cyclic.py"}
 # A little above what is true today, so that a change has room and growth is noticed.
-FILES, LINES, LONGEST_FILE = 246, 37_500, 401
+FILES, LINES, LONGEST_FILE = 238, 37_000, 401
 LONG_FUNCTIONS, WIDE_FUNCTIONS = 2, 9
 WAY_FILES, WAY_LINES = 17, 3_300
 # Roots of folders that exist on one machine only.
