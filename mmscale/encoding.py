@@ -8,10 +8,9 @@ import torch
 
 from mmscale.config.schema import Config
 from mmscale.contracts import InputSpec, Peers, World
-from mmscale.data.feature_parts import KeptParts
-from mmscale.data.features import FeatureTable
+from mmscale.data.arrange import Neighbours
+from mmscale.data.features import FeatureTable, KeptParts
 from mmscale.data.grouping import copies_line
-from mmscale.data.neighbours import Neighbours
 from mmscale.data.shard_set import place_of
 from mmscale.data.shards import ShardSet, open_shards
 from mmscale.engine.encode import Call, encode

@@ -1,25 +1,29 @@
 """Outputs of both towers for every image and caption of a set, and the stream that reads them.
 
+Also what a pass through the towers has computed before it was cut short, kept for the next one.
 A table is written by `engine/encode.py`; with frozen towers it stands in for decoding.
 """
 
 import bisect
 import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int64
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mmscale.contracts import Batch, Position, World
+from mmscale.data.arrange import Neighbours, mean_by_image, nearest
 from mmscale.data.lanes import Item
-from mmscale.data.neighbours import Neighbours, mean_by_image, nearest
+from mmscale.data.samples import SampleBatch
 from mmscale.data.schedule import AnyLane, Schedule
 from mmscale.data.shards import ShardSet
 from mmscale.errors import DataError
@@ -169,3 +173,106 @@ class CachedStream:
             cut=int(table.cut[texts].sum()),
             damaged=damaged,
         )
+
+
+# A pass writes what it has computed so far this often.
+_SECONDS_BETWEEN_PARTS = 60.0
+_SIDES = ("image", "text")
+_LISTS = ("tokens", "cut", "places", "image_ids", "keys", "captions", "damaged")
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """One batch of a set and its tower outputs."""
+
+    batch: SampleBatch
+    image: Float[Tensor, "samples f"]
+    text: Float[Tensor, "captions g"]
+
+
+class KeptParts:
+    """The parts of one table, by the places of their batches.
+
+    A rank uses those whose batches are its own: those of another world or batch size lie elsewhere.
+
+    Args:
+        folder: Of the cache; another rank's parts are used where the folder is shared.
+        digest: Names the table.
+    """
+
+    def __init__(self, folder: Path, digest: str):
+        self._folder, self._digest = folder, digest
+        self._new: list[tuple[range, EncodedBatch]] = []
+        self._written = time.monotonic()
+        self._there = dict(self._read())
+
+    @property
+    def count(self) -> int:
+        """Samples that were there at the beginning."""
+        return sum(len(range(*place)) for place in self._there)
+
+    def find(self, batches: Sequence[range]) -> dict[int, EncodedBatch]:
+        """What is there of some batches, by their number."""
+        places = [(places.start, places.stop) for places in batches]
+        return {n: self._there[place] for n, place in enumerate(places) if place in self._there}
+
+    def add(self, places: range, part: EncodedBatch) -> None:
+        """Take a batch that is done."""
+        self._new.append((places, part))
+        if time.monotonic() - self._written > _SECONDS_BETWEEN_PARTS:
+            self._write()
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """The pass: however it is cut short, what was added is kept."""
+        try:
+            yield
+        except BaseException:
+            self._write()
+            raise
+
+    def remove(self) -> None:
+        """The table is there."""
+        for path in self._paths():
+            with suppress(OSError):
+                path.unlink()
+
+    def _paths(self) -> list[Path]:
+        return sorted(self._folder.glob(f".{self._digest}-*.safetensors"))
+
+    def _read(self) -> Iterator[tuple[tuple[int, int], EncodedBatch]]:
+        for path in self._paths():
+            try:
+                with safe_open(path, "pt") as file:
+                    notes = json.loads((file.metadata() or {})["parts"])
+                    for number, (start, stop, lists) in enumerate(notes):
+                        batch = SampleBatch(None, **{name: lists[name] for name in _LISTS})
+                        batch.captions = [tuple(captions) for captions in batch.captions]
+                        image, text = (file.get_tensor(f"{side}{number}") for side in _SIDES)
+                        if len(image) == len(batch.places) and len(text) == len(batch.cut):
+                            yield (int(start), int(stop)), EncodedBatch(batch, image, text)
+            except (OSError, SafetensorError, ValueError, LookupError, TypeError):
+                # Of no use to anybody; what it held is computed again.
+                continue
+
+    def _write(self) -> None:
+        """A file of what is new; a disk that has no room for it costs the parts, not the run."""
+        if not self._new:
+            return
+        tensors: dict[str, Tensor] = {}
+        notes = []
+        for number, (places, part) in enumerate(self._new):
+            tensors |= {f"image{number}": part.image, f"text{number}": part.text}
+            lists = {name: getattr(part.batch, name) for name in _LISTS}
+            notes.append((places.start, places.stop, lists))
+        name = f".{self._digest}-{self._new[0][0].start}-{self._new[-1][0].stop}.safetensors"
+        aside = self._folder / f"{name}.part"
+        with suppress(OSError, SafetensorError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            save_file({k: t.contiguous() for k, t in tensors.items()}, aside, _note(notes))
+            publish(aside, self._folder / name)
+        self._new, self._written = [], time.monotonic()
+
+
+def _note(notes: list[tuple[int, int, dict[str, list[object]]]]) -> dict[str, str]:
+    return {"parts": json.dumps(notes)}

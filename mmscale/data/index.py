@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mmscale.data.grouping import Trait, copies_line, group_of, joints_of
+from mmscale.data.grouping import Bearer, Trait, copies_line, group_of, joints_of, settle
 from mmscale.data.left_out import MOST_LEFT_OUT, are_too_many
 from mmscale.data.manifest import Manifest, Shard, read_manifest, with_identities, write_manifest
 from mmscale.data.members import IMAGE_SUFFIXES, Description, describe_members, image_of
 from mmscale.data.pool import map_ordered
 from mmscale.data.remote import is_remote
 from mmscale.data.shards import list_shards
-from mmscale.data.shared_ids import Bearer, settle
 from mmscale.data.walk import DamagedShardError, FoundSample, walk_shard
 from mmscale.errors import ConfigError, DataError
 

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmscale.data.held_out import held_out
-from mmscale.data.image_checks import Treatment
 from mmscale.data.left_out import MOST_LEFT_OUT, require_few, require_images
 from mmscale.data.manifest import Manifest, with_identities, write_manifest
 from mmscale.data.pack_folder import (
@@ -27,8 +25,9 @@ from mmscale.data.pack_folder import (
     write_rejected,
 )
 from mmscale.data.pool import map_ordered
-from mmscale.data.shard_writer import Done, Task, read_done, write_shard
+from mmscale.data.shard_writer import Done, Task, Treatment, read_done, write_shard
 from mmscale.data.sources import Record, Rejection, Source, read_source
+from mmscale.data.sources.records import held_out
 from mmscale.errors import ConfigError, DataError
 
 # Of rejected images, told with their counts.

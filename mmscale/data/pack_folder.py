@@ -10,10 +10,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from mmscale.data.image_checks import Treatment
 from mmscale.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from mmscale.data.pool import map_ordered
-from mmscale.data.shard_writer import Task, is_sound, read_note
+from mmscale.data.shard_writer import Task, Treatment, is_sound, read_note
 from mmscale.data.sources import Record, Rejection
 from mmscale.errors import ConfigError, DataError, printable
 from mmscale.outputs import replace_file

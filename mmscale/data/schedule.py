@@ -15,10 +15,9 @@ from mmscale.config.rules import labelled_kinds
 from mmscale.config.schema import Config
 from mmscale.config.values import Duration, Ramp
 from mmscale.contracts import NamedTensor, Position
-from mmscale.data.arrange import Arrangement
+from mmscale.data.arrange import Arrangement, Neighbours
 from mmscale.data.grouping import Identities, Marks, read_marks, require_identities
 from mmscale.data.lanes import Item, Lane, Source, Tape, seeded, turns_of
-from mmscale.data.neighbours import Neighbours
 from mmscale.data.resampled import Resampling, SequentialLane, plan_resampling
 from mmscale.data.shards import ShardSet
 from mmscale.errors import ConfigError, DataError

@@ -4,12 +4,14 @@
 each batch; the training process lays the workers' parts end to end, which is lane order.
 """
 
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import torch
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -19,9 +21,7 @@ from mmscale.contracts import Batch, InputSpec, Position, World
 from mmscale.data.caption_text import are_cut
 from mmscale.data.decode import open_picture
 from mmscale.data.decoded_cache import DecodedCache, Shrinking
-from mmscale.data.handover import PREFETCH, Handover
 from mmscale.data.lanes import Item, sections, seeded
-from mmscale.data.pairing_check import check_pixels, check_tokens, stamp
 from mmscale.data.reader import DamagedSampleError, SampleReader
 from mmscale.data.schedule import AnyLane, Schedule
 from mmscale.data.shards import ShardSet
@@ -270,3 +270,83 @@ class _Turns(IterableDataset):
             f"no sample of a whole lane of data.train can be used, the first {reason}; "
             "run mmscale verify"
         )
+
+
+# Shares that a loader asks a worker for in advance.
+PREFETCH = 2
+# A worker is asked for a share when the one `PREFETCH` before it is handed out, and by then the
+# share before that one has been copied into its batch: its memory is free.
+_SLOTS = PREFETCH + 1
+
+
+class Handover:
+    """Memory through which workers hand their rows to the training process, taken once and reused.
+
+    Fresh shared memory for each share would cost a page fault for every 4 KiB on both sides: as
+    much as a tenth of the decoding.
+
+    Args:
+        rows: Rows in each share of each worker.
+        side: Of the square images, pixels.
+    """
+
+    def __init__(self, rows: Sequence[int], side: int):
+        self._slots = [
+            torch.empty(_SLOTS, count, side, side, 3, dtype=torch.uint8).share_memory_()
+            for count in rows
+        ]
+        self._stamps = [
+            torch.zeros(_SLOTS, count, dtype=torch.int64).share_memory_() for count in rows
+        ]
+
+    def put(
+        self,
+        worker: int,
+        turn: int,
+        images: Sequence[UInt8[Tensor, "3 h w"]],
+        stamps: Sequence[int],
+    ) -> None:
+        """Write the rows of a worker's `turn`-th share, each with what tells whose it is."""
+        self._stamps[worker][turn % _SLOTS] = torch.tensor(stamps)
+        torch.stack([image.permute(1, 2, 0) for image in images], out=self._slot(worker, turn))
+
+    def get(self, worker: int, turn: int) -> UInt8[Tensor, "b 3 h w"]:
+        """The rows of a share: to be copied before the worker's next share is asked for."""
+        return self._slot(worker, turn).permute(0, 3, 1, 2)
+
+    def stamps(self, worker: int, turn: int) -> Int64[Tensor, " b"]:
+        """What came with these rows; to be read when they have been copied."""
+        return self._stamps[worker][turn % _SLOTS].clone()
+
+    def _slot(self, worker: int, turn: int) -> Tensor:
+        return self._slots[worker][turn % _SLOTS]
+
+
+# Pixels cross from the workers through memory that is used again, everything else through a queue,
+# and tokens are made for a whole share at once: each could deal captions to other images, and no
+# figure of the batch would show it. So every batch is checked.
+
+
+def stamp(key: str) -> int:
+    """What travels with a row's pixels."""
+    return zlib.crc32(key.encode())
+
+
+def check_pixels(keys: Sequence[str], stamps: Int64[Tensor, " b"]) -> None:
+    """Compare what came with the pixels with the rows' keys."""
+    wrong = [key for key, mark in zip(keys, stamps.tolist(), strict=True) if mark != stamp(key)]
+    assert not wrong, f"{len(wrong)} rows have another sample's pixels, the first {wrong[0]}"
+
+
+def check_tokens(
+    row: int,
+    keys: Sequence[str],
+    captions: Sequence[str],
+    tokens: Sequence[list[int]],
+    spec: InputSpec,
+) -> None:
+    """Tokenise one row's caption again, alone."""
+    row %= len(keys)
+    assert spec.tokenize([captions[row]])[0] == tokens[row], (
+        f"{keys[row]} has tokens that its caption alone does not give"
+    )

@@ -10,12 +10,11 @@ from pathlib import Path
 from PIL import Image
 
 from mmscale.data.complaints import reason_of
-from mmscale.data.grouping import Identities, Trait
+from mmscale.data.grouping import Bearer, Identities, Trait, settle
 from mmscale.data.index import digest_of, fault_of, trait_of
 from mmscale.data.manifest import MANIFEST_NAME, Manifest, Shard, read_manifest, with_identities
 from mmscale.data.members import image_of
 from mmscale.data.pool import map_ordered
-from mmscale.data.shared_ids import Bearer, settle
 from mmscale.data.walk import DamagedShardError, walk_shard
 from mmscale.errors import DataError
 

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from mmscale.contracts import InputSpec, Peers
 from mmscale.data.caption_text import unknown_words
-from mmscale.data.feature_parts import KeptParts, Part
-from mmscale.data.features import FeatureTable
+from mmscale.data.features import EncodedBatch, FeatureTable, KeptParts
 from mmscale.data.lanes import sections
 from mmscale.data.samples import SampleBatch, SampleBatches
 from mmscale.data.shards import ShardSet
@@ -62,7 +61,7 @@ def encode(
     batches = SampleBatches(shards, spec, mine[peers.rank], batch_size)
     places, total = batches.ranges(), len(mine[peers.rank])
     found = kept.find(places) if kept else {}
-    parts: list[Part] = []
+    parts: list[EncodedBatch] = []
     loader = batches.loader(workers, skip=found)
     with kept.keeping() if kept else nullcontext():
         for index, calls in enumerate(_text_calls(shards, mine, batch_size)):
@@ -70,7 +69,7 @@ def encode(
                 batch = next(loader) if index < len(batches) else SampleBatch(None)
                 image = _images(call, device, batch, spec)
                 text = _texts(call, device, batch, spec, calls, batch_size)
-                part = Part(replace(batch, pixels=None), image, text)
+                part = EncodedBatch(replace(batch, pixels=None), image, text)
                 if kept and index < len(batches):
                     kept.add(places[index], part)
             parts.append(part)
@@ -132,7 +131,7 @@ def _texts(
     return restored
 
 
-def _gather(parts: list[Part], shards: ShardSet, peers: Peers) -> FeatureTable:
+def _gather(parts: list[EncodedBatch], shards: ShardSet, peers: Peers) -> FeatureTable:
     batches = [part.batch for part in parts]
     image = torch.cat([part.image for part in parts])
     text = torch.cat([part.text for part in parts])

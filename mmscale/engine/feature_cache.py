@@ -15,8 +15,7 @@ import torch
 
 from mmscale.contracts import InputSpec, Peers
 from mmscale.data.decoded_cache import make_room
-from mmscale.data.feature_parts import KeptParts
-from mmscale.data.features import FeatureTable
+from mmscale.data.features import FeatureTable, KeptParts
 from mmscale.data.shards import ShardSet
 from mmscale.model.two_tower import TwoTower
 from mmscale.outputs import require_folder, writing

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from mmscale.contracts import World
+from mmscale.data.arrange import Neighbours
 from mmscale.data.features import FeatureTable
-from mmscale.data.neighbours import Neighbours
 from mmscale.engine.inference import Inference
 from mmscale.parallel.peers import from_main
 

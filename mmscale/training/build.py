@@ -22,9 +22,9 @@ from mmscale.config.rules import (
 )
 from mmscale.config.schema import Config
 from mmscale.contracts import Engine, InputSpec, World
+from mmscale.data.arrange import Neighbours, read_neighbours
 from mmscale.data.caption_text import with_cleaning
 from mmscale.data.features import CachedStream
-from mmscale.data.neighbours import Neighbours, read_neighbours
 from mmscale.data.schedule import Schedule, plan_schedule
 from mmscale.data.stream import TrainStream
 from mmscale.encoding import Tell, encoded_sets, found_alike

@@ -7,7 +7,7 @@ import pytest
 
 from mmscale.checkpoint.files import Checkpoint, step_folder
 from mmscale.contracts import World
-from mmscale.data.neighbours import Neighbours, mean_by_image, nearest
+from mmscale.data.arrange import Neighbours, mean_by_image, nearest
 from mmscale.data.shards import open_shards
 from mmscale.evaluation import embed_set, load_trained
 from mmscale.parallel.peers import connect

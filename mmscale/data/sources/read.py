@@ -8,8 +8,7 @@ from typing import Any
 
 from mmscale.data.caption_text import MOST_CAPTIONS
 from mmscale.data.members import too_long
-from mmscale.data.sources.layouts import read_listings
-from mmscale.data.sources.recipe import Recipe, read_recipe
+from mmscale.data.sources.layouts import Recipe, read_listings, read_recipe
 from mmscale.data.sources.records import (
     PICTURE,
     Entry,

@@ -1,16 +1,20 @@
-"""What `read_source` gives: the images of a data set with their captions, and what was left out."""
+"""What `read_source` gives: the images of a data set with their captions, and what was left out.
+
+And what its readers share: caption files as text, names, and the share held out for evaluation.
+"""
 
 import codecs
 import gzip
+import hashlib
 import json
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mmscale.errors import DataError
+from mmscale.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -229,3 +233,46 @@ def number_of(value: Any) -> int | None:
         value = int(value)
     sound = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
     return value if sound else None
+
+
+def held_out(data: Source, share: float) -> Source:
+    """The same data set with `share` of its images in `val` and the others in `train`.
+
+    Which ones follows from their keys alone, so that it is the same every time; images of one
+    group stay together.
+
+    Raises:
+        ConfigError: It tells its splits itself, or the share is none.
+        DataError: Nothing would be left on one side.
+    """
+    if not 0 < share < 1:
+        raise ConfigError(f"hold_out={share:g} is not a share; give one between 0 and 1, as 0.1")
+    if data.tells_splits:
+        raise ConfigError(
+            f"hold_out={share:g}: {data.name} says itself what is {', '.join(data.splits)}; leave "
+            "--hold-out away"
+        )
+    names = sorted({_unit_of(record) for record in data.records}, key=_drawn)
+    chosen = set(names[: round(share * len(names))])
+    if not chosen or len(chosen) == len(names):
+        raise DataError(
+            f"hold_out={share:g} of {len(names):,} images leaves nothing on one side; give another "
+            "share"
+        )
+    records = tuple(
+        replace(record, split="val" if _unit_of(record) in chosen else "train")
+        for record in data.records
+    )
+    held = sum(record.split == "val" for record in records)
+    # That nothing tells of splits is no news any more.
+    notes = tuple(note for note in data.notes if "no split is known" not in note)
+    line = f"{held:,} of {len(records):,} images are held out as val, chosen by their names"
+    return replace(data, records=records, notes=(*notes, line))
+
+
+def _unit_of(record: Record) -> str:
+    return f"group {record.group}" if record.group is not None else record.key
+
+
+def _drawn(name: str) -> bytes:
+    return hashlib.blake2b(name.encode(errors="surrogatepass"), person=b"hold-out").digest()

@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmscale.config.values import Ramp
-from mmscale.data.arrange import Arrangement
-from mmscale.data.lanes import Item
-from mmscale.data.neighbours import (
+from mmscale.data.arrange import (
     NEIGHBOURS,
+    Arrangement,
     Neighbours,
     mean_by_image,
     nearest,
     read_neighbours,
 )
+from mmscale.data.lanes import Item
 from mmscale.data.schedule import Schedule
 from mmscale.errors import DataError
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from mmscale.contracts import InputSpec, Position, World
+from mmscale.data.arrange import Neighbours, nearest
 from mmscale.data.caption_text import are_cut, with_cleaning
 from mmscale.data.features import CachedStream, FeatureTable
-from mmscale.data.neighbours import Neighbours, nearest
 from mmscale.data.reader import SampleReader
 from mmscale.data.schedule import plan_schedule
 from mmscale.data.shards import open_shards, open_train

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmscale.contracts import InputSpec, Position, World
-from mmscale.data import handover
+from mmscale.data import stream
 from mmscale.data.schedule import plan_schedule
 from mmscale.data.shards import open_train
 from mmscale.data.stream import TrainStream
@@ -50,7 +50,7 @@ def test_batches_that_were_kept_are_never_written_again(synthetic, workers, lane
 
 def test_pixels_of_another_sample_are_noticed(synthetic, monkeypatch):
     """With one slot a worker writes its next share over rows that are still to be read."""
-    monkeypatch.setattr(handover, "_SLOTS", 1)
+    monkeypatch.setattr(stream, "_SLOTS", 1)
     with pytest.raises(AssertionError, match="another sample's pixels"):
         batches_of(synthetic, 2, 4, pause=0.05)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mmscale.data import manifest as manifests
-from mmscale.data import patience, remote, shard_bytes, tar_stream
+from mmscale.data import remote, shard_bytes, tar_stream
 from mmscale.data.index import index
 from mmscale.data.lanes import Item
 from mmscale.data.manifest import Shard, read_manifest
@@ -89,7 +89,7 @@ def trickle(send, opening=OK + b"Content-Length: 100000\r\n\r\n", content=b" "):
 @pytest.fixture
 def hasty(monkeypatch):
     monkeypatch.setattr(remote, "FIRST_PAUSE", 0.005)
-    monkeypatch.setattr(patience, "SECONDS", 0.3)
+    monkeypatch.setattr(remote, "SECONDS", 0.3)
 
 
 def test_an_endless_manifest_is_refused_while_it_arrives(monkeypatch):

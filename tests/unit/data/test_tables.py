@@ -243,7 +243,7 @@ def test_a_part_is_held_out_by_name(tmp_path):
 
 
 def held(folder, share):
-    from mmscale.data.held_out import held_out
+    from mmscale.data.sources.records import held_out
 
     return [one for one in held_out(read_source(folder), share).records if one.split == "val"]
 
