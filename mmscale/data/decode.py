@@ -15,8 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from mmscale.data.complaints import reason_of, warnings_named
-from mmscale.data.reader import DamagedSampleError
+from mmscale.data.damage import DamagedSampleError, reason_of, warnings_named
 from mmscale.errors import DataError
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs

@@ -30,17 +30,22 @@ class Trait:
             one are joined.
         group: The user's group, hashed; None without one.
         label: Class, a number or a name; None without one.
+        key: The sample's name.
+        source: What its json calls the set in which its own id counts; None where the id was made
+            from the key.
     """
 
     image: int
     joints: tuple[int, ...]
     group: int | None
     label: int | str | None
+    key: str = ""
+    source: str | None = None
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> "Trait":
         """Read back from JSON that this program wrote."""
-        return cls(fields["image"], tuple(fields["joints"]), fields["group"], fields["label"])
+        return cls(**{**fields, "joints": tuple(fields["joints"])})
 
 
 @dataclass(frozen=True)
@@ -278,27 +283,6 @@ def _digest(kind: bytes, content: bytes) -> int:
 
 
 @dataclass(frozen=True)
-class Bearer:
-    """A sample and what it is called.
-
-    Attributes:
-        key: Its key.
-        trait: What joins it to others.
-        source: What its json calls the set in which its own id counts; None where the id was made
-            from the key.
-    """
-
-    key: str
-    trait: Trait
-    source: str | None = None
-
-    @property
-    def image(self) -> int:
-        """Digest of the image's bytes."""
-        return self.trait.joints[0]
-
-
-@dataclass(frozen=True)
 class Settled:
     """A folder's samples with ids that only equal images share; lists by shard.
 
@@ -313,7 +297,7 @@ class Settled:
     renamed: int
 
 
-def settle(names: Sequence[str], shards: Sequence[Sequence[Bearer]]) -> Settled:
+def settle(names: Sequence[str], shards: Sequence[Sequence[Trait]]) -> Settled:
     """Tell apart what bears one id in several shards and is not one image.
 
     An id that samples bring counts in their source; one with the key of another image in another
@@ -321,24 +305,23 @@ def settle(names: Sequence[str], shards: Sequence[Sequence[Bearer]]) -> Settled:
 
     Args:
         names: Of the shards.
-        shards: What each holds.
+        shards: The traits of each one's samples.
     """
-    first_of_id: dict[int, tuple[int, Bearer]] = {}
-    first_of_key: dict[str, tuple[int, Bearer]] = {}
+    first_of_id: dict[int, tuple[int, Trait]] = {}
+    first_of_key: dict[str, tuple[int, Trait]] = {}
     traits: list[list[Trait]] = []
     repeats: list[dict[int, str]] = []
     renamed = 0
-    for number, (name, bearers) in enumerate(zip(names, shards, strict=True)):
+    for number, (name, part) in enumerate(zip(names, shards, strict=True)):
         settled, again = [], {}
-        for place, bearer in enumerate(bearers):
-            before, known = first_of_key.setdefault(bearer.key, (number, bearer))
-            if before != number and known.trait.joints == bearer.trait.joints:
+        for place, trait in enumerate(part):
+            before, known = first_of_key.setdefault(trait.key, (number, trait))
+            if before != number and known.joints == trait.joints:
                 again[place] = names[before]
-            owner, known = first_of_id.setdefault(bearer.trait.image, (number, bearer))
-            trait = bearer.trait
-            if owner != number and not _is_one(known, bearer):
-                mark = bearer.key if bearer.source is None else f"#{trait.image}"
-                own = image_id_of(bearer.source or "", f"{name}/{mark}")
+            owner, known = first_of_id.setdefault(trait.image, (number, trait))
+            if owner != number and not _is_one(known, trait):
+                mark = trait.key if trait.source is None else f"#{trait.image}"
+                own = image_id_of(trait.source or "", f"{name}/{mark}")
                 trait, renamed = replace(trait, image=own), renamed + 1
             settled.append(trait)
         traits.append(settled)
@@ -346,8 +329,8 @@ def settle(names: Sequence[str], shards: Sequence[Sequence[Bearer]]) -> Settled:
     return Settled(traits, repeats, renamed)
 
 
-def _is_one(known: Bearer, other: Bearer) -> bool:
+def _is_one(known: Trait, other: Trait) -> bool:
     """Whether samples of two shards that bear one id are of one image."""
-    if known.image == other.image:
+    if known.joints[0] == other.joints[0]:
         return True
     return other.source is not None and known.source == other.source and known.key != other.key

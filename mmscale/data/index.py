@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mmscale.data.grouping import Bearer, Trait, copies_line, group_of, joints_of, settle
-from mmscale.data.left_out import MOST_LEFT_OUT, are_too_many
+from mmscale.data.damage import MOST_LEFT_OUT, DamagedShardError, are_too_many
+from mmscale.data.grouping import Trait, copies_line, group_of, joints_of, settle
 from mmscale.data.manifest import Manifest, Shard, read_manifest, with_identities, write_manifest
-from mmscale.data.members import IMAGE_SUFFIXES, Description, describe_members, image_of
+from mmscale.data.members import Sample, describe_members, unfit
 from mmscale.data.pool import map_ordered
 from mmscale.data.remote import is_remote
 from mmscale.data.shards import list_shards
-from mmscale.data.walk import DamagedShardError, FoundSample, walk_shard
+from mmscale.data.tar import TarSample, walk_shard
 from mmscale.errors import ConfigError, DataError
 
 # Lines of one kind that are told; of more only their number.
@@ -28,20 +28,15 @@ class Described:
 
     Attributes:
         shard: The manifest's record of it, without identities.
-        bearers: Its samples, by what they are called and joined.
+        traits: What its samples are called and joined by.
         faults: A line for each sample that cannot be used and is left out.
         texts: How its texts of several lines were read; empty without any.
     """
 
     shard: Shard
-    bearers: tuple[Bearer, ...]
+    traits: tuple[Trait, ...]
     faults: tuple[str, ...]
     texts: str = ""
-
-    @property
-    def traits(self) -> tuple[Trait, ...]:
-        """What its samples are joined by."""
-        return tuple(bearer.trait for bearer in self.bearers)
 
 
 def local_tars(words: Sequence[str]) -> list[Path]:
@@ -129,7 +124,7 @@ def _manifest_of(
 ) -> tuple[Manifest, list[str]]:
     """What described shards are together, and lines on how that was settled."""
     names = [described.shard.name for described in found]
-    settled = settle(names, [described.bearers for described in found])
+    settled = settle(names, [described.traits for described in found])
     own = [_without(*pair) for pair in zip(found, settled.repeats, strict=True)]
     faults = [fault for described in own for fault in described.faults]
     if skipped:
@@ -237,9 +232,9 @@ class _Candidate:
     key: str
     offset: int
     has_text: bool
-    whole: Bearer | str
+    whole: Trait | str
     captions: int
-    by_line: Bearer | str | None = None
+    by_line: Trait | str | None = None
     lines: int = 0
 
 
@@ -253,7 +248,7 @@ def describe_shard(path: Path) -> Described:
     seen: set[str] = set()
     try:
         for sample in walk_shard(path):
-            fault = _TWICE if sample.key in seen else _unfit(sample)
+            fault = _TWICE if sample.key in seen else unfit(sample)
             seen.add(sample.key)
             candidates.append(f"sample {sample.key} {fault}" if fault else _candidate(sample))
         size, digest = digest_of(path)
@@ -263,7 +258,7 @@ def describe_shard(path: Path) -> Described:
     texts = [one for one in candidates if isinstance(one, _Candidate) and one.has_text]
     several = sum(one.by_line is not None for one in texts)
     by_line = bool(several) and several == len(texts)
-    offsets, captions, bearers, faults = [], [], [], []
+    offsets, captions, traits, faults = [], [], [], []
     for one in candidates:
         if isinstance(one, str):
             faults.append(f"{path}: {one}")
@@ -275,11 +270,11 @@ def describe_shard(path: Path) -> Described:
             continue
         offsets.append(one.offset)
         captions.append(one.captions if lined is None else one.lines)
-        bearers.append(chosen)
+        traits.append(chosen)
     shard = Shard(
-        path.name, size, digest, len(bearers), tuple(offsets), tuple(captions), skipped=len(faults)
+        path.name, size, digest, len(traits), tuple(offsets), tuple(captions), skipped=len(faults)
     )
-    return Described(shard, tuple(bearers), tuple(faults), _texts_line(by_line, several))
+    return Described(shard, tuple(traits), tuple(faults), _texts_line(by_line, several))
 
 
 def _texts_line(by_line: bool, several: int) -> str:
@@ -293,32 +288,29 @@ def _texts_line(by_line: bool, several: int) -> str:
     return ""
 
 
-def _candidate(sample: FoundSample) -> _Candidate:
-    whole = sample.description
-    found = _Candidate(
-        sample.key, sample.offset, whole.lines > 0, _bearer(sample, whole), len(whole.captions)
+def _candidate(found: TarSample) -> _Candidate:
+    whole = describe_members(found)
+    candidate = _Candidate(
+        found.key,
+        found.offset,
+        whole.lines > 0,
+        whole.fault or trait_of(whole),
+        len(whole.captions),
     )
     if whole.lines > 1:
-        lined = describe_members(sample.key, sample.members, whole.lines)
-        found.by_line, found.lines = _bearer(sample, lined), whole.lines
-    return found
-
-
-def _bearer(sample: FoundSample, description: Description) -> Bearer | str:
-    """The sample as its description has it, or what is wrong with that."""
-    if description.fault:
-        return description.fault
-    return Bearer(sample.key, trait_of(sample, description), description.source)
+        lined = describe_members(found, whole.lines)
+        candidate.by_line, candidate.lines = lined.fault or trait_of(lined), whole.lines
+    return candidate
 
 
 def _without(described: Described, repeats: dict[int, str]) -> Described:
     """Without the samples that a shard before has, captions and all."""
     if not repeats:
         return described
-    shard, bearers = described.shard, described.bearers
-    kept = [place for place in range(len(bearers)) if place not in repeats]
+    shard, traits = described.shard, described.traits
+    kept = [place for place in range(len(traits)) if place not in repeats]
     faults = [
-        f"{shard.name}: sample {bearers[place].key} its key is in {owner} too, with the same "
+        f"{shard.name}: sample {traits[place].key} its key is in {owner} too, with the same "
         "image and captions"
         for place, owner in repeats.items()
     ]
@@ -331,37 +323,16 @@ def _without(described: Described, repeats: dict[int, str]) -> Described:
             captions=tuple(shard.captions[place] for place in kept),
             skipped=shard.skipped + len(repeats),
         ),
-        bearers=tuple(bearers[place] for place in kept),
+        traits=tuple(traits[place] for place in kept),
         faults=(*described.faults, *faults),
     )
 
 
-def trait_of(sample: FoundSample, description: Description | None = None) -> Trait:
-    """What a sample without faults is joined by."""
-    description, image = description or sample.description, image_of(sample.members)
-    assert image is not None, "a sample without faults has an image"
-    group = None if description.group is None else group_of(description.group)
-    joints = joints_of(image, description.captions)
-    return Trait(description.image_id, joints, group, description.label)
-
-
-def fault_of(sample: FoundSample) -> str | None:
-    """What makes a sample useless, short of decoding its image."""
-    return _unfit(sample) or sample.description.fault
-
-
-def _unfit(sample: FoundSample) -> str | None:
-    if image_of(sample.members) is None:
-        dotted = next((s for s in sample.suffixes if s.rpartition(".")[2] in IMAGE_SUFFIXES), None)
-        if dotted and "." in dotted:
-            return (
-                f"has no image: keys end at the first dot of a name, so that `{dotted}` is taken "
-                "for an ending; leave no dot in names but the last"
-            )
-        return "has no image"
-    if len(set(sample.suffixes)) < len(sample.suffixes):
-        return "has a member twice"
-    return None
+def trait_of(sample: Sample) -> Trait:
+    """What a sample without faults is called and joined by."""
+    group = None if sample.group is None else group_of(sample.group)
+    joints = joints_of(sample.image, sample.captions)
+    return Trait(sample.image_id, joints, group, sample.label, sample.key, sample.source)
 
 
 def digest_of(path: Path) -> tuple[int, str]:

@@ -1,12 +1,11 @@
 """What the members of one sample say: its image, its captions, whose image it is.
 
-Manifests (`verify`) and readers (`shards`) ask here, so that they agree about every shard, also
-about one made elsewhere, whose json may hold neither captions nor an id.
+Manifests and readers ask here, so that they agree about every shard, also about one made elsewhere,
+whose json may hold neither captions nor an id.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -18,74 +17,114 @@ from mmscale.data.caption_text import (
     listed,
     named_captions,
 )
+from mmscale.data.damage import DamagedSampleError, tell_once
+from mmscale.data.tar import IMAGE_SUFFIXES, TEXT_BYTES, TarSample
 
-# In order of preference, where a sample holds several.
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-# A text or description longer than this is passed over unread.
-TEXT_BYTES = 16 * 2**20
-# A larger member is no photograph.
-_IMAGE_BYTES = 2**28
 # No tower reads as much. Tokenizers take a time quadratic in the length of a word.
 _CAPTION_CHARACTERS, _WORD_CHARACTERS = 20_000, 2_000
 
 
 @dataclass(frozen=True)
-class Description:
-    """What the text and json of a sample say.
+class Sample:
+    """One image, undecoded, and what its text and json say.
 
     Attributes:
+        key: Its name.
+        image: The encoded image; empty without one.
         captions: Those of the json, else of the text; none where one is empty or not a text.
         image_id: That of the json, else one made from its source and the key.
         label: Class, a number or a name; None without one.
         group: The user's group; None without one.
-        fault: What makes them useless, or None.
-        lines: Lines of the text where the captions are the text's and it is no list; else 0.
         source: What the json calls the set in which its id counts; None where the id was made.
+        lines: Lines of the text where the captions are the text's and it is no list; else 0.
+        fault: What makes it useless, short of decoding its image; None where nothing does.
     """
 
+    key: str
+    image: bytes
     captions: tuple[str, ...]
     image_id: int
-    label: int | str | None
-    group: int | str | None
-    fault: str | None
-    lines: int = 0
+    label: int | str | None = None
+    group: int | str | None = None
     source: str | None = None
+    lines: int = 0
+    fault: str | None = None
+
+    @property
+    def class_number(self) -> int:
+        """Its class if that is a number, else -1: names are numbered where a manifest is made."""
+        return self.label if isinstance(self.label, int) else -1
 
 
-def largest_member(suffix: str) -> int:
-    """Bytes up to which a member with this ending is read."""
-    return TEXT_BYTES if suffix in ("txt", "json") else _IMAGE_BYTES
-
-
-def image_of(members: Mapping[str, Any]) -> bytes | None:
-    """The encoded image of a sample, given as the content of its members by ending."""
-    return next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
-
-
-def describe_members(
-    key: str, members: Mapping[str, Any], counted: int | None = None
-) -> Description:
-    """Captions and identity of a sample.
+def describe_members(found: TarSample, counted: int | None = None) -> Sample:
+    """What a sample of a tar holds.
 
     Args:
-        key: Its name.
-        members: Content of its members by ending.
+        found: Its members.
         counted: How many captions its manifest counted. A text of so many lines is read line by
             line, which only a look at the whole shard can decide; any other is one caption.
     """
+    members = found.members
     text, description = (_text(members, suffix) for suffix in ("txt", "json"))
     parsed = {} if description is None else _parse(description)
     fields = parsed or {}
     captions, fault, lines = _captions(fields, text, counted)
     if parsed is None:
         fault = "has a json that is not an object"
-    elif not _is_unicode(key):
+    elif not _is_unicode(found.key):
         fault = "has a name that is not UTF-8"
     own, source = fields.get("image_id"), str(fields.get("source", ""))
     is_own = _is_id(own)
-    image_id = own if _is_id(own) else image_id_of(source, key)
-    label, group = (_number_or_name(fields.get(name)) for name in ("label", "group"))
-    return Description(captions, image_id, label, group, fault, lines, source if is_own else None)
+    image_id = own if _is_id(own) else image_id_of(source, found.key)
+    return Sample(
+        found.key,
+        next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), b""),
+        captions,
+        image_id,
+        _number_or_name(fields.get("label")),
+        _number_or_name(fields.get("group")),
+        source if is_own else None,
+        lines,
+        unfit(found) or fault,
+    )
+
+
+def unfit(found: TarSample) -> str | None:
+    """What is wrong with the members of a sample, whatever they say."""
+    if not found.members.keys() & set(IMAGE_SUFFIXES):
+        dotted = next((s for s in found.suffixes if s.rpartition(".")[2] in IMAGE_SUFFIXES), None)
+        if dotted and "." in dotted:
+            return (
+                f"has no image: keys end at the first dot of a name, so that `{dotted}` is taken "
+                "for an ending; leave no dot in names but the last"
+            )
+        return "has no image"
+    if len(set(found.suffixes)) < len(found.suffixes):
+        return "has a member twice"
+    return None
+
+
+def sample_of(found: TarSample, where: str, counted: int | None = None) -> Sample:
+    """A sample that can be used, short of decoding its image; `counted` as in `describe_members`.
+
+    Args:
+        found: Its members.
+        where: Names its shard in messages.
+        counted: How many captions its manifest counted.
+
+    Raises:
+        DamagedSampleError: It cannot be used.
+    """
+    sample = describe_members(found, counted)
+    if sample.fault:
+        raise DamagedSampleError(f"{where} {sample.key}: {sample.fault}")
+    if counted is None and sample.lines > 1:
+        tell_once(
+            "lines",
+            f"{where} {sample.key}: its txt has several lines and is one caption; a manifest "
+            "(mmscale index) lets each line be one",
+        )
+    return sample
 
 
 def image_id_of(source: str, key: str) -> int:
@@ -104,7 +143,7 @@ def _number_or_name(value: Any) -> int | str | None:
     return value if _is_id(value) or (isinstance(value, str) and value.strip()) else None
 
 
-def _text(members: Mapping[str, Any], suffix: str) -> bytes | None:
+def _text(members: dict[str, bytes], suffix: str) -> bytes | None:
     content = members.get(suffix)
     return content if content is not None and len(content) <= TEXT_BYTES else None
 

@@ -6,11 +6,11 @@ and several processes may each write a part of the shards: whoever finds every n
 manifest.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmscale.data.left_out import MOST_LEFT_OUT, require_few, require_images
+from mmscale.data.damage import MOST_LEFT_OUT, are_too_many
 from mmscale.data.manifest import Manifest, with_identities, write_manifest
 from mmscale.data.pack_folder import (
     REJECTED_NAME,
@@ -27,6 +27,7 @@ from mmscale.data.pack_folder import (
 from mmscale.data.pool import map_ordered
 from mmscale.data.shard_writer import Done, Task, Treatment, read_done, write_shard
 from mmscale.data.sources import Record, Rejection, Source, read_source
+from mmscale.data.sources.read import is_file
 from mmscale.data.sources.records import held_out
 from mmscale.errors import ConfigError, DataError
 
@@ -94,7 +95,7 @@ def pack(
     for name in splits:
         folder = Path(out) if split is not None else Path(out) / name
         mine = [record for record in records if record.split == name]
-        require_images(mine, most_left_out)
+        _require_images(mine, most_left_out)
         refused = _refused((*data.rejected, *copies), name)
         plans.append(_plan(data, name, folder, treatment, samples_per_shard, mine, refused))
     total = sum(len(task.records) for plan in plans for task in plan.of(part))
@@ -252,10 +253,31 @@ def _finish(plan: _Plan, everyone: list[Done], most: float) -> Manifest:
             f"first {key}: {reason}; see {REJECTED_NAME}"
         )
     useless = sum(len(done.rejected) for done in everyone)
-    require_few(plan.folder, useless, sum(len(task.records) for task in plan.tasks), most)
+    _require_few(plan.folder, useless, sum(len(task.records) for task in plan.tasks), most)
     identified, _ = with_identities(
         [done.shard for done in packed if done.shard], [done.traits for done in packed]
     )
     manifest = Manifest(plan.split, plan.data.name, identified, plan.settings, plan.data.classes)
     write_manifest(plan.folder, manifest)
     return manifest
+
+
+def _require_few(where: object, left_out: int, total: int, most: float) -> None:
+    """Refuse to go on where too many images cannot be used."""
+    if are_too_many(left_out, total, most):
+        raise DataError(
+            f"{where}: {left_out:,} of {total:,} images were rejected, more than --max-left-out "
+            f"{most:g} allows; rejected.txt there says why, --max-left-out 1 goes on with the rest"
+        )
+
+
+def _require_images(records: Sequence[Record], most: float) -> None:
+    """Refuse a data set of which too many image files are not there, before anything is packed."""
+    missing = [record for record in records if not is_file(record.image)]
+    if are_too_many(len(missing), len(records), most):
+        first = missing[0]
+        raise DataError(
+            f"{first.image.parent}: {len(missing):,} of {len(records):,} images of {first.split} "
+            f"are missing, first {first.image.name}, more than --max-left-out {most:g} allows; put "
+            "them there, name their folder with --images, or pack the rest with --max-left-out 1"
+        )

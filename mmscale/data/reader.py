@@ -1,49 +1,17 @@
-"""Samples out of shards by their place: one read a sample, nothing extracted to disk.
-
-Only images, `.txt` and `.json` are looked at; every other member is passed over unread.
-"""
+"""Samples out of shards by their place: one read a sample, nothing extracted to disk."""
 
 import io
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
-from typing import IO, cast
 
-from webdataset.tariterators import base_plus_ext
-
-from mmscale.data.complaints import tell_once
+from mmscale.data.damage import DamagedSampleError
 from mmscale.data.lanes import Item
-from mmscale.data.members import IMAGE_SUFFIXES, describe_members, image_of, largest_member
+from mmscale.data.members import Sample, sample_of
 from mmscale.data.remote import is_remote
-from mmscale.data.shard_bytes import LocalShards, RemoteShards, Span
+from mmscale.data.shard_bytes import LocalShards, RemoteShards
 from mmscale.data.shards import ShardSet
-from mmscale.data.walk import SoundHeader, plain_members
+from mmscale.data.tar import sample_in
 from mmscale.errors import DataError
-
-# Of one sample; the rest of them is not looked at.
-_MOST_MEMBERS = 10_000
-_WANTED = (*IMAGE_SUFFIXES, "txt", "json")
-
-
-class DamagedSampleError(Exception):
-    """A sample that cannot be used; the stream puts another in its place."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image as it lies in a shard, undecoded, with its captions.
-
-    Attributes:
-        is_keyed: Whether the id was made from the key, because the sample brings none.
-    """
-
-    key: str
-    image: bytes
-    captions: tuple[str, ...]
-    image_id: int
-    label: int = -1
-    is_keyed: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,8 +46,7 @@ class SampleReader:
         """
         store = self._remote if self._remote and self._is_remote[shard] else self._local
         content, record = store.sample(shard, sample), self._set.shards[shard]
-        where = f"{record.name} sample {sample}"
-        found = parse_sample(content, where, record.captions[sample])
+        found = parse_sample(content, f"{record.name} sample {sample}", record.captions[sample])
         if len(found.captions) != record.captions[sample]:
             raise DamagedSampleError(
                 f"{record.name} {found.key}: captions: {len(found.captions)}, its manifest says "
@@ -114,83 +81,19 @@ class SampleReader:
             self._remote.close()
 
 
-def parse_sample(content: bytes | Span, where: str, counted: int | None = None) -> Sample:
-    """A sample from its members' bytes; `counted` as in `describe_members`.
+def parse_sample(content: bytes | io.RawIOBase, where: str, counted: int | None = None) -> Sample:
+    """The sample that a piece of a tar begins with; `counted` as in `describe_members`.
 
     Raises:
         DamagedSampleError: Not a tar, no image, no caption, or a wrong description.
         DataError: Its bytes cannot be read.
     """
-    key: str | None = None
-    members: dict[str, bytes] = {}
-    file = io.BytesIO(content) if isinstance(content, bytes) else content
     try:
-        for base, suffix, start, end in _members(content, file):
-            if base is None or end - start > largest_member(suffix):
-                continue
-            if key is not None and base != key:
-                break
-            if suffix in members:
-                raise DamagedSampleError(f"{where} {base}: has a member twice")
-            file.seek(start)
-            key, members[suffix] = base, file.read(end - start)
-    except (DamagedSampleError, DataError):
+        found = sample_in(content)
+    except DataError:
         raise
     except Exception as error:
         raise DamagedSampleError(f"{where}: not a tar member ({error})") from error
-    if key is None:
+    if found is None:
         raise DamagedSampleError(f"{where}: holds no image, txt or json member")
-    return sample_of(key, members, where, counted)
-
-
-def _members(content: bytes | Span, file: io.IOBase) -> Iterator[tuple[str | None, str, int, int]]:
-    """Key, ending, start and end of each member; no key where it is of no use."""
-    plain = plain_members(content) if isinstance(content, bytes) else None
-    if plain is not None:
-        for name, start, end in plain:
-            yield *_key_and_ending(name), start, end
-        return
-    with tarfile.open(fileobj=cast(IO[bytes], file), mode="r:", tarinfo=SoundHeader) as tar:
-        for member in islice(tar, _MOST_MEMBERS):
-            end = member.offset_data + member.size
-            yield *wanted_name(member), member.offset_data, end
-
-
-def wanted_name(member: tarfile.TarInfo) -> tuple[str | None, str]:
-    """Key and ending of a member that samples are made of; no key for any other."""
-    # A sparse member of a few bytes may unfold to any size.
-    if not member.isreg() or member.issparse():
-        return None, ""
-    return _key_and_ending(member.name)
-
-
-def _key_and_ending(name: str) -> tuple[str | None, str]:
-    key, suffix = base_plus_ext(name)
-    suffix = (suffix or "").lower()
-    return (key, suffix) if suffix in _WANTED else (None, "")
-
-
-def sample_of(
-    key: str, members: dict[str, bytes], where: str, counted: int | None = None
-) -> Sample:
-    """A sample from the content of its members by ending; `counted` as in `describe_members`.
-
-    Raises:
-        DamagedSampleError: No image, no caption, or a wrong description.
-    """
-    image = image_of(members)
-    if image is None:
-        raise DamagedSampleError(f"{where} {key}: has no image")
-    description = describe_members(key, members, counted)
-    if description.fault:
-        raise DamagedSampleError(f"{where} {key}: {description.fault}")
-    if counted is None and description.lines > 1:
-        tell_once(
-            "lines",
-            f"{where} {key}: its txt has several lines and is one caption; a manifest (mmscale "
-            "index) lets each line be one",
-        )
-    # Names are numbered where a manifest is made; without one only numbers can be used.
-    label = description.label if isinstance(description.label, int) else -1
-    is_keyed = description.source is None
-    return Sample(key, image, description.captions, description.image_id, label, is_keyed)
+    return sample_of(found, where, counted)

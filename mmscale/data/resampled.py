@@ -1,29 +1,44 @@
-"""Shards without a manifest: drawn with replacement, each read to its end.
+"""Shards without a manifest: drawn with replacement, each read forward to its end.
 
 What a lane delivers follows from seed, epoch and lane alone. Draw n of a lane is one shard, whose
 samples pass the lane's shuffling buffer in their order; an epoch begins somewhere in the first of
 them, so that every sample has the same chance, however short an epoch is. Nothing tells beforehand
 where a sample lies, so going on in mid-epoch reads the epoch's part before it again, without
 decoding it.
+
+A plain tar of known size is entered at any byte: the next header is recognised by its checksum.
+What can only be read from its beginning (a command's output, a compressed tar) is counted once.
 """
 
 import random
+import tarfile
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate, count, islice
+from itertools import accumulate, chain, count, islice
+from pathlib import Path
+from typing import IO, cast
 
 from mmscale.config.data import DataConfig
+from mmscale.data.damage import DamagedSampleError
 from mmscale.data.lanes import seeded
-from mmscale.data.members import image_id_of
-from mmscale.data.reader import Drawn, Sample
-from mmscale.data.remote import Web, is_web, shown
+from mmscale.data.members import Sample, image_id_of, sample_of
+from mmscale.data.reader import Drawn
+from mmscale.data.remote import CHUNK, Web, is_pipe, is_web, piped, shown
 from mmscale.data.shard_set import Place, ShardSet
 from mmscale.data.shards import AT_ONCE, scopes_of
-from mmscale.data.tar_stream import read_from, read_through, size_of
+from mmscale.data.tar import (
+    Member,
+    StrictHeader,
+    is_header,
+    members_behind,
+    members_in,
+    samples_in,
+)
 from mmscale.errors import DataError
 
 # Delivered samples that a lane remembers, to stand in for a damaged one.
@@ -62,7 +77,7 @@ class Resampling:
         if isinstance(content, str):
             return content
         source, name = self._scopes[shard]
-        own = image_id_of(name, content.key) if content.is_keyed else content.image_id
+        own = image_id_of(name, content.key) if content.source is None else content.image_id
         # Of the first source as they are; wherever the sources lie.
         return replace(content, image_id=own ^ (seeded("source", source) if source else 0))
 
@@ -103,12 +118,8 @@ def _sizes(paths: Sequence[Place], web: Web) -> tuple[float, ...]:
         DataError: One is not there.
     """
     asks = sum(map(is_web, paths)) <= _MOST_ASKED
-
-    def size(path: Place) -> int | None:
-        return size_of(path, web) if asks or not is_web(path) else None
-
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        found = list(pool.map(size, paths))
+        found = list(pool.map(lambda p: size_of(p, web) if asks or not is_web(p) else None, paths))
     known = [size for size in found if size is not None]
     mean = sum(known) / max(1, len(known))
     return tuple(mean if size is None else float(size) for size in found) if mean else ()
@@ -211,10 +222,8 @@ class SequentialLane:
 
     def _beginnings(self) -> list[float]:
         """How often an epoch begins in each shard, against the others."""
-        plan = self._resampling
-        if not plan.sizes:
-            return list(plan.weights)
-        return [weight * size for weight, size in zip(plan.weights, plan.sizes, strict=True)]
+        weights, sizes = self._resampling.weights, self._resampling.sizes
+        return [w * size for w, size in zip(weights, sizes or (1.0,) * len(weights), strict=True)]
 
     def _draw(self, edges: Sequence[float], number: int) -> int:
         return min(bisect_right(edges, _fraction(self._seed, number) * edges[-1]), len(edges) - 1)
@@ -223,3 +232,164 @@ class SequentialLane:
 def _fraction(*seed: object) -> float:
     # 53 bits: as many as a float can tell apart below 1.
     return (seeded(*seed) >> 10) / 2**53
+
+
+# So much in a row that no sample is made of, and the shard is given up.
+_PASSED_OVER_BYTES = 2**32
+_LOOK_BACK = 2**20
+
+
+def read_through(where: Place, web: Web) -> Iterator[Sample | str]:
+    """Samples of a tar from its first to its last; a text for each that cannot be used.
+
+    Args:
+        where: A file, URL or command.
+        web: What URLs are read with.
+
+    Raises:
+        DataError: It cannot be read at all.
+    """
+    with closing(_chunks(where, web, 0)) as chunks:
+        yield from _samples(_Flow(chunks), _short_name(where))
+
+
+def read_from(
+    where: Place, web: Web, part: float, counts: dict[Place, int]
+) -> Iterator[Sample | str]:
+    """Samples of a tar from a place on.
+
+    Args:
+        where: A file, URL or command.
+        web: What URLs are read with.
+        part: The place: 0 for the beginning, up to 1 for the end. The sample in which it lies is
+            left out, the one after it is the first.
+        counts: Numbers of samples of the tars that must be read to their end to know them; more
+            are noted here.
+
+    Raises:
+        DataError: It cannot be read at all.
+    """
+    size = _size_to_enter(where, web)
+    if size is None:
+        if where not in counts:
+            counts[where] = sum(1 for _ in read_through(where, web))
+        yield from islice(read_through(where, web), int(part * counts[where]), None)
+        return
+    place = int(part * size)
+    # Far enough before it to meet the header of the member in which it lies.
+    start = max(0, place - _LOOK_BACK) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+    with closing(_chunks(where, web, start)) as chunks:
+        flow = _from_header(chunks, start)
+        # None where the place is in the last member.
+        if flow is not None:
+            yield from _samples(flow, _short_name(where), place)
+
+
+def size_of(where: Place, web: Web) -> int | None:
+    """Bytes of a shard; None where nobody tells.
+
+    Raises:
+        DataError: It is not there.
+    """
+    if is_pipe(where):
+        return None
+    if is_web(where):
+        return web.opening(str(where))[1]
+    with _named(where):
+        return Path(where).stat().st_size
+
+
+def _size_to_enter(where: Place, web: Web) -> int | None:
+    """Size of a plain tar; None for what must be read from its beginning."""
+    if is_pipe(where):
+        return None
+    if is_web(where):
+        opening, size = web.opening(str(where))
+        return size if is_header(opening) else None
+    with _named(where), Path(where).open("rb") as file:
+        return size_of(where, web) if is_header(file.read(tarfile.BLOCKSIZE)) else None
+
+
+@contextmanager
+def _named(where: Place) -> Iterator[None]:
+    """Tell what keeps a file from being read with its name."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{where}: cannot be read ({error.strerror}); restore it") from error
+
+
+def _from_header(chunks: Iterator[bytes], start: int) -> "_Flow | None":
+    """The chunks, which begin at a block's edge, from the first tar header in them on, if any."""
+    rest = b""
+    for chunk in chunks:
+        rest += chunk
+        whole = len(rest) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+        for at in range(0, whole, tarfile.BLOCKSIZE):
+            if is_header(rest[at : at + tarfile.BLOCKSIZE]):
+                return _Flow(chain([rest[at:]], chunks), start + at)
+        rest, start = rest[whole:], start + whole
+    return None
+
+
+def _samples(flow: "_Flow", name: str, behind: int = -1) -> Iterator[Sample | str]:
+    """Samples of a tar.
+
+    Args:
+        flow: Its bytes, from a header on.
+        name: For messages.
+        behind: Byte in a sample that is left out, like all before it.
+    """
+    try:
+        with tarfile.open(
+            fileobj=cast(IO[bytes], flow), mode="r|*", bufsize=CHUNK, tarinfo=StrictHeader
+        ) as tar:
+            members = members_behind(_until_endless(members_in(tar)), flow.start, behind)
+            for found in samples_in(members):
+                try:
+                    yield sample_of(found, name)
+                except DamagedSampleError as error:
+                    yield str(error)
+    except DataError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever damaged bytes make tarfile raise
+        yield f"{name}: is not a whole tar ({error})"
+
+
+def _until_endless(members: Iterable[Member]) -> Iterator[Member]:
+    """The members by whose names samples are made; an error after too many bytes of others."""
+    passed_over = 0
+    for member in members:
+        passed_over = 0 if member.is_wanted else passed_over + member.size
+        if passed_over > _PASSED_OVER_BYTES:
+            raise tarfile.ReadError(f"{passed_over:,} bytes without a sample")
+        if member.is_named_as_wanted:
+            yield member
+
+
+def _short_name(where: Place) -> str:
+    return str(where) if is_pipe(where) else shown(where).rpartition("/")[2]
+
+
+def _chunks(where: Place, web: Web, start: int) -> Generator[bytes, None, None]:
+    if is_pipe(where):
+        yield from piped(str(where))
+    elif is_web(where):
+        yield from web.chunks(str(where), start)
+    else:
+        with _named(where), Path(where).open("rb") as file:
+            file.seek(start)
+            while chunk := file.read(CHUNK):
+                yield chunk
+
+
+class _Flow:
+    """Chunks from byte `start` of a shard on, as the file that tarfile wants: it reads forward."""
+
+    def __init__(self, chunks: Iterator[bytes], start: int = 0):
+        self._chunks, self._rest, self.start = chunks, b"", start
+
+    def read(self, size: int) -> bytes:
+        content = self._rest or next(self._chunks, b"")
+        self._rest = content[size:]
+        return content[:size]

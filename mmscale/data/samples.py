@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmscale.contracts import InputSpec
 from mmscale.data.caption_text import are_cut
+from mmscale.data.damage import DamagedSampleError
 from mmscale.data.decode import decode
-from mmscale.data.reader import DamagedSampleError, SampleReader
+from mmscale.data.reader import SampleReader
 from mmscale.data.shards import ShardSet
 from mmscale.data.transform import EvalTransform, stack_rows
 from mmscale.errors import DataError

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from PIL import Image, ImageOps
 
-from mmscale.data.complaints import reason_of, warnings_named
+from mmscale.data.damage import reason_of, warnings_named
 from mmscale.data.decode import in_rgb
 from mmscale.data.grouping import Trait
 from mmscale.data.index import describe_shard

@@ -7,7 +7,7 @@ each batch; the training process lays the workers' parts end to end, which is la
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -19,27 +19,16 @@ from mmscale.config.data import DataConfig
 from mmscale.config.schema import Config
 from mmscale.contracts import Batch, InputSpec, Position, World
 from mmscale.data.caption_text import are_cut
+from mmscale.data.damage import DamagedSampleError
 from mmscale.data.decode import open_picture
 from mmscale.data.decoded_cache import DecodedCache, Shrinking
 from mmscale.data.lanes import Item, sections, seeded
-from mmscale.data.reader import DamagedSampleError, SampleReader
+from mmscale.data.reader import SampleReader
 from mmscale.data.schedule import AnyLane, Schedule
 from mmscale.data.shards import ShardSet
 from mmscale.data.transform import TrainTransform, stack_rows
 from mmscale.errors import DataError
 from mmscale.parallel.signals import outlive_termination
-
-
-@dataclass(frozen=True)
-class Row:
-    """One image-caption pair, decoded."""
-
-    pixels: Tensor
-    key: str
-    caption: str
-    image_id: int
-    match_id: int
-    label: int
 
 
 @dataclass
@@ -223,53 +212,50 @@ class _Turns(IterableDataset):
         self, turns: list[tuple[AnyLane, int, Item]], epoch: int, reader: SampleReader
     ) -> tuple[Share, list[Tensor]]:
         """The rows of some turns, each an item with its lane and its place there."""
-        share, images = Share(), []
+        share = Share()
+        images: list[Tensor] = []
         for lane, place, item in turns:
-            try:
-                rows = self._rows(item, epoch, reader)
-            except DamagedSampleError as error:
-                rows = self._nearest(lane, place, epoch, reader, str(error))
-                share.damaged.append(str(error))
-            for row in rows:
-                images.append(row.pixels)
-                share.keys.append(row.key)
-                share.captions.append(row.caption)
-                share.image_ids.append(row.image_id)
-                share.match_ids.append(row.match_id)
-                share.labels.append(row.label)
+            images += self._add_first(share, chain([item], lane.around(place)), epoch, reader)
         share.tokens = self._spec.tokenize(share.captions)
         share.cut = sum(are_cut(self._spec, share.captions, share.tokens))
         return share, images
 
-    def _rows(self, item: Item, epoch: int, reader: SampleReader) -> list[Row]:
+    def _add_first(
+        self, share: Share, items: Iterator[Item], epoch: int, reader: SampleReader
+    ) -> list[Tensor]:
+        """Add rows of the first valid sample, and what is wrong with the one before the others."""
+        damage: list[str] = []
+        for item in items:
+            try:
+                images = self._add_rows(share, item, epoch, reader)
+            except DamagedSampleError as error:
+                damage.append(str(error))
+                continue
+            share.damaged += damage[:1]
+            return images
+        raise DataError(
+            f"no sample of a whole lane of data.train can be used, the first {damage[0]}; "
+            "run mmscale verify"
+        )
+
+    def _add_rows(self, share: Share, item: Item, epoch: int, reader: SampleReader) -> list[Tensor]:
+        """Add a sample's rows to a share; their pixels."""
         sample = reader.take(item)
         marks, seed = self._schedule.marks, self._schedule.seed
-        match_id = marks.match_id(item.shard, item.sample, sample.image_id)
-        label = marks.label(item.shard, item.sample, sample.label)
         choices = self._schedule.pick(sample.key, len(sample.captions), epoch, item.turn)
         keys = [f"{sample.key}#{choice}" for choice in choices]
         # The crop repeats on resume and at any worker: it is drawn from the row, not in turn.
         lap = (item.lap,) if item.lap else ()
         seeds = [seeded(seed, epoch, key, "crop", *lap) for key in keys]
         images = self._transform(sample.image, sample.key, seeds)
-        return [
-            Row(image, key, sample.captions[choice], sample.image_id, match_id, label)
-            for image, key, choice in zip(images, keys, choices, strict=True)
-        ]
-
-    def _nearest(
-        self, lane: AnyLane, place: int, epoch: int, reader: SampleReader, reason: str
-    ) -> list[Row]:
-        """Rows of the nearest earlier good sample of the lane, or of the first later one."""
-        for item in lane.around(place):
-            try:
-                return self._rows(item, epoch, reader)
-            except DamagedSampleError:
-                continue
-        raise DataError(
-            f"no sample of a whole lane of data.train can be used, the first {reason}; "
-            "run mmscale verify"
-        )
+        match_id = marks.match_id(item.shard, item.sample, sample.image_id)
+        label = marks.label(item.shard, item.sample, sample.class_number)
+        share.keys += keys
+        share.captions += [sample.captions[choice] for choice in choices]
+        share.image_ids += [sample.image_id] * len(keys)
+        share.match_ids += [match_id] * len(keys)
+        share.labels += [label] * len(keys)
+        return images
 
 
 # Shares that a loader asks a worker for in advance.

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmscale.data.complaints import reason_of
-from mmscale.data.grouping import Bearer, Identities, Trait, settle
-from mmscale.data.index import digest_of, fault_of, trait_of
+from mmscale.data.damage import DamagedShardError, reason_of
+from mmscale.data.grouping import Identities, Trait, settle
+from mmscale.data.index import digest_of, trait_of
 from mmscale.data.manifest import MANIFEST_NAME, Manifest, Shard, read_manifest, with_identities
-from mmscale.data.members import image_of
+from mmscale.data.members import describe_members
 from mmscale.data.pool import map_ordered
-from mmscale.data.walk import DamagedShardError, walk_shard
+from mmscale.data.tar import walk_shard
 from mmscale.errors import DataError
 
 
@@ -75,17 +75,17 @@ def verify(
         for path in sorted(folder.glob("*.tar"))
         if path.name not in listed
     ]
-    bearers: list[list[Bearer]] = []
+    traits: list[list[Trait]] = []
     check = partial(_check_shard, folder)
     for done, found in enumerate(map_ordered(check, manifest.shards, workers), start=1):
         faults += found.faults
-        bearers.append(found.bearers)
+        traits.append(found.traits)
         if progress:
             progress(done, len(manifest.shards))
-    settled = settle([shard.name for shard in manifest.shards], bearers)
+    settled = settle([shard.name for shard in manifest.shards], traits)
     faults += [
         f"{folder / shard.name}: sample {found[place].key} is in {owner} too"
-        for shard, found, repeats in zip(manifest.shards, bearers, settled.repeats, strict=True)
+        for shard, found, repeats in zip(manifest.shards, traits, settled.repeats, strict=True)
         for place, owner in repeats.items()
     ]
     return faults or _identity_faults(folder, manifest, settled.traits)
@@ -128,7 +128,7 @@ class _Found:
     keys: list[str] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     captions: list[int] = field(default_factory=list)
-    bearers: list[Bearer] = field(default_factory=list)
+    traits: list[Trait] = field(default_factory=list)
     unlisted: int = 0
 
 
@@ -153,23 +153,21 @@ def _check_shard(folder: Path, shard: Shard) -> _Found:
 
 def _check_samples(path: Path, listed: dict[int, int], found: _Found) -> None:
     seen: set[str] = set()
-    for sample in walk_shard(path):
+    for in_tar in walk_shard(path):
         # What index left out is not in the manifest, so nobody reads it.
-        if sample.offset not in listed:
+        if in_tar.offset not in listed:
             found.unlisted += 1
             continue
-        sample.counted = listed[sample.offset]
-        fault = "occurs twice" if sample.key in seen else fault_of(sample)
+        sample = describe_members(in_tar, listed[in_tar.offset])
+        fault = "occurs twice" if sample.key in seen else sample.fault or image_fault(sample.image)
         seen.add(sample.key)
-        if fault is None and (image := image_of(sample.members)) is not None:
-            fault = image_fault(image)
         if fault:
             found.faults.append(f"{path}: sample {sample.key} {fault}")
         else:
-            found.bearers.append(Bearer(sample.key, trait_of(sample), sample.description.source))
+            found.traits.append(trait_of(sample))
         found.keys.append(sample.key)
-        found.offsets.append(sample.offset)
-        found.captions.append(len(sample.description.captions))
+        found.offsets.append(in_tar.offset)
+        found.captions.append(len(sample.captions))
 
 
 def _compare(path: Path, shard: Shard, found: _Found) -> None:

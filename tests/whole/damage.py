@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mmscale.data.members import IMAGE_SUFFIXES
+from mmscale.data.tar import IMAGE_SUFFIXES
 
 END = bytes(1024)
 BLOCK = 512

@@ -166,7 +166,7 @@ def _image_folder(recipe: Recipe, listing: Listing) -> Path:
         for folder in (base / candidate, base / candidate / inner, listing.file.parent / candidate):
             if folder.is_dir():
                 tried.append(folder)
-                if any(_is_file(folder / name) for name in names):
+                if any(is_file(folder / name) for name in names):
                     return folder
     raise NoImageError(
         f"{base}: none of the {len(names):,} images that {listing.file.name} names, first "
@@ -204,7 +204,8 @@ def _shown(fault: Rejection) -> str:
     return f"{fault.key}: {fault.reason}"
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
+    """Whether a file is there; a name that no file system takes is none."""
     try:
         return path.is_file()
     except OSError:
@@ -215,7 +216,7 @@ def _ending_hint(folders: list[Path], name: str) -> str | None:
     """What to say where only the ending is missing."""
     for folder in folders:
         for ending in (".jpg", ".jpeg", ".png", ".webp", ".JPG", ".PNG"):
-            if _is_file(folder / f"{name}{ending}"):
+            if is_file(folder / f"{name}{ending}"):
                 return f"{folder} holds {name}{ending}: write names with their ending"
     return None
 

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from mmscale.contracts import InputSpec
+from mmscale.data.damage import DamagedSampleError
 from mmscale.data.decode import SIDE, decode, in_rgb, thumbnail
 from mmscale.data.decoded_cache import Shrinking
-from mmscale.data.reader import DamagedSampleError
 from mmscale.data.shard_writer import Treatment, prepare_image
 from mmscale.errors import DataError
 from mmscale.evaluation import Transform
@@ -114,7 +114,7 @@ def test_a_palette_with_alpha_keeps_its_colours_and_says_nothing():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_what_a_library_warns_of_is_told_once_with_the_name(capfd, monkeypatch):
     # Another test's picture may have been told of in this process.
-    monkeypatch.setattr("mmscale.data.complaints._told", set())
+    monkeypatch.setattr("mmscale.data.damage._told", set())
     file = io.BytesIO()
     # A tag block that ends before its first entry.
     exif = b"Exif\0\0MM\0*\0\0\0\x08\x00\x05\x01\x12"

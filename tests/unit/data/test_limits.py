@@ -13,15 +13,16 @@ from pathlib import Path
 import pytest
 
 from mmscale.data import manifest as manifests
-from mmscale.data import remote, shard_bytes, tar_stream
+from mmscale.data import remote, resampled, shard_bytes
+from mmscale.data.damage import DamagedSampleError
 from mmscale.data.index import index
 from mmscale.data.lanes import Item
 from mmscale.data.manifest import Shard, read_manifest
-from mmscale.data.reader import DamagedSampleError, SampleReader
+from mmscale.data.reader import SampleReader
 from mmscale.data.remote import Web
+from mmscale.data.resampled import read_through
 from mmscale.data.shard_bytes import _Ranges
 from mmscale.data.shards import ShardSet, open_shards
-from mmscale.data.tar_stream import read_through
 from mmscale.errors import DataError
 from tests.unit.data.tars import add, write_shards
 from tests.unit.data.web_server import serving
@@ -254,7 +255,7 @@ def test_a_member_that_nobody_asked_for_stays_where_it_is(big, kind):
 
 
 def test_bytes_without_a_sample_end_a_shard_that_is_read_through(tmp_path, monkeypatch):
-    monkeypatch.setattr(tar_stream, "_PASSED_OVER_BYTES", 2**20)
+    monkeypatch.setattr(resampled, "_PASSED_OVER_BYTES", 2**20)
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         add(tar, "a.jpg", b"x")
         add(tar, "a.txt", b"a dog")

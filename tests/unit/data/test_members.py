@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mmscale.data.damage import DamagedSampleError
 from mmscale.data.index import index
-from mmscale.data.members import TEXT_BYTES, describe_members, image_id_of
-from mmscale.data.reader import DamagedSampleError, SampleReader, parse_sample
+from mmscale.data.members import describe_members, image_id_of
+from mmscale.data.reader import SampleReader, parse_sample
 from mmscale.data.shards import open_shards
-from mmscale.data.walk import walk_shard
+from mmscale.data.tar import TEXT_BYTES, TarSample, walk_shard
 
 
 def picture(colour):
@@ -65,20 +66,24 @@ def test_manifest_and_reader_agree_on_every_sample(shard):
     for place, found in enumerate(walk_shard(shard)):
         sample = reader.read(0, place)
         assert sample.key == found.key
-        assert sample.captions == found.description.captions
-        assert sample.image_id == found.description.image_id
+        assert sample.captions == describe_members(found).captions
+        assert sample.image_id == describe_members(found).image_id
         assert sample.image == picture("blue")
         assert len(sample.captions) == manifest.shards[0].captions[place]
 
 
+def described(key):
+    return describe_members(TarSample(key, members=SAMPLES[key]))
+
+
 def test_captions_and_identity_fall_back():
-    own = describe_members("own", SAMPLES["own"])
+    own = described("own")
     assert (own.captions, own.image_id) == (("two", "three"), 7)
-    elsewhere = describe_members("elsewhere", SAMPLES["elsewhere"])
+    elsewhere = described("elsewhere")
     assert elsewhere.captions == ("größer",)
     assert elsewhere.image_id == image_id_of("web", "elsewhere")
     for key in ("text", "boolean", "negative", "large"):
-        assert describe_members(key, SAMPLES[key]).image_id == image_id_of("", key)
+        assert described(key).image_id == image_id_of("", key)
     assert 0 <= image_id_of("web", "k") < 2**63
     assert image_id_of("", "k") != image_id_of("web", "k")
 
@@ -88,6 +93,7 @@ def test_manifest_and_reader_refuse_the_same_samples(key, tmp_path):
     path = tmp_path / "0.tar"
     write(path, {key: USELESS[key]})
     (found,) = walk_shard(path)
-    assert found.description.fault
-    with pytest.raises(DamagedSampleError, match=found.description.fault):
+    fault = describe_members(found).fault
+    assert fault
+    with pytest.raises(DamagedSampleError, match=fault):
         parse_sample(path.read_bytes(), path.name)

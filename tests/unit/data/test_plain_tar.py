@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmscale.data.walk import plain_members
+from mmscale.data.tar import plain_members
 
 NAMES = st.one_of(
     st.sampled_from(["a.jpg", "a.txt", "folder/b.json", "c.d.png", "folder/", "k" * 99 + "l.jpg"]),

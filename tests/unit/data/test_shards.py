@@ -1,13 +1,16 @@
 """Shards are found where a setting says, and one that is not what its manifest says is named."""
 
+import json
 import os
 import shutil
 import tarfile
 
 import pytest
+import webdataset
 
 from mmscale.config.data import SourceConfig
-from mmscale.data.reader import DamagedSampleError, SampleReader, parse_sample
+from mmscale.data.damage import DamagedSampleError
+from mmscale.data.reader import SampleReader, parse_sample
 from mmscale.data.shards import list_shards, open_shards
 from mmscale.errors import ConfigError, DataError
 from tests.unit.data.tars import write_shards
@@ -31,6 +34,27 @@ def test_folders_globs_and_brace_lists(folder, pattern, names):
     shards = open_shards("data.train", f"{folder}{pattern}")
     assert [path.name for path in shards.paths] == [f"train-00000{name}.tar" for name in names]
     assert shards.sources == ((len(names), 1.0),)
+
+
+def test_webdataset_reads_packed_shards_as_the_reader_does(synthetic):
+    shards = open_shards("data.train", str(synthetic.train))
+    reader = SampleReader(shards)
+    ours = [
+        reader.read(number, sample)
+        for number, shard in enumerate(shards.shards)
+        for sample in range(shard.samples)
+    ]
+    theirs = list(webdataset.WebDataset([str(path) for path in shards.paths], shardshuffle=False))
+    assert [sample["__key__"] for sample in theirs] == [sample.key for sample in ours]
+    for sample, other in zip(ours, theirs, strict=True):
+        assert {name for name in other if not name.startswith("__")} == {"jpg", "txt", "json"}
+        assert other["jpg"] == sample.image
+        assert other["txt"].decode() == sample.captions[0]
+        described = json.loads(other["json"])
+        assert (described["image_id"], tuple(described["captions"])) == (
+            sample.image_id,
+            sample.captions,
+        )
 
 
 def test_sources_keep_their_weights(folder, tmp_path):

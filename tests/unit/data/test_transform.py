@@ -16,8 +16,8 @@ from torchvision.transforms import RandomResizedCrop
 
 from mmscale.config.data import DataConfig
 from mmscale.contracts import InputSpec
+from mmscale.data.damage import DamagedSampleError
 from mmscale.data.decode import decode, open_picture
-from mmscale.data.reader import DamagedSampleError
 from mmscale.data.transform import (
     EvalTransform,
     TrainTransform,

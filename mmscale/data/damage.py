@@ -1,4 +1,7 @@
-"""What image libraries complain about, told with the name of the image that it is about."""
+"""What cannot be used of a data set: how it is told, and how much of it is taken for a mistake.
+
+What image libraries complain about is told with the name of the image that it is about.
+"""
 
 import re
 import sys
@@ -10,12 +13,37 @@ from PIL import UnidentifiedImageError
 
 from mmscale.errors import printable
 
+# Above this share something is wrong with all of them, unless they are a handful.
+MOST_LEFT_OUT = 0.5
+_HANDFUL = 8
 # `decode_jpeg, /build/csrc/decode_jpeg.cpp:171, ` in front of what torchvision has to say.
 _PLACE_IN_SOURCE = re.compile(r"^\w+, \S+\.\w+:\d+, ")
 _OBJECT = re.compile(r"\s*<[^<>]* at 0x[0-9a-fA-F]+>")
 # What else is warned of is for programmers.
 _OF_IMAGES = (UserWarning, RuntimeWarning)
 _told: set[str] = set()
+
+
+class DamagedSampleError(Exception):
+    """A sample that cannot be used; the stream puts another in its place."""
+
+
+class DamagedShardError(Exception):
+    """A file that cannot be walked as a tar to its end.
+
+    Args:
+        fault: What is wrong with it.
+        repair: What to do.
+    """
+
+    def __init__(self, fault: str, repair: str = "fetch or pack the shard again"):
+        super().__init__(fault)
+        self.repair = repair
+
+
+def are_too_many(left_out: int, total: int, most: float) -> bool:
+    """Whether so many of `total` may not be left out without a word of the user."""
+    return left_out >= _HANDFUL and left_out > most * total
 
 
 def reason_of(error: Exception) -> str:
