@@ -20,10 +20,9 @@ from mmscale.config.paths import path_of
 from mmscale.config.schema import Config
 from mmscale.contracts import InputSpec, Peers
 from mmscale.data.caption_text import with_cleaning
-from mmscale.data.decode import in_rgb
 from mmscale.data.features import FeatureTable
+from mmscale.data.pixels import EvalTransform, in_rgb, normalise
 from mmscale.data.shards import ShardSet
-from mmscale.data.transform import EvalTransform, normalise
 from mmscale.diagnostics.pairs import Pairs, Sources
 from mmscale.diagnostics.retrieval import RECALLS, recalls, reranked_recalls, shortlists
 from mmscale.encoding import HeldOut, encode_set

@@ -63,13 +63,13 @@ def _seeded():
 @pytest.fixture(scope="session")
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> SyntheticPairs:
     """144 small pairs in several shards a split: 96 train, 24 val, 24 test. Read only."""
-    from mmscale.data.pack import pack
-    from mmscale.data.synth import render
+    from mmscale.data.pack import PackSettings, pack
+    from mmscale.data.synth import SynthSettings, render
 
     folder = tmp_path_factory.mktemp("synthetic")
     pairs = SyntheticPairs(folder / "source", folder / "packed")
-    render(pairs.source, 144, seed=0, size=64, val=24, test=24)
-    pack(pairs.source, pairs.packed, samples_per_shard=32)
+    render(pairs.source, SynthSettings(144, seed=0, size=64, val=24, test=24))
+    pack(pairs.source, pairs.packed, PackSettings(samples_per_shard=32))
     return pairs
 
 

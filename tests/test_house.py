@@ -28,8 +28,8 @@ FOREIGN = {"datasets", "distributed", "evaluate", "tokenizers", "wandb", "webdat
 TO_BE_WRITTEN = {"mmscale/loss/cyclic.py"}
 # A little above what is true today, so that a change has room and growth is noticed.
 FILES, LINES, LONGEST_FILE = 238, 37_000, 401
-LONG_FUNCTIONS, WIDE_FUNCTIONS = 2, 9
-WAY_FILES, WAY_LINES = 17, 3_300
+LONG_FUNCTIONS, WIDE_FUNCTIONS = 0, 8
+WAY_FILES, WAY_LINES = 16, 3_300
 # Roots of folders that exist on one machine only.
 MACHINE_PATHS = re.compile(r"(?<![\w.~$}-])/(?:work|home|root|Users)/\w")
 VAGUE_NAMES = {"utils.py", "helpers.py", "common.py", "misc.py"}

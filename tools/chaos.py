@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 
 from mmscale.checkpoint.files import Checkpoint, step_folders
-from mmscale.data.pack import pack
-from mmscale.data.synth import render
+from mmscale.data.pack import PackSettings, pack
+from mmscale.data.synth import SynthSettings, render
 from mmscale.report.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -239,8 +239,8 @@ def main() -> None:
 
 
 def _trials(folder: Path, asked: argparse.Namespace) -> list[str]:
-    render(folder / "source", 144, seed=0, size=64, val=24, test=24)
-    pack(folder / "source", folder / "packed", samples_per_shard=32)
+    render(folder / "source", SynthSettings(144, seed=0, size=64, val=24, test=24))
+    pack(folder / "source", folder / "packed", PackSettings(samples_per_shard=32))
     settings = folder / "chaos.yaml"
     settings.write_text(SETTINGS, "utf-8")
     words = [

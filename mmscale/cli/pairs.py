@@ -1,6 +1,7 @@
 """Verbs on pairs: `synth`, `pack`, `index`, `verify`."""
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -32,21 +33,14 @@ def synth(
     workers: Workers = 2,
 ) -> int:
     """Render captioned scenes in Flickr30k's layout."""
-    from mmscale.data.synth import render
+    from mmscale.data.synth import SynthSettings, render
     from mmscale.report.console import progress_of
 
+    settings = SynthSettings(
+        images, seed, size, mispaired=mispaired, duplicates=duplicates, ambiguity=ambiguity
+    )
     with progress_of("rendered") as progress, writing("--out", out):
-        render(
-            out,
-            images,
-            seed,
-            size=size,
-            mispaired=mispaired,
-            duplicates=duplicates,
-            ambiguity=ambiguity,
-            workers=workers,
-            progress=progress,
-        )
+        render(out, settings, workers, progress)
     say(f"{images:,} images with 5 captions each in {out}")
     return 0
 
@@ -95,29 +89,18 @@ def pack(
     Images keep their bytes unless --resize or --quality is given. With --part several processes,
     also on several machines, share the shards; the one that ends last writes the manifest.
     """
-    from dataclasses import asdict
-
+    from mmscale.data.pack import PackSettings
     from mmscale.data.pack import pack as run
     from mmscale.data.pack_folder import Part
     from mmscale.report.console import progress_of
 
     chosen = Part.parse(part)
+    settings = PackSettings(
+        split, samples_per_shard, resize, quality, max_pixels, images, hold_out, max_left_out
+    )
     with progress_of("packed") as progress:
         results = run(
-            source,
-            out,
-            split,
-            samples_per_shard=samples_per_shard,
-            resize=resize,
-            max_pixels=max_pixels,
-            workers=workers,
-            progress=progress,
-            quality=quality,
-            part=chosen,
-            tell=tell,
-            images=images,
-            hold_out=hold_out,
-            most_left_out=max_left_out,
+            source, out, settings, workers=workers, part=chosen, progress=progress, tell=tell
         )
     for result in results:
         say(str(result))

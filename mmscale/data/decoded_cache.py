@@ -18,16 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torchvision
-from jaxtyping import UInt8
 from PIL import __version__ as pillow_version
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode, functional
 
 from mmscale.config.data import DataConfig
 from mmscale.contracts import InputSpec
-from mmscale.data.decode import REDUCTIONS, open_picture
+from mmscale.data.pixels import REDUCTIONS, KeptPicture, open_picture
 from mmscale.outputs import publish, sync
 
 SEGMENT_BYTES = 32 * 2**20
@@ -60,7 +58,7 @@ class Shrinking:
         side = math.ceil(spec.image_size / math.sqrt(data.crop_scale[0]))
         return cls(side, spec.interpolation, False)
 
-    def __call__(self, content: bytes, where: str) -> "Kept":
+    def __call__(self, content: bytes, where: str) -> KeptPicture:
         """Decode and shrink.
 
         Raises:
@@ -73,7 +71,7 @@ class Shrinking:
         if min(pixels.shape[1:]) > self.side:
             mode = InterpolationMode(self.interpolation)
             pixels = functional.resize_image(pixels, [self.side], mode, antialias=True)
-        return Kept(picture.height, picture.width, pixels.permute(1, 2, 0).contiguous())
+        return KeptPicture(picture.height, picture.width, pixels.permute(1, 2, 0).contiguous())
 
     @property
     def name(self) -> str:
@@ -81,25 +79,6 @@ class Shrinking:
         versions = (_VERSION, torchvision.__version__, pillow_version)
         facts = json.dumps([self.side, self.interpolation, self.is_exact, *versions])
         return hashlib.sha256(facts.encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A decoded picture, used like a `Picture`.
-
-    Attributes:
-        height: Of the whole picture, pixels: crops are drawn as they are without a cache.
-        width: Of the whole picture, pixels.
-        stored: What is kept of it.
-    """
-
-    height: int
-    width: int
-    stored: UInt8[Tensor, "h w 3"]
-
-    def pixels(self, reduction: int = 1) -> UInt8[Tensor, "3 h w"]:
-        """The pixels as they are kept; they are small already."""
-        return self.stored.permute(2, 0, 1)
 
 
 class DecodedCache:
@@ -118,13 +97,13 @@ class DecodedCache:
         self._shrink, self._limit = shrink, limit
         self._found: dict[str, tuple[Any, str]] = {}
         self._segments: set[str] = set()
-        self._pending: dict[str, Kept] = {}
+        self._pending: dict[str, KeptPicture] = {}
         self._pending_bytes = 0
         self._is_full = False
         # The clock of a file system may lag behind.
         self._opened = time.time() - 1
 
-    def picture(self, content: bytes, where: str) -> Kept:
+    def picture(self, content: bytes, where: str) -> KeptPicture:
         """The picture of an encoded image, kept or decoded now; the same pixels either way.
 
         Raises:
@@ -134,7 +113,7 @@ class DecodedCache:
         if found := self._found.get(digest):
             file, name = found
             _, height, width = name.split("-")
-            return Kept(int(height), int(width), file.get_tensor(name))
+            return KeptPicture(int(height), int(width), file.get_tensor(name))
         if pending := self._pending.get(digest):
             return pending
         kept = self._shrink(content, where)

@@ -35,73 +35,84 @@ from mmscale.errors import ConfigError, DataError
 _REASONS = 3
 
 
+@dataclass(frozen=True)
+class PackSettings:
+    """What is packed of a data set, and how.
+
+    Attributes:
+        split: The only split to pack, into the folder itself; None: each into one of its own.
+        samples_per_shard: Records cut for each shard; rejected images leave it smaller.
+        resize: Shrink images to this shorter side, pixels; others keep their bytes.
+        quality: Encode all images anew with this quality; without it those that are shrunk, at 95.
+        max_pixels: Reject images with more.
+        images: Folder of the images, where it cannot be found beside the captions.
+        hold_out: Share of the images that become `val`, where the source tells no splits.
+        most_left_out: Share of a split's images that may be missing or useless.
+    """
+
+    split: str | None = None
+    samples_per_shard: int = 1000
+    resize: int | None = None
+    quality: int | None = None
+    max_pixels: int = 89_478_485
+    images: Path | None = None
+    hold_out: float = 0.0
+    most_left_out: float = MOST_LEFT_OUT
+
+
+_DEFAULT, _ALL = PackSettings(), Part()
+
+
 def pack(
     source: Path,
     out: Path,
-    split: str | None = None,
-    samples_per_shard: int = 1000,
-    resize: int | None = None,
-    max_pixels: int = 89_478_485,
-    workers: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    settings: PackSettings = _DEFAULT,
     *,
-    quality: int | None = None,
-    part: Part | None = None,
-    tell: Callable[[str], None] | None = None,
-    images: Path | None = None,
-    hold_out: float = 0.0,
-    most_left_out: float = MOST_LEFT_OUT,
+    workers: int = 1,
+    part: Part = _ALL,
+    progress: Callable[[int, int], None] | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> list[PackResult]:
     """Pack a data set, one split a folder; goes on where an earlier run was stopped.
 
     Args:
         source: Folder, caption file or recipe of the data set.
-        out: Folder of the shards; with `split` itself, else one folder a split inside it.
-        split: The only split to pack.
-        samples_per_shard: Records cut for each shard; rejected images leave it smaller.
-        resize: Shrink images to this shorter side, pixels; others keep their bytes.
-        max_pixels: Reject images with more.
+        out: Folder of the shards, or of a folder for each split.
+        settings: What is packed, and how.
         workers: Processes that check and write.
-        progress: Called with images done and images in all.
-        quality: Encode all images anew with this quality; without it those that are shrunk, at 95.
         part: The shards that are this process's to write; default all.
+        progress: Called with images done and images in all.
         tell: Called with a line for what a person should know about the source.
-        images: Folder of the images, where it cannot be found beside the captions.
-        hold_out: Share of the images that become `val`, where the source tells no splits.
-        most_left_out: Share of a split's images that may be missing or useless.
 
     Raises:
         ConfigError: A number is out of its range, or `out` cannot be written.
         DataError: Nothing to pack, too many images rejected, or `out` holds another pack.
         LaunchError: A worker was killed.
     """
-    _check(samples_per_shard, resize, max_pixels, quality)
-    part = part or Part()
-    data = read_source(source, images)
-    if hold_out:
-        data = held_out(data, hold_out)
-    if tell:
-        for note in data.notes:
-            tell(note)
-    splits = _choose(data, Path(source), split)
+    _check(settings)
+    data = read_source(source, settings.images)
+    if settings.hold_out:
+        data = held_out(data, settings.hold_out)
+    for note in data.notes:
+        tell(note)
+    splits = _choose(data, Path(source), settings.split)
     records, copies = without_copies(data.records, workers)
-    if tell and copies:
+    if copies:
         tell(
             f"{len(copies):,} images have the bytes of another and are left out with their "
             "captions; give one name to an image that has several captions"
         )
-    treatment = Treatment(resize, quality, max_pixels)
     plans = []
     for name in splits:
-        folder = Path(out) if split is not None else Path(out) / name
+        folder = Path(out) if settings.split is not None else Path(out) / name
         mine = [record for record in records if record.split == name]
-        _require_images(mine, most_left_out)
+        _require_images(mine, settings.most_left_out)
         refused = _refused((*data.rejected, *copies), name)
-        plans.append(_plan(data, name, folder, treatment, samples_per_shard, mine, refused))
+        plans.append(_plan(data, name, folder, settings, mine, refused))
     total = sum(len(task.records) for plan in plans for task in plan.of(part))
     advance = _counting(total, progress)
     try:
-        return [_pack_split(plan, part, workers, advance, most_left_out) for plan in plans]
+        return [_pack_split(plan, part, workers, advance) for plan in plans]
     except OSError as error:
         raise ConfigError(
             f"out={out}: cannot be written ({error.strerror}); make room there or choose another "
@@ -109,14 +120,13 @@ def pack(
         ) from error
 
 
-def _check(
-    samples_per_shard: int, resize: int | None, max_pixels: int, quality: int | None
-) -> None:
-    if samples_per_shard < 1 or max_pixels < 1 or (resize is not None and resize < 1):
+def _check(settings: PackSettings) -> None:
+    size, resize, most = settings.samples_per_shard, settings.resize, settings.max_pixels
+    if size < 1 or most < 1 or (resize is not None and resize < 1):
         raise ConfigError(
-            f"samples_per_shard={samples_per_shard}, resize={resize} and max_pixels={max_pixels} "
-            "must be at least 1"
+            f"samples_per_shard={size}, resize={resize} and max_pixels={most} must be at least 1"
         )
+    quality = settings.quality
     if quality is not None and not 1 <= quality <= 100:
         raise ConfigError(f"quality={quality} is not a quality; give 1 to 100")
 
@@ -158,9 +168,10 @@ class _Plan:
     data: Source
     split: str
     folder: Path
-    settings: str
+    digest: str
     tasks: tuple[Task, ...]
     refused: list[tuple[str, str]]
+    most_left_out: float
 
     def of(self, part: Part) -> tuple[Task, ...]:
         """The shards that are a part's to write."""
@@ -171,31 +182,32 @@ def _plan(
     data: Source,
     split: str,
     folder: Path,
-    treatment: Treatment,
-    size: int,
+    settings: PackSettings,
     records: list[Record],
     refused: list[tuple[str, str]],
 ) -> _Plan:
-    settings = settings_digest(split, treatment, size, records, refused)
+    treatment = Treatment(settings.resize, settings.quality, settings.max_pixels)
+    size = settings.samples_per_shard
+    digest = settings_digest(split, treatment, size, records, refused)
     tasks = tuple(
         Task(
             folder,
             f"{split}-{start // size:06d}.tar",
-            settings,
+            digest,
             treatment,
             tuple(records[start : start + size]),
         )
         for start in range(0, len(records), size)
     )
-    return _Plan(data, split, folder, settings, tasks, refused)
+    return _Plan(data, split, folder, digest, tasks, refused, settings.most_left_out)
 
 
 def _pack_split(
-    plan: _Plan, part: Part, workers: int, advance: Callable[[int], None], most: float
+    plan: _Plan, part: Part, workers: int, advance: Callable[[int], None]
 ) -> PackResult:
     plan.folder.mkdir(parents=True, exist_ok=True)
     mine = plan.of(part)
-    manifest, kept = finished_manifest(plan.folder, plan.settings), len(mine)
+    manifest, kept = finished_manifest(plan.folder, plan.digest), len(mine)
     if manifest:
         advance(sum(len(task.records) for task in mine))
     else:
@@ -207,10 +219,10 @@ def _pack_split(
         everyone = [written.get(task.name) or read_done(task) for task in plan.tasks]
         kept = sum(done.kept for done in written.values())
         # The notes of other parts are gone once one of them has written the manifest.
-        manifest = finished_manifest(plan.folder, plan.settings, trust=True)
+        manifest = finished_manifest(plan.folder, plan.digest, trust=True)
         if manifest is None and None in everyone:
             return _unfinished(plan, list(written.values()), everyone.count(None))
-        manifest = manifest or _finish(plan, [done for done in everyone if done], most)
+        manifest = manifest or _finish(plan, [done for done in everyone if done])
     sweep(plan.folder, plan.tasks)
     reasons = read_reasons(plan.folder)
     return PackResult(
@@ -240,7 +252,7 @@ def _unfinished(plan: _Plan, written: list[Done], missing: int) -> PackResult:
     )
 
 
-def _finish(plan: _Plan, everyone: list[Done], most: float) -> Manifest:
+def _finish(plan: _Plan, everyone: list[Done]) -> Manifest:
     """Write the list of rejected images, then the manifest."""
     rejected = [*plan.refused, *(line for done in everyone for line in done.rejected)]
     write_rejected(plan.folder, rejected)
@@ -253,11 +265,12 @@ def _finish(plan: _Plan, everyone: list[Done], most: float) -> Manifest:
             f"first {key}: {reason}; see {REJECTED_NAME}"
         )
     useless = sum(len(done.rejected) for done in everyone)
-    _require_few(plan.folder, useless, sum(len(task.records) for task in plan.tasks), most)
+    total = sum(len(task.records) for task in plan.tasks)
+    _require_few(plan.folder, useless, total, plan.most_left_out)
     identified, _ = with_identities(
         [done.shard for done in packed if done.shard], [done.traits for done in packed]
     )
-    manifest = Manifest(plan.split, plan.data.name, identified, plan.settings, plan.data.classes)
+    manifest = Manifest(plan.split, plan.data.name, identified, plan.digest, plan.data.classes)
     write_manifest(plan.folder, manifest)
     return manifest
 

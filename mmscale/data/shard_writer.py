@@ -16,11 +16,11 @@ from typing import IO, Any
 from PIL import Image, ImageOps
 
 from mmscale.data.damage import reason_of, warnings_named
-from mmscale.data.decode import in_rgb
 from mmscale.data.grouping import Trait
 from mmscale.data.index import describe_shard
 from mmscale.data.manifest import Shard, parse_shard
 from mmscale.data.members import image_id_of
+from mmscale.data.pixels import in_rgb
 from mmscale.data.sources import Record
 from mmscale.errors import DataError
 from mmscale.outputs import publish, replace_file

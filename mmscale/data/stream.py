@@ -20,13 +20,12 @@ from mmscale.config.schema import Config
 from mmscale.contracts import Batch, InputSpec, Position, World
 from mmscale.data.caption_text import are_cut
 from mmscale.data.damage import DamagedSampleError
-from mmscale.data.decode import open_picture
 from mmscale.data.decoded_cache import DecodedCache, Shrinking
 from mmscale.data.lanes import Item, sections, seeded
+from mmscale.data.pixels import TrainTransform, open_picture, stack_rows
 from mmscale.data.reader import SampleReader
 from mmscale.data.schedule import AnyLane, Schedule
 from mmscale.data.shards import ShardSet
-from mmscale.data.transform import TrainTransform, stack_rows
 from mmscale.errors import DataError
 from mmscale.parallel.signals import outlive_termination
 

@@ -32,35 +32,10 @@ class _Pair:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """What every image of a render shares."""
+class SynthSettings:
+    """What is rendered.
 
-    folder: Path
-    seed: int
-    size: int
-    quality: int
-    ambiguity: float
-
-
-def render(
-    out: Path,
-    images: int,
-    seed: int,
-    *,
-    size: int = 96,
-    quality: int = 90,
-    val: int | None = None,
-    test: int | None = None,
-    mispaired: float = 0.0,
-    duplicates: float = 0.0,
-    ambiguity: float = 0.0,
-    workers: int = 1,
-    progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Render captioned scenes into a folder in Flickr30k layout.
-
-    Args:
-        out: Folder that gets `images/`, `results_20130124.token` and `dataset_flickr30k.json`.
+    Attributes:
         images: How many; the last ones are `val`, then `test`, the others `train`.
         seed: Every scene is drawn from it and the image's index.
         size: Side of the square images, pixels.
@@ -70,26 +45,75 @@ def render(
         mispaired: Share of images whose captions belong to another image of their split.
         duplicates: Share of images that show another's scene anew, with captions of their own.
         ambiguity: Probability that a caption leaves so much out that it fits several scenes.
+    """
+
+    images: int
+    seed: int = 0
+    size: int = 96
+    quality: int = 90
+    val: int | None = None
+    test: int | None = None
+    mispaired: float = 0.0
+    duplicates: float = 0.0
+    ambiguity: float = 0.0
+
+    @property
+    def held_out(self) -> tuple[int, int]:
+        """Images of `val` and of `test`."""
+        twelfth = max(1, self.images // 12)
+        return (
+            twelfth if self.val is None else self.val,
+            twelfth if self.test is None else self.test,
+        )
+
+    def check(self) -> None:
+        """Refuse numbers that make no data set.
+
+        Raises:
+            ConfigError: They make none.
+        """
+        val, test = self.held_out
+        if val < 0 or test < 0 or val + test >= self.images:
+            raise ConfigError(
+                f"images={self.images} leaves none for training beside val={val} and test={test}; "
+                f"render at least {max(0, val) + max(0, test) + 1}"
+            )
+        if self.size < 32:
+            raise ConfigError(
+                f"size={self.size} is too small to tell shapes apart; give at least 32 pixels"
+            )
+        for name in ("mispaired", "duplicates", "ambiguity"):
+            if not 0 <= (share := getattr(self, name)) <= 1:
+                raise ConfigError(f"{name}={share} is not a share; give a number from 0 to 1")
+
+
+def render(
+    out: Path,
+    settings: SynthSettings,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Render captioned scenes into a folder in Flickr30k layout.
+
+    Args:
+        out: Folder that gets `images/`, `results_20130124.token` and `dataset_flickr30k.json`.
+        settings: What is rendered.
         workers: Processes that render.
         progress: Called with images done and images in all.
 
     Raises:
         ConfigError: The numbers make no data set.
     """
-    twelfth = max(1, images // 12)
-    val, test = (twelfth if count is None else count for count in (val, test))
-    _check(images, val, test, size)
-    _check_shares(mispaired=mispaired, duplicates=duplicates, ambiguity=ambiguity)
+    settings.check()
     folder = Path(out) / "images"
     folder.mkdir(parents=True, exist_ok=True)
-    job = _Job(folder, seed, size, quality, ambiguity)
-    pairs = _plan(images, seed, val, test, mispaired, duplicates)
-    entries = []
-    chunks = [pairs[start : start + _CHUNK] for start in range(0, images, _CHUNK)]
-    for batch in map_ordered(partial(_render_pairs, job), chunks, workers):
+    pairs = _plan(settings)
+    entries: list[dict[str, Any]] = []
+    chunks = [pairs[start : start + _CHUNK] for start in range(0, settings.images, _CHUNK)]
+    for batch in map_ordered(partial(_render_pairs, folder, settings), chunks, workers):
         entries += batch
         if progress:
-            progress(len(entries), images)
+            progress(len(entries), settings.images)
     _write_captions(Path(out), entries)
 
 
@@ -99,25 +123,8 @@ def image_name(seed: int, index: int) -> str:
     return f"{1_000_000_000 + (index * 2_654_435_761 + seed * 40_503) % 9_000_000_000}.jpg"
 
 
-def _check(images: int, val: int, test: int, size: int) -> None:
-    if val < 0 or test < 0 or val + test >= images:
-        raise ConfigError(
-            f"images={images} leaves none for training beside val={val} and test={test}; "
-            f"render at least {max(0, val) + max(0, test) + 1}"
-        )
-    if size < 32:
-        raise ConfigError(f"size={size} is too small to tell shapes apart; give at least 32 pixels")
-
-
-def _check_shares(**shares: float) -> None:
-    for name, share in shares.items():
-        if not 0 <= share <= 1:
-            raise ConfigError(f"{name}={share} is not a share; give a number from 0 to 1")
-
-
-def _plan(
-    images: int, seed: int, val: int, test: int, mispaired: float, duplicates: float
-) -> list[_Pair]:
+def _plan(settings: SynthSettings) -> list[_Pair]:
+    images, seed, (val, test) = settings.images, settings.seed, settings.held_out
     shown, told = list(range(images)), list(range(images))
     train = images - val - test
     split_of: dict[int, str] = {}
@@ -128,12 +135,15 @@ def _plan(
     ):
         split_of |= dict.fromkeys(members, split)
         draw = random.Random(f"duplicates/{seed}/{split}")
-        copies = draw.sample(members, min(round(duplicates * len(members)), len(members) // 2))
+        copies = draw.sample(
+            members, min(round(settings.duplicates * len(members)), len(members) // 2)
+        )
         originals = sorted(set(members) - set(copies))
         for copy in copies:
             shown[copy] = told[copy] = draw.choice(originals)
         draw = random.Random(f"mispaired/{seed}/{split}")
-        wrong = draw.sample(members, _derangeable(round(mispaired * len(members)), len(members)))
+        wanted = round(settings.mispaired * len(members))
+        wrong = draw.sample(members, _derangeable(wanted, len(members)))
         truth = [told[index] for index in wrong]
         for index, other in zip(wrong, truth[1:] + truth[:1], strict=True):
             told[index] = other
@@ -147,17 +157,20 @@ def _derangeable(count: int, members: int) -> int:
     return max(2, count)
 
 
-def _render_pairs(job: _Job, pairs: Sequence[_Pair]) -> list[dict[str, Any]]:
-    return [_render_pair(job, pair) for pair in pairs]
+def _render_pairs(
+    folder: Path, settings: SynthSettings, pairs: Sequence[_Pair]
+) -> list[dict[str, Any]]:
+    return [_render_pair(folder, settings, pair) for pair in pairs]
 
 
-def _render_pair(job: _Job, pair: _Pair) -> dict[str, Any]:
+def _render_pair(folder: Path, settings: SynthSettings, pair: _Pair) -> dict[str, Any]:
     """Write one image; its entry of the Karpathy file."""
-    scene = draw_scene(job.seed, pair.shown)
-    name = image_name(job.seed, pair.index)
-    (job.folder / name).write_bytes(paint(scene, job.size, job.quality, (job.seed, pair.index)))
-    told = draw_scene(job.seed, pair.told)
-    captions = describe(told, f"{job.seed}/{pair.index}", job.ambiguity)
+    seed = settings.seed
+    scene, told = draw_scene(seed, pair.shown), draw_scene(seed, pair.told)
+    name = image_name(seed, pair.index)
+    image = paint(scene, settings.size, settings.quality, (seed, pair.index))
+    (folder / name).write_bytes(image)
+    captions = describe(told, f"{seed}/{pair.index}", settings.ambiguity)
     sentids = list(range(pair.index * CAPTIONS, (pair.index + 1) * CAPTIONS))
     return {
         "filename": name,

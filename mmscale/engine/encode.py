@@ -14,9 +14,8 @@ from torch import Tensor
 
 from mmscale.contracts import InputSpec, Peers
 from mmscale.data.caption_text import unknown_words
-from mmscale.data.features import EncodedBatch, FeatureTable, KeptParts
+from mmscale.data.features import EncodedBatch, FeatureTable, KeptParts, SampleBatch, SampleBatches
 from mmscale.data.lanes import sections
-from mmscale.data.samples import SampleBatch, SampleBatches
 from mmscale.data.shards import ShardSet
 from mmscale.data.stream import pad
 from mmscale.engine.inference import images_on

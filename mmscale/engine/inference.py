@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mmscale.contracts import Batch, InputSpec
-from mmscale.data.transform import normalise
+from mmscale.data.pixels import normalise
 from mmscale.parallel.device import DevicePolicy, send
 
 

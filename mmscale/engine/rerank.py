@@ -9,9 +9,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mmscale.contracts import InputSpec, Peers
-from mmscale.data.features import FeatureTable
+from mmscale.data.features import FeatureTable, SampleBatch, SampleBatches
 from mmscale.data.lanes import sections
-from mmscale.data.samples import SampleBatch, SampleBatches
 from mmscale.data.shards import ShardSet
 from mmscale.data.stream import pad
 from mmscale.engine.encode import Call

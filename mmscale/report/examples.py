@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from mmscale.data.decode import difference, thumbnail
+from mmscale.data.pixels import difference, thumbnail
 from mmscale.data.reader import DamagedSampleError, SampleReader
 from mmscale.data.shards import ShardSet
 from mmscale.diagnostics.pairs import Pairs, Sources, first_pairs, thinned_rows

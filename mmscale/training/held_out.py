@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from mmscale.contracts import InputSpec
-from mmscale.data.samples import SampleBatches
+from mmscale.data.features import SampleBatches
 from mmscale.data.stream import pad
 from mmscale.diagnostics.pairs import Pairs
 from mmscale.encoding import HeldOut

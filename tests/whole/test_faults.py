@@ -17,7 +17,7 @@ from mmscale.cli import main
 from mmscale.config.load import load_config
 from mmscale.contracts import InputSpec, Position, World
 from mmscale.data.manifest import read_manifest
-from mmscale.data.pack import pack
+from mmscale.data.pack import PackSettings, pack
 from mmscale.data.reader import SampleReader
 from mmscale.data.schedule import plan_schedule
 from mmscale.data.shards import open_train
@@ -66,7 +66,7 @@ def packed(tmp_path_factory):
     """The good pictures in two shards, with a manifest."""
     folder = tmp_path_factory.mktemp("good")
     good_source(folder / "source")
-    pack(folder / "source", folder / "packed", "train", samples_per_shard=2)
+    pack(folder / "source", folder / "packed", PackSettings(split="train", samples_per_shard=2))
     return folder / "packed"
 
 

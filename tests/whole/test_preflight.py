@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mmscale.data.pack import pack
-from mmscale.data.synth import render
+from mmscale.data.pack import PackSettings, pack
+from mmscale.data.synth import SynthSettings, render
 from tests.ranks.launch import free_port
 from tests.whole.command import ROOT, TRAIN, end, explain, run, start
 from tests.whole.small_run import (
@@ -88,8 +88,8 @@ def test_a_rank_with_other_code_is_refused(settings, tmp_path):
 def test_a_rank_with_other_shards_is_refused(settings, tmp_path):
     """The same relative path on two nodes, whose disks hold different shards."""
     for seed, node in enumerate(("one", "two")):
-        render(tmp_path / f"source-{node}", 96, seed=seed, size=64, val=16, test=16)
-        pack(tmp_path / f"source-{node}", tmp_path / node, samples_per_shard=32)
+        render(tmp_path / f"source-{node}", SynthSettings(96, seed=seed, size=64, val=16, test=16))
+        pack(tmp_path / f"source-{node}", tmp_path / node, PackSettings(samples_per_shard=32))
     words = [sys.executable, TRAIN, settings[0], "data.train=train", "data.eval=val"]
     words += [f"run.dir={tmp_path / 'run'}"]
     ends = _two_ranks([words, words], folders=(tmp_path / "one", tmp_path / "two"))

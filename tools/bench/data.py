@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from PIL import Image
 
 from mmscale.data.manifest import read_manifest
-from mmscale.data.pack import pack
+from mmscale.data.pack import PackSettings, pack
 from mmscale.data.scenes import draw_scene, paint
 from mmscale.data.synth import describe
 from mmscale.errors import LaunchError
@@ -64,7 +64,8 @@ def measure(
 def prepare(folder: Path, images: int) -> Path:
     """Pictures rendered and packed into eight shards."""
     render(folder / "pictures", images)
-    pack(folder / "pictures", folder / "shards", "train", samples_per_shard=-(-images // 8))
+    settings = PackSettings(split="train", samples_per_shard=-(-images // 8))
+    pack(folder / "pictures", folder / "shards", settings)
     return folder / "shards"
 
 

@@ -13,9 +13,9 @@ from mmscale.checkpoint.write import Kept, take_snapshot
 from mmscale.config.load import as_yaml, load_config
 from mmscale.config.schema import CheckpointConfig
 from mmscale.contracts import World
-from mmscale.data.pack import pack
+from mmscale.data.pack import PackSettings, pack
 from mmscale.data.shards import open_train
-from mmscale.data.synth import render
+from mmscale.data.synth import SynthSettings, render
 from mmscale.errors import ConfigError
 
 ALONE = World()
@@ -26,8 +26,8 @@ LANES = [64]
 def packed(tmp_path_factory):
     """A folder of shards. Read only."""
     folder = tmp_path_factory.mktemp("pairs")
-    render(folder / "source", 24, seed=0, size=32, val=4, test=4)
-    pack(folder / "source", folder / "packed", samples_per_shard=8)
+    render(folder / "source", SynthSettings(24, seed=0, size=32, val=4, test=4))
+    pack(folder / "source", folder / "packed", PackSettings(samples_per_shard=8))
     return folder / "packed" / "train"
 
 
@@ -153,9 +153,9 @@ def test_the_size_of_a_cache_may_change_with_the_cache(place):
 
 def test_data_packed_anew_at_the_same_place_are_other_data(place):
     _, checkpoint = _trained("run")
-    render(place / "source", 24, seed=1, size=32, val=4, test=4)
+    render(place / "source", SynthSettings(24, seed=1, size=32, val=4, test=4))
     shutil.rmtree("data")
-    pack(place / "source", place / "packed", samples_per_shard=8)
+    pack(place / "source", place / "packed", PackSettings(samples_per_shard=8))
     shutil.move(place / "packed" / "train", "data")
     with pytest.raises(ConfigError) as refused:
         _go_on(checkpoint)

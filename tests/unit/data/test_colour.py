@@ -12,8 +12,8 @@ from PIL import Image
 
 from mmscale.contracts import InputSpec
 from mmscale.data.damage import DamagedSampleError
-from mmscale.data.decode import SIDE, decode, in_rgb, thumbnail
 from mmscale.data.decoded_cache import Shrinking
+from mmscale.data.pixels import SIDE, decode, in_rgb, thumbnail
 from mmscale.data.shard_writer import Treatment, prepare_image
 from mmscale.errors import DataError
 from mmscale.evaluation import Transform

@@ -17,12 +17,11 @@ from safetensors.torch import load_file, save_file
 from mmscale.contracts import InputSpec, Position, World
 from mmscale.data import decoded_cache
 from mmscale.data.damage import DamagedSampleError
-from mmscale.data.decode import decode, open_picture
 from mmscale.data.decoded_cache import DecodedCache, Shrinking
+from mmscale.data.pixels import EvalTransform, TrainTransform, decode, open_picture
 from mmscale.data.schedule import plan_schedule
 from mmscale.data.shards import open_shards
 from mmscale.data.stream import TrainStream
-from mmscale.data.transform import EvalTransform, TrainTransform
 
 SPEC = InputSpec(
     image_size=32,

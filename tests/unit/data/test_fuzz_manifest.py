@@ -11,11 +11,11 @@ import pytest
 from mmscale.config.load import load_config
 from mmscale.contracts import InputSpec, Position, World
 from mmscale.data.manifest import read_manifest
-from mmscale.data.pack import pack
+from mmscale.data.pack import PackSettings, pack
 from mmscale.data.schedule import plan_schedule
 from mmscale.data.shards import open_train
 from mmscale.data.stream import TrainStream
-from mmscale.data.synth import render
+from mmscale.data.synth import SynthSettings, render
 from mmscale.data.verify import verify, verify_all
 from mmscale.errors import DataError
 
@@ -33,8 +33,8 @@ SPEC = InputSpec(
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
-    render(folder / "source", 7, seed=0, size=32, val=0, test=0)
-    pack(folder / "source", folder / "packed", "train", samples_per_shard=3)
+    render(folder / "source", SynthSettings(7, seed=0, size=32, val=0, test=0))
+    pack(folder / "source", folder / "packed", PackSettings(split="train", samples_per_shard=3))
     return folder / "packed"
 
 

@@ -16,7 +16,7 @@ from mmscale.contracts import InputSpec, Position, World
 from mmscale.data.grouping import Trait, join, normal_caption
 from mmscale.data.index import index
 from mmscale.data.manifest import read_manifest, write_manifest
-from mmscale.data.pack import pack
+from mmscale.data.pack import PackSettings, pack
 from mmscale.data.schedule import plan_schedule
 from mmscale.data.shards import open_train
 from mmscale.data.stream import TrainStream
@@ -98,7 +98,7 @@ def packed(tmp_path_factory):
         Image.new("RGB", (24, 16), colour).save(folder / "images" / f"{name}.png")
     lines = ["image,caption,label,group", *(",".join(row) for row in ROWS)]
     (folder / "captions.csv").write_text("\n".join(lines))
-    pack(folder, folder / "packed", split="train", samples_per_shard=4)
+    pack(folder, folder / "packed", PackSettings(split="train", samples_per_shard=4))
     return folder / "packed"
 
 

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from mmscale.data.manifest import read_manifest
-from mmscale.data.pack import pack
+from mmscale.data.pack import PackSettings, pack
 from mmscale.data.pack_folder import PackResult
-from mmscale.data.synth import render
+from mmscale.data.synth import SynthSettings, render
 from mmscale.data.verify import verify
 from mmscale.errors import ConfigError, DataError
 
@@ -21,7 +21,7 @@ from mmscale.errors import ConfigError, DataError
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
-    render(folder, 48, seed=0, size=32)
+    render(folder, SynthSettings(48, seed=0, size=32))
     return folder
 
 
@@ -64,7 +64,7 @@ def rejected(folder):
 
 
 def test_a_folder_a_split_with_manifest_and_original_bytes(scenes, tmp_path):
-    results = pack(scenes, tmp_path, samples_per_shard=16)
+    results = pack(scenes, tmp_path, PackSettings(samples_per_shard=16))
     assert [(r.split, r.samples, r.captions, r.shards) for r in results] == [
         ("train", 40, 200, 3),
         ("val", 4, 20, 1),
@@ -87,21 +87,21 @@ def test_a_folder_a_split_with_manifest_and_original_bytes(scenes, tmp_path):
 
 
 def test_one_split_goes_into_the_folder_itself(scenes, tmp_path):
-    (result,) = pack(scenes, tmp_path, split="val")
+    (result,) = pack(scenes, tmp_path, PackSettings(split="val"))
     assert result.folder == tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["manifest.json", "val-000000.tar"]
     with pytest.raises(DataError, match="it has train, val, test"):
-        pack(scenes, tmp_path / "other", split="held-out")
+        pack(scenes, tmp_path / "other", PackSettings(split="held-out"))
 
 
 def test_same_bytes_at_any_number_of_workers(scenes, tmp_path):
-    pack(scenes, tmp_path / "one", samples_per_shard=8, workers=1)
-    pack(scenes, tmp_path / "three", samples_per_shard=8, workers=3)
+    pack(scenes, tmp_path / "one", PackSettings(samples_per_shard=8), workers=1)
+    pack(scenes, tmp_path / "three", PackSettings(samples_per_shard=8), workers=3)
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
 
 
 def test_offsets_lead_to_each_sample(scenes, tmp_path):
-    pack(scenes, tmp_path, split="train", samples_per_shard=16)
+    pack(scenes, tmp_path, PackSettings(split="train", samples_per_shard=16))
     for shard in read_manifest(tmp_path).shards:
         content = (tmp_path / shard.name).read_bytes()
         for offset in shard.offsets:
@@ -117,7 +117,7 @@ def test_bad_images_are_rejected_by_name_and_reason(table, tmp_path):
     table("wide.png", encoded((300, 200), "PNG"))
     table("gone.jpg", b"x")
     (table.folder / "images" / "gone.jpg").unlink()
-    (result,) = pack(table.folder, tmp_path / "out", max_pixels=10_000)
+    (result,) = pack(table.folder, tmp_path / "out", PackSettings(max_pixels=10_000))
     assert (result.samples, result.rejected) == (1, 5)
     found = rejected(tmp_path / "out" / "train")
     assert found.pop("short").startswith("undecodable: image file is truncated")
@@ -135,7 +135,7 @@ def test_a_shard_of_rejected_images_is_left_out(table, tmp_path):
     for name in ("a", "b"):
         table(f"{name}.jpg", b"")
     table("c.jpg", encoded())
-    pack(table.folder, tmp_path / "out", split="train", samples_per_shard=2)
+    pack(table.folder, tmp_path / "out", PackSettings(split="train", samples_per_shard=2))
     assert [shard.name for shard in read_manifest(tmp_path / "out").shards] == ["train-000001.tar"]
     assert verify(tmp_path / "out") == []
 
@@ -155,10 +155,10 @@ def test_photographs_that_are_encoded_anew_are_turned_upright(table, tmp_path, s
     exif = Image.Exif()
     exif[0x0112] = 6
     table("turned.jpg", encoded((80, 60), exif=exif))
-    pack(table.folder, tmp_path / "kept", split="train")
+    pack(table.folder, tmp_path / "kept", PackSettings(split="train"))
     held = members(tmp_path / "kept" / "train-000000.tar")
     assert held["turned.jpg"] == (table.folder / "images" / "turned.jpg").read_bytes()
-    pack(table.folder, tmp_path / "anew", split="train", **settings)
+    pack(table.folder, tmp_path / "anew", PackSettings(split="train", **settings))
     held = members(tmp_path / "anew" / "train-000000.tar")
     with Image.open(io.BytesIO(held["turned.jpg"])) as image:
         assert image.height > image.width
@@ -170,14 +170,14 @@ def test_quality_encodes_every_image_anew(table, tmp_path):
     table("drawn.png", encoded((80, 60), "PNG"))
     sizes = {}
     for quality in (20, 90):
-        pack(table.folder, tmp_path / str(quality), split="train", quality=quality)
+        pack(table.folder, tmp_path / str(quality), PackSettings(split="train", quality=quality))
         held = members(tmp_path / str(quality) / "train-000000.tar")
         sizes[quality] = len(held["photo.jpg"])
         with Image.open(io.BytesIO(held["drawn.png"])) as image:
             assert (image.format, image.size) == ("PNG", (80, 60))
     assert sizes[20] < sizes[90]
     with pytest.raises(ConfigError, match="quality=101"):
-        pack(table.folder, tmp_path / "no", quality=101)
+        pack(table.folder, tmp_path / "no", PackSettings(quality=101))
 
 
 def test_resize_shrinks_the_short_side_and_never_enlarges(table, tmp_path):
@@ -185,7 +185,7 @@ def test_resize_shrinks_the_short_side_and_never_enlarges(table, tmp_path):
     table("drawn.png", encoded((60, 120), "PNG"))
     table("moving.webp", encoded((60, 120), "WEBP"))
     table("small.jpg", encoded((20, 40)))
-    pack(table.folder, tmp_path / "out", split="train", resize=30)
+    pack(table.folder, tmp_path / "out", PackSettings(split="train", resize=30))
     held = members(tmp_path / "out" / "train-000000.tar")
     for name, size in (("large.jpg", (60, 30)), ("drawn.png", (30, 60)), ("moving.webp", (30, 60))):
         with Image.open(io.BytesIO(held[name])) as image:
@@ -198,7 +198,7 @@ class KilledError(Exception):
 
 
 def test_goes_on_after_a_stop_without_redoing_finished_shards(scenes, tmp_path):
-    pack(scenes, tmp_path / "straight", split="train", samples_per_shard=8)
+    pack(scenes, tmp_path / "straight", PackSettings(split="train", samples_per_shard=8))
 
     def stop(done, total):
         if done >= 24:
@@ -206,39 +206,40 @@ def test_goes_on_after_a_stop_without_redoing_finished_shards(scenes, tmp_path):
 
     out = tmp_path / "stopped"
     with pytest.raises(KilledError):
-        pack(scenes, out, split="train", samples_per_shard=8, progress=stop)
+        pack(scenes, out, PackSettings(split="train", samples_per_shard=8), progress=stop)
     assert not (out / "manifest.json").exists()
     before = (out / "train-000001.tar").stat().st_ino
     (out / "train-000002.tar").write_bytes(b"torn")
-    (result,) = pack(scenes, out, split="train", samples_per_shard=8)
+    (result,) = pack(scenes, out, PackSettings(split="train", samples_per_shard=8))
     assert result.kept == 2
     assert (out / "train-000001.tar").stat().st_ino == before
     assert contents(out) == contents(tmp_path / "straight")
 
 
 def test_lost_manifest_and_shards_are_written_again(scenes, tmp_path):
-    pack(scenes, tmp_path, split="train", samples_per_shard=8)
+    pack(scenes, tmp_path, PackSettings(split="train", samples_per_shard=8))
     whole = contents(tmp_path)
     (tmp_path / "manifest.json").unlink()
     (tmp_path / "train-000003.tar").unlink()
     (tmp_path / "train-000004.tar").unlink()
-    pack(scenes, tmp_path, split="train", samples_per_shard=8)
+    pack(scenes, tmp_path, PackSettings(split="train", samples_per_shard=8))
     assert contents(tmp_path) == whole
     (tmp_path / "train-000001.tar").write_bytes(b"torn")
-    pack(scenes, tmp_path, split="train", samples_per_shard=8)
+    pack(scenes, tmp_path, PackSettings(split="train", samples_per_shard=8))
     assert contents(tmp_path) == whole
 
 
 KILLED_PACK = """
 import os, signal, sys
 from pathlib import Path
-from mmscale.data.pack import pack
+from mmscale.data.pack import PackSettings, pack
 
 def die(done, total):
     if done >= 16:
         os.kill(os.getpid(), signal.SIGKILL)
 
-pack(Path(sys.argv[1]), Path(sys.argv[2]), "train", 8, workers=2, progress=die)
+settings = PackSettings(split="train", samples_per_shard=8)
+pack(Path(sys.argv[1]), Path(sys.argv[2]), settings, workers=2, progress=die)
 """
 
 
@@ -251,32 +252,32 @@ def test_a_killed_process_can_be_gone_on_with(scenes, tmp_path):
     assert not (out / "manifest.json").exists()
     (out / ".train-000004.tar.part").write_bytes(b"torn")
     (out / "train-000004.tar").unlink(missing_ok=True)
-    (result,) = pack(scenes, out, "train", 8)
+    (result,) = pack(scenes, out, PackSettings(split="train", samples_per_shard=8))
     assert result.kept >= 2
-    pack(scenes, tmp_path / "straight", "train", 8)
+    pack(scenes, tmp_path / "straight", PackSettings(split="train", samples_per_shard=8))
     assert contents(out) == contents(tmp_path / "straight")
 
 
 def test_a_finished_pack_is_left_as_it_is(scenes, tmp_path):
-    pack(scenes, tmp_path, split="val")
+    pack(scenes, tmp_path, PackSettings(split="val"))
     before = (tmp_path / "val-000000.tar").stat().st_ino
-    (result,) = pack(scenes, tmp_path, split="val")
+    (result,) = pack(scenes, tmp_path, PackSettings(split="val"))
     assert (result.kept, result.samples) == (1, 4)
     assert (tmp_path / "val-000000.tar").stat().st_ino == before
 
 
 def test_packs_are_not_mixed(scenes, tmp_path):
-    pack(scenes, tmp_path, split="val")
+    pack(scenes, tmp_path, PackSettings(split="val"))
     with pytest.raises(DataError, match="other settings"):
-        pack(scenes, tmp_path, split="val", resize=16)
+        pack(scenes, tmp_path, PackSettings(split="val", resize=16))
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(DataError, match=r"val-000000\.tar: is not of this pack"):
-        pack(scenes, tmp_path, split="test")
+        pack(scenes, tmp_path, PackSettings(split="test"))
 
 
 def test_numbers_below_one_are_refused(scenes, tmp_path):
     with pytest.raises(ConfigError, match="samples_per_shard=0"):
-        pack(scenes, tmp_path, samples_per_shard=0)
+        pack(scenes, tmp_path, PackSettings(samples_per_shard=0))
 
 
 def test_an_unfinished_pack_with_other_settings_is_not_gone_on_with(scenes, tmp_path):
@@ -284,14 +285,14 @@ def test_an_unfinished_pack_with_other_settings_is_not_gone_on_with(scenes, tmp_
         raise KilledError
 
     with pytest.raises(KilledError):
-        pack(scenes, tmp_path, split="train", samples_per_shard=8, progress=stop)
+        pack(scenes, tmp_path, PackSettings(split="train", samples_per_shard=8), progress=stop)
     with pytest.raises(DataError, match="was begun here"):
-        pack(scenes, tmp_path, split="train", samples_per_shard=8, resize=16)
+        pack(scenes, tmp_path, PackSettings(split="train", samples_per_shard=8, resize=16))
 
 
 def test_progress_counts_images(scenes, tmp_path):
-    seen = []
-    pack(scenes, tmp_path, samples_per_shard=20, progress=lambda *count: seen.append(count))
+    seen, settings = [], PackSettings(samples_per_shard=20)
+    pack(scenes, tmp_path, settings, progress=lambda *count: seen.append(count))
     assert seen == [(20, 48), (40, 48), (44, 48), (48, 48)]
 
 
@@ -299,7 +300,7 @@ def test_real_flickr8k(tmp_path):
     folder = Path(os.environ.get("MMSCALE_TEST_DATA", "")) / "flickr8k-mini"
     if "MMSCALE_TEST_DATA" not in os.environ or not folder.is_dir():
         pytest.skip("MMSCALE_TEST_DATA names no folder that holds flickr8k-mini")
-    (result,) = pack(folder, tmp_path, split="val")
+    (result,) = pack(folder, tmp_path, PackSettings(split="val"))
     assert (result.samples, result.captions, result.rejected) == (1000, 5000, 0)
     assert verify(tmp_path) == []
 

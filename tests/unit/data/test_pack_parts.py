@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from mmscale.data.pack import pack
+from mmscale.data.pack import PackSettings, pack
 from mmscale.data.pack_folder import Part
-from mmscale.data.synth import render
+from mmscale.data.synth import SynthSettings, render
 from mmscale.data.verify import verify
 from mmscale.errors import ConfigError, DataError
 from tests.whole.command import BIN, ROOT, environment
@@ -18,14 +18,14 @@ from tests.whole.command import BIN, ROOT, environment
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
-    render(folder, 60, seed=0, size=32)
+    render(folder, SynthSettings(60, seed=0, size=32))
     return folder
 
 
 @pytest.fixture(scope="module")
 def straight(scenes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("straight")
-    pack(scenes, folder, samples_per_shard=5)
+    pack(scenes, folder, PackSettings(samples_per_shard=5))
     return contents(folder)
 
 
@@ -35,24 +35,24 @@ def contents(folder):
 
 def test_parts_one_after_the_other_make_the_whole(scenes, straight, tmp_path):
     for number in (2, 3):
-        results = pack(scenes, tmp_path, samples_per_shard=5, part=Part(number, 3))
+        results = pack(scenes, tmp_path, PackSettings(samples_per_shard=5), part=Part(number, 3))
         assert not list(tmp_path.rglob("manifest.json"))
     assert "other parts have 4 shards to write" in str(results[0])
-    results = pack(scenes, tmp_path, samples_per_shard=5, part=Part(1, 3))
+    results = pack(scenes, tmp_path, PackSettings(samples_per_shard=5), part=Part(1, 3))
     assert [result.missing for result in results] == [0, 0, 0]
     assert contents(tmp_path) == straight
 
 
 def test_a_part_that_failed_may_be_left_to_a_whole_pack(scenes, straight, tmp_path):
-    pack(scenes, tmp_path, samples_per_shard=5, part=Part(2, 5))
-    results = pack(scenes, tmp_path, samples_per_shard=5)
+    pack(scenes, tmp_path, PackSettings(samples_per_shard=5), part=Part(2, 5))
+    results = pack(scenes, tmp_path, PackSettings(samples_per_shard=5))
     assert sum(result.kept for result in results) == 2
     assert contents(tmp_path) == straight
 
 
 def test_more_parts_than_shards(scenes, tmp_path):
     for number in range(1, 6):
-        pack(scenes, tmp_path, "val", 5, part=Part(number, 5))
+        pack(scenes, tmp_path, PackSettings(split="val", samples_per_shard=5), part=Part(number, 5))
     assert verify(tmp_path) == []
 
 
@@ -109,14 +109,15 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from mmscale.data import shard_writer
-from mmscale.data.pack import pack
+from mmscale.data.pack import PackSettings, pack
 
 def wait(*arguments):
     print("writing", flush=True)
     time.sleep(60)
 
 shard_writer.prepare_image = wait
-pack(Path(sys.argv[1]), Path(sys.argv[2]), "val", 5)
+settings = PackSettings(split="val", samples_per_shard=5)
+pack(Path(sys.argv[1]), Path(sys.argv[2]), settings)
 """
 
 
@@ -125,10 +126,10 @@ def test_two_processes_never_write_one_shard_and_a_killed_one_leaves_no_claim(sc
     holder = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "writing\n"
     with pytest.raises(DataError, match=r"\.val-000000\.tar\.part: another process is writing it"):
-        pack(scenes, tmp_path, "val", 5)
+        pack(scenes, tmp_path, PackSettings(split="val", samples_per_shard=5))
     holder.send_signal(signal.SIGKILL)
     holder.communicate()
-    pack(scenes, tmp_path, "val", 5)
+    pack(scenes, tmp_path, PackSettings(split="val", samples_per_shard=5))
     assert verify(tmp_path) == []
 
 

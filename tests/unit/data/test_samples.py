@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mmscale.data.samples import SampleBatches
+from mmscale.data.features import SampleBatches
 from mmscale.data.shards import open_shards
 from mmscale.errors import DataError, LaunchError, told
 from mmscale.parallel.signals import heeding_signals

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mmscale.data.sources import image_id_of, read_source
-from mmscale.data.synth import render
+from mmscale.data.synth import SynthSettings, render
 from mmscale.errors import DataError
 
 SHARDS = Path(__file__).parents[3] / "shards"
@@ -74,7 +74,7 @@ def test_gzipped_token_file_without_lists_is_all_train(tmp_path):
 
 
 def test_karpathy_before_csv_before_token(tmp_path):
-    render(tmp_path, 12, seed=0)
+    render(tmp_path, SynthSettings(12, seed=0))
     name = json.loads((tmp_path / "dataset_flickr30k.json").read_text())["images"][0]["filename"]
     (tmp_path / "results.csv").write_text(
         f"image_name| comment_number| comment\n{name}| 0| From the table .\n"
@@ -180,7 +180,7 @@ def test_shipped_recipes_ask_for_their_data(name, tmp_path):
     with pytest.raises(DataError, match="unpack the data there"):
         read_source(recipe)
     folder = tmp_path / "originals" / name
-    render(folder, 12, seed=0)
+    render(folder, SynthSettings(12, seed=0))
     if name == "flickr8k":
         (folder / "dataset_flickr30k.json").rename(folder / "dataset_flickr8k.json")
     source = read_source(recipe)
@@ -265,7 +265,7 @@ def test_the_hubs_table_with_json_lists_and_splits(tmp_path):
 
 @pytest.mark.parametrize("through_recipe", [False, True])
 def test_sources_that_disagree_about_the_images_are_both_named(tmp_path, through_recipe):
-    render(tmp_path, 12, seed=0)
+    render(tmp_path, SynthSettings(12, seed=0))
     names = [path.name for path in sorted((tmp_path / "images").iterdir())]
     rows = "".join(f"{name},A\n" for name in [*names[1:], "other.jpg"])
     (tmp_path / "captions.csv").write_text(f"image,caption\n{rows}")
@@ -280,7 +280,7 @@ def test_sources_that_disagree_about_the_images_are_both_named(tmp_path, through
 
 
 def test_a_source_with_more_images_gives_way_and_is_told_of(tmp_path):
-    render(tmp_path, 12, seed=0)
+    render(tmp_path, SynthSettings(12, seed=0))
     with (tmp_path / "results_20130124.token").open("a") as file:
         file.write("9.jpg#0\tNot in Karpathy's splits .\n")
     source = read_source(tmp_path)

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from mmscale.data.scenes import COLOURS, SHAPES, draw_scene
-from mmscale.data.synth import describe, image_name, render
+from mmscale.data.synth import SynthSettings, describe, image_name, render
 from mmscale.errors import ConfigError
 
 
@@ -22,15 +22,15 @@ def raw(entry):
 
 
 def test_same_seed_same_bytes_at_any_number_of_workers(tmp_path):
-    render(tmp_path / "a", 140, seed=3)
-    render(tmp_path / "b", 140, seed=3, workers=2)
-    render(tmp_path / "c", 140, seed=4)
+    render(tmp_path / "a", SynthSettings(140, seed=3))
+    render(tmp_path / "b", SynthSettings(140, seed=3), workers=2)
+    render(tmp_path / "c", SynthSettings(140, seed=4))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert contents(tmp_path / "a") != contents(tmp_path / "c")
 
 
 def test_layout_is_flickr30ks(tmp_path):
-    render(tmp_path, 36, seed=0)
+    render(tmp_path, SynthSettings(36, seed=0))
     lines = (tmp_path / "results_20130124.token").read_text().splitlines()
     assert len(lines) == 180
     assert all(re.fullmatch(r"\d+\.jpg#[0-4]\t\S.+", line) for line in lines)
@@ -145,8 +145,8 @@ def test_ambiguous_captions_still_hold_for_their_scene():
 
 
 def test_mispaired_images_keep_their_pixels_and_tell_another_scene(tmp_path):
-    render(tmp_path / "clean", 60, seed=0)
-    render(tmp_path / "wrong", 60, seed=0, mispaired=0.5)
+    render(tmp_path / "clean", SynthSettings(60, seed=0))
+    render(tmp_path / "wrong", SynthSettings(60, seed=0, mispaired=0.5))
     wrong = 0
     for index, entry in enumerate(entries(tmp_path / "wrong")):
         told = things_named(raw(entry)[0])
@@ -157,7 +157,7 @@ def test_mispaired_images_keep_their_pixels_and_tell_another_scene(tmp_path):
 
 
 def test_duplicates_show_one_scene_in_other_bytes_and_words(tmp_path):
-    render(tmp_path, 60, seed=0, duplicates=0.2)
+    render(tmp_path, SynthSettings(60, seed=0, duplicates=0.2))
     images = entries(tmp_path)
     own = [
         things_named(raw(e)[0]) == {(t.colour, t.shape) for t in draw_scene(0, i).things}
@@ -179,4 +179,4 @@ def test_duplicates_show_one_scene_in_other_bytes_and_words(tmp_path):
 )
 def test_numbers_that_make_no_data_set_are_refused(tmp_path, settings, word):
     with pytest.raises(ConfigError, match=word):
-        render(tmp_path, seed=0, **settings)
+        render(tmp_path, SynthSettings(seed=0, **settings))

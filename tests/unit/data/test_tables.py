@@ -8,7 +8,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from mmscale.data.pack import pack
+from mmscale.data.pack import PackSettings, pack
 from mmscale.data.sources import read_source
 from mmscale.errors import ConfigError, DataError
 
@@ -191,10 +191,10 @@ def test_coco_with_the_images_of_one_split(tmp_path):
     (result,) = pack(folder, tmp_path / "all", tell=told.append)
     assert (result.split, result.samples) == ("val", 10)
     assert any("left out:" in line and "captions_train2017.json" in line for line in told)
-    (result,) = pack(folder, tmp_path / "one", "val")
+    (result,) = pack(folder, tmp_path / "one", PackSettings(split="val"))
     assert result.samples == 10
     with pytest.raises(DataError, match="has no split train; it has val"):
-        pack(folder, tmp_path / "other", "train")
+        pack(folder, tmp_path / "other", PackSettings(split="train"))
     shutil.rmtree(folder / "val2017")
     with pytest.raises(DataError, match=r"none of the 10 images that captions_train2017\.json"):
         pack(folder, tmp_path / "none")
@@ -208,7 +208,7 @@ def test_a_data_set_whose_images_are_mostly_missing_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"194 of 200 images of train are missing, first p6\.png"):
         pack(folder, tmp_path / "out")
     assert not (tmp_path / "out" / "train").exists()
-    (result,) = pack(folder, tmp_path / "out", most_left_out=1)
+    (result,) = pack(folder, tmp_path / "out", PackSettings(most_left_out=1))
     assert (result.samples, result.rejected) == (6, 194)
 
 
@@ -222,7 +222,7 @@ def test_a_data_set_that_is_mostly_web_pages_is_refused(tmp_path):
     with pytest.raises(DataError, match="34 of 40 images were rejected, more than"):
         pack(folder, tmp_path / "out")
     assert (tmp_path / "out" / "train" / "rejected.txt").is_file()
-    (result,) = pack(folder, tmp_path / "out", most_left_out=1)
+    (result,) = pack(folder, tmp_path / "out", PackSettings(most_left_out=1))
     assert (result.samples, result.rejected, result.kept) == (6, 34, 1)
 
 
@@ -232,7 +232,7 @@ def test_a_part_is_held_out_by_name(tmp_path):
     rows = [f"p{n}.png,picture {n},{n // 2}\n" for n in range(40)]
     (folder / "captions.csv").write_text("image,caption,group\n" + "".join(rows))
     told = []
-    packed = pack(folder, tmp_path / "out", hold_out=0.1, tell=told.append)
+    packed = pack(folder, tmp_path / "out", PackSettings(hold_out=0.1), tell=told.append)
     assert [(one.split, one.samples) for one in packed] == [("train", 36), ("val", 4)]
     assert told == ["4 of 40 images are held out as val, chosen by their names"]
     keys = {record.key for record in held(folder, 0.1)}
@@ -254,10 +254,10 @@ def test_nothing_is_held_out_of_a_set_with_splits(pairs, tmp_path):
         *([f"p{n}.png", f"picture {n}", "dev"] for n in range(6)),
     ]
     with pytest.raises(ConfigError, match="says itself what is val"):
-        pack(pairs(rows), tmp_path / "out", hold_out=0.5)
+        pack(pairs(rows), tmp_path / "out", PackSettings(hold_out=0.5))
     pairs(ROWS)
     with pytest.raises(DataError, match="leaves nothing on one side"):
-        pack(pairs.folder, tmp_path / "out", hold_out=0.01)
+        pack(pairs.folder, tmp_path / "out", PackSettings(hold_out=0.01))
     told = []
     pack(pairs.folder, tmp_path / "out", tell=told.append)
     assert "no column `split`" in told[0]

@@ -17,12 +17,13 @@ from torchvision.transforms import RandomResizedCrop
 from mmscale.config.data import DataConfig
 from mmscale.contracts import InputSpec
 from mmscale.data.damage import DamagedSampleError
-from mmscale.data.decode import decode, open_picture
-from mmscale.data.transform import (
+from mmscale.data.pixels import (
     EvalTransform,
     TrainTransform,
+    decode,
     draw_box,
     normalise,
+    open_picture,
     stack_rows,
 )
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 from mmscale.data.index import index
 from mmscale.data.manifest import Manifest, read_manifest, write_manifest
-from mmscale.data.pack import pack
-from mmscale.data.synth import render
+from mmscale.data.pack import PackSettings, pack
+from mmscale.data.synth import SynthSettings, render
 from mmscale.data.verify import verify, verify_all
 from mmscale.errors import DataError
 
@@ -19,8 +19,8 @@ from mmscale.errors import DataError
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    render(folder / "scenes", 24, seed=0, size=32)
-    pack(folder / "scenes", folder / "packed", split="train", samples_per_shard=10)
+    render(folder / "scenes", SynthSettings(24, seed=0, size=32))
+    pack(folder / "scenes", folder / "packed", PackSettings(split="train", samples_per_shard=10))
     return folder / "packed"
 
 

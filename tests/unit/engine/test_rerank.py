@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmscale.data.samples import SampleBatches
+from mmscale.data.features import SampleBatches
 from mmscale.data.shards import open_shards
 from mmscale.data.stream import pad
 from mmscale.engine.encode import encode
