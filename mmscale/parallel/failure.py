@@ -8,16 +8,19 @@ import json
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
 
 from mmscale.contracts import World
-from mmscale.errors import LaunchError, gist, told
+from mmscale.errors import LaunchError, explained, gist, told
+from mmscale.parallel import lifeline
 from mmscale.parallel.signals import end_now
 
 _NOTICE = "mmscale/failure"
@@ -26,14 +29,27 @@ _NOTICE_SECONDS = 5.0
 _WATCH_SECONDS = 0.5
 _GRACE_SECONDS = 2.0
 _LAST_WAIT_SECONDS = 15.0
+_LEAVE_SECONDS = 5.0
 _LOST = (
     "rank {} lost its connection to another rank, which ended without a word ({}); look for a rank "
     "that was killed or ran out of memory"
 )
 
+_GONE = (
+    "rank {} ended without a word; look for a process that was killed or ran out of memory, or a "
+    "machine that was lost"
+)
+_STORE_GONE = (
+    "rank 0, or the launcher that the ranks met in, ended without a word; look for a process that "
+    "was killed or ran out of memory, or a machine that was lost"
+)
+
 # Set while this rank handles a failure itself, or has parted from the others.
 _handled = threading.Event()
 _store: "dist.Store | None" = None
+# For threads: the main thread may wait in the connection above, and where rank 0 is gone a new one
+# would be tried for minutes.
+_spare: "dist.Store | None" = None
 # What a rank may have to wait for when it is ended from here.
 _unfinished: Callable[[float], None] | None = None
 
@@ -46,18 +62,20 @@ class PeerFailedError(LaunchError):
         self.exit_code = exit_code
 
 
-def watch(store: "dist.Store", rank: int) -> None:
+def watch(store: "dist.Store", rank: int, size: int) -> None:
     """Begin to listen for the other ranks' failures; `store` is the one that they met in."""
-    global _store
-    _store = store
+    global _store, _spare
+    _store, _spare = store, store.clone()
     threading.Thread(target=_watch, args=(store.clone(), rank), daemon=True).start()
+    if size > 1:
+        lifeline.hold(store, rank, size, partial(_gone, World(rank, size)))
 
 
 def stop_watching() -> None:
     """This rank is done: what the others do concerns it no more."""
-    global _store
+    global _store, _spare
     _handled.set()
-    _store = None
+    _store = _spare = None
 
 
 def wait_for(unfinished: Callable[[float], None]) -> None:
@@ -81,18 +99,31 @@ def failing_together(world: World) -> Iterator[None]:
     except BaseException as error:
         _handled.set()
         notice = _publish(world, error)
-        _leave_quietly()
-        if notice is None or notice["rank"] == world.rank:
-            _wait_for_readers(world, mine=notice is not None)
-            if _lost_connection(error):
-                raise LaunchError(_LOST.format(world.rank, gist(error))) from error
+        has_left = _leave_quietly()
+        failure = _first_cause(world, error, notice)
+        if not has_left:
+            _end_stuck(failure)
+        if failure is error:
             raise
-        _acknowledge()
-        if told(error) is not None:
-            raise
-        raise PeerFailedError(
-            f"rank {notice['rank']} failed: {notice['message']}", notice["exit_code"]
-        ) from error
+        raise failure from error
+
+
+def _first_cause(
+    world: World, error: BaseException, notice: dict[str, Any] | None
+) -> BaseException:
+    """What this rank fails with: its own error, or that of the rank that failed first."""
+    if notice is None or notice["rank"] == world.rank:
+        if notice is not None and _store is not None:
+            _wait_for_readers(_store, world)
+        if _lost_connection(error):
+            return LaunchError(_LOST.format(world.rank, gist(error)))
+        return error
+    _acknowledge()
+    if told(error) is not None:
+        return error
+    return PeerFailedError(
+        f"rank {notice['rank']} failed: {notice['message']}", notice["exit_code"]
+    )
 
 
 def _lost_connection(error: BaseException) -> bool:
@@ -114,18 +145,38 @@ def _watch(store: dist.Store, rank: int) -> None:
                 continue
             notice = json.loads(store.get(_NOTICE))
         except RuntimeError:
-            return  # rank 0 is gone: the collective says so itself
+            if not _handled.wait(_GRACE_SECONDS):
+                _end(_STORE_GONE, LaunchError.exit_code)
+            return
         if notice["stacks"]:
             tell_stacks(rank)
         if _handled.wait(_GRACE_SECONDS):
             return
-        sys.stderr.write(f"mmscale: rank {notice['rank']} failed: {notice['message']}\n")
-        sys.stderr.flush()
         with suppress(RuntimeError):
             store.add(_READ, 1)
-        if _unfinished is not None:
-            _unfinished(_LAST_WAIT_SECONDS)
-        end_now(notice["exit_code"])
+        _end(f"rank {notice['rank']} failed: {notice['message']}", notice["exit_code"])
+
+
+def _gone(world: World, rank: int) -> None:
+    """End this rank and all others, since the process of `rank` has ended without a word."""
+    if _handled.wait(_GRACE_SECONDS):
+        return
+    code = LaunchError.exit_code
+    _end(first_failure(world, code, _GONE.format(rank)), code)
+
+
+def _end(cause: str, code: int) -> None:
+    """End this rank from a thread, with what it has begun to write."""
+    _handled.set()
+    sys.stderr.write(f"mmscale: {cause}\n")
+    _write_and_end(code)
+
+
+def _write_and_end(code: int) -> None:
+    sys.stderr.flush()
+    if _unfinished is not None:
+        _unfinished(_LAST_WAIT_SECONDS)
+    end_now(code)
 
 
 def _publish(world: World, error: BaseException) -> dict[str, Any] | None:
@@ -167,16 +218,15 @@ def first_failure(world: World, code: int, message: str, stacks: bool = False) -
         What failed first: `message`, or another rank's.
     """
     _handled.set()
-    if _store is None or world.size == 1:
+    store = _spare
+    if store is None or world.size == 1:
         return message
     with suppress(RuntimeError):
-        # The main thread may wait in a connection of its own.
-        store = _store.clone()
         first = json.loads(store.compare_set(_NOTICE, "", _notice(world, code, message, stacks)))
         if first["rank"] != world.rank:
             store.add(_READ, 1)
             return f"rank {first['rank']} failed: {first['message']}"
-        _wait_for_readers(world, mine=True)
+        _wait_for_readers(store, world)
     return message
 
 
@@ -193,21 +243,45 @@ def _acknowledge() -> None:
         _store.add(_READ, 1)
 
 
-def _wait_for_readers(world: World, mine: bool) -> None:
+def _wait_for_readers(store: "dist.Store", world: World) -> None:
     """The store lives in rank 0: it stays until the others have read the cause, or for seconds."""
-    if not mine or _store is None:
-        return
     waited = 0.0
     with suppress(RuntimeError):
-        while waited < _NOTICE_SECONDS and _store.add(_READ, 0) < world.size - 1:
+        while waited < _NOTICE_SECONDS and store.add(_READ, 0) < world.size - 1:
             time.sleep(0.05)
             waited += 0.05
 
 
-def _leave_quietly() -> None:
-    if dist.is_initialized():
-        with suppress(RuntimeError):
-            dist.destroy_process_group()
+def _leave_quietly() -> bool:
+    """Close this rank's connections; whether that came to an end.
+
+    NCCL may wait here for an exchange that the others never join.
+    """
+    if not dist.is_initialized():
+        return True
+    leaving = threading.Thread(target=_leave, daemon=True)
+    leaving.start()
+    leaving.join(_LEAVE_SECONDS)
+    return not leaving.is_alive()
+
+
+def _leave() -> None:
+    with suppress(RuntimeError):
+        dist.destroy_process_group()
+
+
+def _end_stuck(failure: BaseException) -> None:
+    """Tell why, and end this process although a thread of it will not."""
+
+    def fail() -> int:
+        raise failure
+
+    try:
+        code = explained(fail)
+    except BaseException:  # noqa: BLE001 - whatever the run failed with
+        traceback.print_exc()
+        code = 1
+    _write_and_end(code)
 
 
 _LOOKS_A_SPAN = 20

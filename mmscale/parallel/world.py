@@ -34,7 +34,11 @@ def promised_world(environ: Mapping[str, str] = os.environ) -> World:
                 f"{rank_name}={rank} is not below {size_name}={size}; start the ranks with one "
                 "launcher"
             )
-        return World(rank, size, _number(environ, local_name, 0), _launcher(environ))
+        launcher = _launcher(environ)
+        local_rank = _number(environ, local_name, 0)
+        if launcher in ("slurm", "environment") and _shows_one_device(environ):
+            local_rank = 0
+        return World(rank, size, local_rank, launcher)
     if "MASTER_ADDR" in environ:
         raise LaunchError(
             f"MASTER_ADDR={environ['MASTER_ADDR']} promises a world of at least 2 ranks, but "
@@ -49,6 +53,12 @@ def _number(environ: Mapping[str, str], name: str, default: int) -> int:
     if not value.isdecimal():
         raise LaunchError(f"{name}={value} is not a number; start the ranks with a launcher")
     return int(value)
+
+
+def _shows_one_device(environ: Mapping[str, str]) -> bool:
+    """Whether this process has a device of its own, as under `srun --gpus-per-task=1`."""
+    shown = environ.get("CUDA_VISIBLE_DEVICES", "")
+    return bool(shown) and "," not in shown
 
 
 def _launcher(environ: Mapping[str, str]) -> str:
@@ -84,7 +94,7 @@ def join(world: World, backend: str, timeout_seconds: int, alone_too: bool = Fal
         # accelerate looks for the world under torchrun's names, which srun does not set.
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
         os.environ["LOCAL_RANK"] = str(world.local_rank)
-        watch(store, rank)
+        watch(store, rank, size)
     except (RuntimeError, ValueError, OSError) as error:
         raise LaunchError(
             f"rank {world.rank} could not join {world.size} ranks ({gist(error)}); "
