@@ -63,7 +63,7 @@ class OptimConfig(Section):
     """The optimizer and its rates."""
 
     name: str = "adamw"
-    """`adamw`, `sgd`, `lion`, `lamb` or another optimizer of timm's list (docs/training.md)."""
+    """`adamw`, `sgd`, `lion`, `lamb` or another of those that docs/training.md lists."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Passed to the optimizer's constructor, such as `momentum: 0.9`."""
     lr: Annotated[float, Field(gt=0)] = 5e-4

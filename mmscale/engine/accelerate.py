@@ -18,12 +18,12 @@ from mmscale.config.schema import Config
 from mmscale.contracts import NamedTensor, Shadow, World
 from mmscale.engine.ema import Replica
 from mmscale.engine.optimizer import (
+    optimizer_kind,
     parameter_groups,
     persistent_buffers,
     set_rates,
     trained_parts,
 )
-from mmscale.engine.optimizer_kind import optimizer_kind
 from mmscale.parallel.device import DevicePolicy
 from mmscale.parallel.peers import average_gradients
 from mmscale.parallel.world import check_world

@@ -20,12 +20,12 @@ from mmscale.contracts import NamedTensor, Shadow, World
 from mmscale.engine.ema import Replica, averaged
 from mmscale.engine.loss_scale import LossScale
 from mmscale.engine.optimizer import (
+    optimizer_kind,
     parameter_groups,
     persistent_buffers,
     set_rates,
     trained_parts,
 )
-from mmscale.engine.optimizer_kind import optimizer_kind
 from mmscale.engine.plan import BatchPlan
 from mmscale.errors import LaunchError
 from mmscale.parallel.device import DevicePolicy

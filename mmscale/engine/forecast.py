@@ -14,7 +14,7 @@ from mmscale.engine.deepspeed import deepspeed_settings
 from mmscale.engine.efficiency import GPUS, Step, predict
 from mmscale.engine.footprint import Footprint, footprint
 from mmscale.engine.memory import Holding, Sharding, holdings
-from mmscale.engine.optimizer_kind import optimizer_kind
+from mmscale.engine.optimizer import optimizer_kind
 from mmscale.engine.plan import BatchPlan, plan_batch
 from mmscale.engine.wire import Transfer, transfers
 from mmscale.errors import ConfigError
@@ -127,7 +127,7 @@ def _shardings(config: Config, batch: BatchPlan, dtype: torch.dtype) -> tuple[li
         found.append(Sharding(name, zero["stage"], zero))
     own = config.engine.deepspeed
     sharded = own is not None or config.engine.kind == "deepspeed"
-    if optimizer_kind(config.optim, fused=False, sharded=sharded).unsharded:
+    if optimizer_kind(config.optim, fused=False, sharded=sharded).kept.unsharded:
         return [REPLICATED], REPLICATED.name
     if own is None:
         return found, found[1 if sharded else 0].name

@@ -13,7 +13,7 @@ import torch
 from mmscale.config.rules import needs_momentum
 from mmscale.config.schema import Config
 from mmscale.engine.footprint import Footprint, Weight
-from mmscale.engine.optimizer_kind import optimizer_kind
+from mmscale.engine.optimizer import optimizer_kind
 from mmscale.engine.plan import BatchPlan
 from mmscale.loss.tiles import ACCELERATOR_SIDE as TILE_SIDE
 from mmscale.loss.tiles import KEPT_BYTES

@@ -1,8 +1,13 @@
 """Groups of parameters by component, depth, and decay or none; the optimizer and its rate."""
 
+import difflib
 import math
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import torch
+from timm.optim import create_optimizer_v2, get_optimizer_info
 from torch import Tensor, nn
 
 from mmscale.config.training import OptimConfig
@@ -108,3 +113,162 @@ def rate_factor(step: int, total: int, warmup: int, kind: str) -> float:
     if kind == "cosine":
         return (1 + math.cos(math.pi * min(1.0, progress))) / 2
     return max(0.0, 1 - progress) if kind == "linear" else 1.0
+
+
+COUNTS = "counts updates for all parameters together"
+EARLY = "makes its state before parameters are cut"
+WHOLE = "treats each tensor as a whole"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What an optimizer keeps from one update to the next.
+
+    Attributes:
+        moments: Tensors of a parameter's shape, for each parameter.
+        counts: `tensor` or `number`, in which it counts a parameter's updates; None: it does not.
+        group_counts: Likewise, for the updates of a whole group.
+        unsharded: Why flat pieces of several tensors cannot stand for them; None where they can.
+    """
+
+    moments: tuple[str, ...]
+    counts: str | None = None
+    group_counts: str | None = None
+    unsharded: str | None = None
+
+
+_ADAM = ("exp_avg", "exp_avg_sq")
+_ADAMS = (*_ADAM, "max_exp_avg_sq")
+_ADAN = (*_ADAM, "exp_avg_diff", "neg_pre_grad")
+_BELIEF = ("exp_avg", "exp_avg_var", "max_exp_avg_var")
+_RMS = ("square_avg", "momentum_buffer", "grad_avg")
+_MOMENTUM = ("momentum_buffer",)
+# timm's names. A cautious variant (c...) divides by a mean over the tensor.
+_FAMILIES = {
+    "adamw adam adamc adamwlegacy": Kept(_ADAMS, "tensor"),
+    "cadamw cadamc": Kept(_ADAMS, "tensor", unsharded=WHOLE),
+    "adopt adoptc adoptw nadamw nadamc radam radamw": Kept(_ADAM, "tensor"),
+    "cadopt cadoptc cadoptw cnadamw cnadamc": Kept(_ADAM, "tensor", unsharded=WHOLE),
+    "radamlegacy": Kept(_ADAM, "number"),
+    "adabelief radabelief": Kept(_BELIEF, "number"),
+    "adamp cadamp": Kept(_ADAM, "number", unsharded=WHOLE),
+    "adamax": Kept(("exp_avg", "exp_inf"), "tensor"),
+    "adadelta": Kept(("square_avg", "acc_delta"), "tensor"),
+    "adagrad": Kept(("sum",), "tensor", unsharded=EARLY),
+    "adan adanw cadan cadanw": Kept(_ADAN, group_counts="number", unsharded=COUNTS),
+    "lamb lambc lambcd lambcw lambw clamb clambw": Kept(
+        _ADAM, group_counts="tensor", unsharded=WHOLE
+    ),
+    "lars larc nlars nlarc": Kept(_MOMENTUM, unsharded=WHOLE),
+    "lion lionc": Kept(("exp_avg",)),
+    "clion clionc": Kept(("exp_avg",), unsharded=WHOLE),
+    "madgrad madgradw": Kept(("grad_sum_sq", "s", "x0"), "number"),
+    "mars cmars": Kept(("exp_avg", "last_grad", "exp_avg_sq"), "number", unsharded=WHOLE),
+    "rmsprop rmsproptf rmsproptfc rmsproptfw": Kept(_RMS, "tensor"),
+    "crmsproptf": Kept(_RMS, "tensor", unsharded=WHOLE),
+    "sgd momentum nesterov sgdw sgdc nesterovw": Kept(_MOMENTUM),
+    "csgdw csgdc": Kept(_MOMENTUM, unsharded=WHOLE),
+    "sgdp csgdp": Kept(("momentum",), unsharded=WHOLE),
+}
+KNOWN = {name: kept for names, kept in _FAMILIES.items() for name in names.split()}
+# Moments that are there only with an option, and its default.
+_OPTIONAL = {
+    "momentum_buffer": ("momentum", True),
+    "x0": ("momentum", True),
+    "max_exp_avg_sq": ("amsgrad", False),
+    "max_exp_avg_var": ("amsgrad", False),
+    "grad_avg": ("centered", False),
+}
+
+
+@dataclass(frozen=True)
+class OptimizerKind:
+    """An optimizer that checkpoints can hold.
+
+    Attributes:
+        config: Its settings.
+        fused: AdamW runs as one kernel.
+        kept: What it keeps.
+        moments: Those of `kept` that are there with its options.
+    """
+
+    config: OptimConfig
+    fused: bool
+    kept: Kept
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        options = self.config.options
+        switches = ((name, *_OPTIONAL.get(name, ("", True))) for name in self.kept.moments)
+        return tuple(name for name, option, default in switches if options.get(option, default))
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The optimizer over groups that say their `lr` and `weight_decay`.
+
+        Raises:
+            ConfigError: It does not take `optim.options`.
+        """
+        config, name = self.config, self.config.name.lower()
+        if name == "adamw":
+            # timm's default betas aside, its adamw is this one; torch's takes `fused`.
+            make: Any = partial(
+                torch.optim.AdamW, betas=config.betas, eps=config.eps, fused=self.fused
+            )
+        else:
+            two = get_optimizer_info(name).num_betas == 2
+            betas: dict[str, Any] = {"betas": config.betas} if two else {}
+            make = partial(create_optimizer_v2, opt=name, lr=config.lr, eps=config.eps, **betas)
+        try:
+            optimizer: torch.optim.Optimizer = make(groups, **config.options)
+        except (TypeError, ValueError, ImportError, AssertionError) as error:
+            raise ConfigError(
+                f"optim.name={config.name} with optim.options={config.options} cannot be built "
+                f"({error}); mend the options or take another optimizer"
+            ) from error
+        return optimizer
+
+    def state(self, parameter: Tensor, moments: dict[str, Tensor], updates: int) -> dict[str, Any]:
+        """A parameter's state after so many updates, with these moments."""
+        if self.kept.counts is None:
+            return dict(moments)
+        # One kernel for all wants its counts beside the weights.
+        place = parameter.device if self.fused else None
+        return {"step": _counted(self.kept.counts, updates, place), **moments}
+
+    def resume(self, optimizer: torch.optim.Optimizer, updates: int) -> None:
+        """Set what is counted in the groups."""
+        for group in optimizer.param_groups if self.kept.group_counts else ():
+            group["step"] = _counted(str(self.kept.group_counts), updates)
+
+
+def _counted(form: str, updates: int, place: torch.device | None = None) -> Tensor | int:
+    return torch.tensor(float(updates), device=place) if form == "tensor" else updates
+
+
+def optimizer_kind(config: OptimConfig, fused: bool, sharded: bool) -> OptimizerKind:
+    """Look an optimizer up, and try whether it takes its options.
+
+    Args:
+        config: `optim`.
+        fused: AdamW may run as one kernel.
+        sharded: ZeRO is going to cut its parameters into flat pieces.
+
+    Raises:
+        ConfigError: The name is unknown, the options are wrong, or ZeRO would train something else.
+    """
+    key, kept = f"optim.name={config.name}", KNOWN.get(config.name.lower())
+    if kept is None:
+        close = difflib.get_close_matches(config.name.lower(), KNOWN, 2)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise ConfigError(
+            f"{key} is not an optimizer whose state a checkpoint can hold; {hint}known are "
+            f"{', '.join(sorted(KNOWN))}"
+        )
+    kind = OptimizerKind(config, fused, kept)
+    replace(kind, fused=False).build([{"params": [torch.zeros(1, requires_grad=True)]}])
+    if sharded and kept.unsharded:
+        raise ConfigError(
+            f"{key} {kept.unsharded}, so ZeRO, which cuts parameters into flat pieces, would train "
+            "something else; set engine.kind=accelerate, or optim.name to adamw, sgd or lion"
+        )
+    return kind

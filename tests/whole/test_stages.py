@@ -132,7 +132,7 @@ def test_the_three_stages_of_the_preset_train_to_their_end(synthetic, tmp_path):
     ("word", "said"),
     [
         ("stages=[{name: a, duration: 5 steps, train: [hed]}]", "'hed' of stage 'a' matches no"),
-        ("optim.name=admaw", "no optimizer that timm knows"),
+        ("optim.name=admaw", "did you mean adanw or adamw?"),
         ("train.duration=8 steps", "6 steps (heads) + 4 steps (queue)"),
     ],
 )
