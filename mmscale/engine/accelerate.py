@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmscale.config.schema import Config
-from mmscale.contracts import NamedTensor, Shadow, World
+from mmscale.contracts import NamedTensor, World
 from mmscale.engine.ema import Replica
 from mmscale.engine.optimizer import (
     optimizer_kind,
@@ -24,6 +24,7 @@ from mmscale.engine.optimizer import (
     set_rates,
     trained_parts,
 )
+from mmscale.engine.protocol import Shadow
 from mmscale.parallel.device import DevicePolicy
 from mmscale.parallel.peers import average_gradients
 from mmscale.parallel.world import check_world

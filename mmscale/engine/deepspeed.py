@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mmscale.config.deepspeed import fill, read_deepspeed
 from mmscale.config.schema import Config
-from mmscale.contracts import NamedTensor, Shadow, World
+from mmscale.contracts import NamedTensor, World
 from mmscale.engine.ema import Replica, averaged
 from mmscale.engine.loss_scale import LossScale
 from mmscale.engine.optimizer import (
@@ -27,6 +27,7 @@ from mmscale.engine.optimizer import (
     trained_parts,
 )
 from mmscale.engine.plan import BatchPlan
+from mmscale.engine.protocol import Shadow
 from mmscale.errors import LaunchError
 from mmscale.parallel.device import DevicePolicy
 from mmscale.parallel.world import check_world

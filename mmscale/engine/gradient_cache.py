@@ -14,7 +14,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from mmscale.contracts import Batch, Engine, Features, LossInput, LossOutput
+from mmscale.contracts import Batch, Features, LossInput, LossOutput
+from mmscale.engine.protocol import Engine
 from mmscale.parallel.device import rng_state, set_rng_state
 from mmscale.parallel.phases import phase
 

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from mmscale.contracts import COMPONENTS, Engine, Peers
+from mmscale.contracts import COMPONENTS, Peers
+from mmscale.engine.protocol import Engine
 from mmscale.model.two_tower import component_of
 
 # Decay alone, computed in fp32, comes this near to what it should be; a gradient's step does not.

@@ -21,7 +21,7 @@ from mmscale.config.rules import (
     needs_momentum_rows,
 )
 from mmscale.config.schema import Config
-from mmscale.contracts import Engine, InputSpec, World
+from mmscale.contracts import InputSpec, World
 from mmscale.data.arrange import Neighbours, read_neighbours
 from mmscale.data.caption_text import with_cleaning
 from mmscale.data.features import CachedStream
@@ -33,6 +33,7 @@ from mmscale.engine.fit_heads import fit_heads
 from mmscale.engine.flops import count_flops
 from mmscale.engine.inference import Inference
 from mmscale.engine.plan import BatchPlan
+from mmscale.engine.protocol import Engine
 from mmscale.engine.rehearsal import gaps_line
 from mmscale.errors import CheckpointError, LaunchError
 from mmscale.loss.objective import Objective

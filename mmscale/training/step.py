@@ -15,7 +15,6 @@ from mmscale.contracts import (
     PARTS,
     Batch,
     Embeddings,
-    Engine,
     Features,
     LossInput,
     LossOutput,
@@ -23,6 +22,7 @@ from mmscale.contracts import (
     StepRecord,
 )
 from mmscale.engine.gradient_cache import StepOutput, encode_rows, forward_backward
+from mmscale.engine.protocol import Engine
 from mmscale.loss.objective import Objective
 from mmscale.parallel.phases import phase
 from mmscale.training.part import Part, Step, StepResult

@@ -13,8 +13,9 @@ import math
 from collections.abc import Mapping
 
 from mmscale.config.training import BalanceConfig
-from mmscale.contracts import Batch, Engine, LossInput, Peers
+from mmscale.contracts import Batch, LossInput, Peers
 from mmscale.engine.movement import Movement, trained_names
+from mmscale.engine.protocol import Engine
 from mmscale.training.part import Part, Step
 
 # Share of the distance to the band that one measurement makes good.

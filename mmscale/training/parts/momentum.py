@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmscale.contracts import Batch, Features, LossInput, NamedTensor, Shadow
+from mmscale.contracts import Batch, Features, LossInput, NamedTensor
 from mmscale.engine.inference import Inference
+from mmscale.engine.protocol import Shadow
 from mmscale.parallel.device import DevicePolicy
 from mmscale.training.part import Part, Step
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from mmscale.checkpoint.state import RunState
 from mmscale.config.training import BalanceConfig
-from mmscale.contracts import Engine
+from mmscale.engine.protocol import Engine
 from mmscale.parallel.peers import Alone
 from mmscale.training.part import Step
 from mmscale.training.parts.balance import ModalityBalancer

@@ -1,0 +1,100 @@
+"""What a run asks of an engine; `deepspeed.py` and `accelerate.py` answer it."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mmscale.contracts import NamedTensor
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Holds the model, shards it or not, and applies updates; two implementations.
+
+    One update is a window: `open_window`, any number of `call`s and `backward`s of which the last
+    says so, then `part_norms`, then `apply` or `discard`. Gradients are averaged over ranks.
+
+    Attributes:
+        label: Name for the log.
+        device: Where this rank computes.
+        module: The model; sharded weights are only whole inside `call`.
+        groups: Optimizer groups with their base rates.
+    """
+
+    label: str
+    device: torch.device
+    module: nn.Module
+    groups: list[dict[str, Any]]
+
+    def call(self, mode: str, *inputs: Any) -> Any:
+        """Forward through the engine in its precision; `mode` as in the model's forward."""
+
+    def open_window(self) -> None:
+        """Forget every gradient of the window before."""
+
+    def backward(self, loss: Tensor, last: bool, scaled: bool = False) -> None:
+        """Accumulate gradients; with `last` they become final and are averaged over ranks.
+
+        `scaled`: the loss is made of this window's gradients, which carry the loss scale already.
+        """
+
+    def part_norms(self) -> Float[Tensor, " parts"]:
+        """This rank's share of the squared gradient norm of each of `PARTS`; ranks add up."""
+
+    def apply(self, factor: float, total_norm: float) -> None:
+        """Clip a gradient of norm `total_norm`; update, each rate `factor` times its base."""
+
+    def discard(self) -> None:
+        """End the window without an update."""
+
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's share of the trained weights in fp32, by parameter: views, not copies.
+
+        The shares of all ranks make each parameter whole once.
+        """
+
+    def tensors(self) -> Iterator[NamedTensor]:
+        """Every parameter and buffer in an order equal on all ranks. Collective."""
+
+    def shadow(self, module: nn.Module) -> "Shadow":
+        """Let a copy of the model, taken before this engine was built, follow its weights."""
+
+    def scaler(self) -> dict[str, float]:
+        """State of the loss scaling that fp16 needs; empty without it."""
+
+    def restore(
+        self,
+        moments: Callable[[str], dict[str, Tensor]],
+        updates: int,
+        scaler: dict[str, float],
+    ) -> None:
+        """Set the optimizer's moments by parameter name, its count of updates and the loss scaling.
+
+        The weights come with the model that the engine was built from.
+        """
+
+    def close(self) -> None:
+        """Free what the engine holds."""
+
+
+@runtime_checkable
+class Shadow(Protocol):
+    """A second model that follows an engine's weights.
+
+    Attributes:
+        module: Called as the engine's model; sharded weights are whole inside its forward.
+    """
+
+    module: nn.Module
+
+    def follow(self, share: float) -> None:
+        """Move every averaged tensor this share of the way to the engine's."""
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every averaged tensor, whole, in an order equal on all ranks. Collective."""
+
+    def close(self) -> None:
+        """Free what the second model holds."""
