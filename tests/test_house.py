@@ -27,8 +27,8 @@ FOREIGN = {"datasets", "distributed", "evaluate", "tokenizers", "wandb", "webdat
 # What a page tells its reader to write.
 TO_BE_WRITTEN = {"mmscale/loss/cyclic.py"}
 # A little above what is true today, so that a change has room and growth is noticed.
-FILES, LINES, LONGEST_FILE = 238, 37_000, 401
-LONG_FUNCTIONS, WIDE_FUNCTIONS = 0, 8
+FILES, LINES, LONGEST_FILE = 225, 37_000, 400
+LONG_FUNCTIONS, WIDE_FUNCTIONS = 0, 7
 WAY_FILES, WAY_LINES = 16, 3_300
 # Roots of folders that exist on one machine only.
 MACHINE_PATHS = re.compile(r"(?<![\w.~$}-])/(?:work|home|root|Users)/\w")
