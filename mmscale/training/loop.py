@@ -49,24 +49,20 @@ def train(config: Config, world: World) -> None:
     Raises:
         MmscaleError: The run cannot be built, or ends early.
     """
-    with RunLock(Path(config.run.dir)) as lock:
-        _train(config, lock, world)
-
-
-def _train(config: Config, lock: RunLock, world: World) -> None:
     stop, say = StopSignal(at_once=True), early_line(world)
-    job, begin = prepare(config, lock, world, say)
-    stage = build_stage(job, begin, say)
-    if world.is_main:
-        content = as_yaml(job.config.model_dump(mode="json")).encode()
-        write_output("run.dir", job.folder / "config.yaml", content)
-    total, begun = stage.timetable.total_steps, begin.state.step
-    with Report(stage.config, world, total, begun) as report:
-        saver = Saver(job.folder, world, config.checkpoint, report.warn)
-        wait_for(saver.wait)
-        services = Services(report, stop, saver, Watchdog(world, config.engine.timeout))
-        while (start := train_stage(stage, services)) is not None:
-            stage = build_stage(job, start, report.say)
+    with RunLock(Path(config.run.dir)) as lock:
+        job, begin = prepare(config, lock, world, say)
+        stage = build_stage(job, begin, say)
+        if world.is_main:
+            content = as_yaml(job.config.model_dump(mode="json")).encode()
+            write_output("run.dir", job.folder / "config.yaml", content)
+        total, begun = stage.timetable.total_steps, begin.state.step
+        with Report(stage.config, world, total, begun) as report:
+            saver = Saver(job.folder, world, config.checkpoint, report.warn)
+            wait_for(saver.wait)
+            services = Services(report, stop, saver, Watchdog(world, config.engine.timeout))
+            while (start := train_stage(stage, services)) is not None:
+                stage = build_stage(job, start, report.say)
 
 
 def train_stage(stage: Stage, services: Services) -> Start | None:
@@ -75,18 +71,56 @@ def train_stage(stage: Stage, services: Services) -> Start | None:
     Raises:
         HaltError: A part says that the run is to end; its checkpoint is written.
     """
-    parts = build_parts(stage, services)
+    parts, report = build_parts(stage, services), services.report
     for line in opening_lines(stage):
-        services.report.say(line)
-    traced = stage.config.log.profile
-    folder = stage.job.folder if stage.job.world.is_main else None
+        report.say(line)
+    phases = PhaseClock(stage.job.policy.device)
     # Closed, so that decoding processes end here and not when their loader is collected.
-    with (
-        closing(_batches(stage, services)) as batches,
-        Trace(folder, None if traced is None else stage.timetable.steps(traced)) as trace,
-        services.watchdog,
-    ):
-        state, event = _updates(stage, services, parts, batches, trace)
+    with closing(_batches(stage, services)) as batches, _trace(stage) as trace, services.watchdog:
+        state, event = _asked([part.begin for part in parts], stage.start.state)
+        clock = time.perf_counter()
+        for batch, position, waited in () if state.over or event else batches:
+            if state.step == stage.start.state.step:
+                _tell_first_batch(stage, services, batch)
+            is_logged = stage.timetable.is_due(stage.config.log.every, state.step + 1)
+            step = _next_step(stage, services, parts, state, is_logged)
+            with phases.timing(is_logged):
+                result = train_step(stage.learner, batch, step, parts)
+            trace.step()
+            state = _advanced(state, position, result, stage.plan.global_rows)
+            if is_logged:
+                spent = {"data": waited, "step": time.perf_counter() - clock, **phases.seconds}
+                report.training(training_line(stage, parts, result, state, spent))
+            state, event = _asked([partial(part.observe, result) for part in parts], state)
+            if event is not None:
+                break
+            clock = time.perf_counter()
+    return _end_stage(stage, services, parts, state, event)
+
+
+def _trace(stage: Stage) -> Trace:
+    length = stage.config.log.profile
+    folder = stage.job.folder if stage.job.world.is_main else None
+    return Trace(folder, None if length is None else stage.timetable.steps(length))
+
+
+def _next_step(
+    stage: Stage, services: Services, parts: Sequence[Part], state: RunState, is_logged: bool
+) -> Step:
+    """The coming update: its rate, and what it has to agree on and to measure."""
+    optim, length = stage.config.optim, stage.end - state.stage_start
+    warmup = stage.timetable.steps(optim.warmup)
+    factor = rate_factor(state.step - state.stage_start, length, warmup, optim.schedule)
+    for part in parts:
+        factor *= part.rate()
+    is_measured = is_logged or any(part.measures(state) for part in parts)
+    stop, written = services.stop.wanted, services.saver.written
+    return Step(state, optim.lr * factor, factor, stop, written, is_measured)
+
+
+def _end_stage(
+    stage: Stage, services: Services, parts: Sequence[Part], state: RunState, event: Event | None
+) -> Start | None:
     if isinstance(event, Halt):
         _save(parts, state)
         services.saver.finish()
@@ -98,43 +132,6 @@ def train_stage(stage: Stage, services: Services) -> Start | None:
         part.close()
     stage.learner.engine.close()
     return start
-
-
-def _updates(
-    stage: Stage, services: Services, parts: Sequence[Part], batches: Batches, trace: Trace
-) -> tuple[RunState, Event | None]:
-    """Update until the stage ends; returns what the run is at, and what ended it early."""
-    config, timetable, report = stage.config, stage.timetable, services.report
-    state = stage.start.state
-    length, warmup = stage.end - state.stage_start, timetable.steps(config.optim.warmup)
-    phases = PhaseClock(stage.job.policy.device)
-    state, event = _asked([part.begin for part in parts], state)
-    if event is not None:
-        return state, event
-    clock = time.perf_counter()
-    for batch, position, waited in () if state.over else batches:
-        if state.step == stage.start.state.step:
-            _tell_first_batch(stage, services, batch)
-        factor = rate_factor(state.step - state.stage_start, length, warmup, config.optim.schedule)
-        for part in parts:
-            factor *= part.rate()
-        lr = config.optim.lr * factor
-        is_logged = timetable.is_due(config.log.every, state.step + 1)
-        is_measured = is_logged or any(part.measures(state) for part in parts)
-        stop, written = services.stop.wanted, services.saver.written
-        step = Step(state, lr, factor, stop, written, is_measured)
-        with phases.timing(is_logged):
-            result = train_step(stage.learner, batch, step, parts)
-        trace.step()
-        state = _advanced(state, position, result, stage.plan.global_rows)
-        if is_logged:
-            spent = {"data": waited, "step": time.perf_counter() - clock, **phases.seconds}
-            report.training(training_line(stage, parts, result, state, spent))
-        state, event = _asked([partial(part.observe, result) for part in parts], state)
-        if event is not None:
-            return state, event
-        clock = time.perf_counter()
-    return state, None
 
 
 def _tell_first_batch(stage: Stage, services: Services, batch: Batch) -> None:
