@@ -6,14 +6,12 @@ towers it stands in for decoding. What a pass has computed before it was cut sho
 next one.
 """
 
-import bisect
 import json
 import os
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import accumulate, islice
 from pathlib import Path
 
 import torch
@@ -30,7 +28,7 @@ from mmscale.data.damage import DamagedSampleError
 from mmscale.data.lanes import Item
 from mmscale.data.pixels import EvalTransform, decode, stack_rows
 from mmscale.data.reader import SampleReader
-from mmscale.data.schedule import AnyLane, Schedule
+from mmscale.data.schedule import Schedule
 from mmscale.data.shards import ShardSet
 from mmscale.errors import DataError
 from mmscale.outputs import publish, sync
@@ -67,7 +65,6 @@ class SampleBatches(Dataset):
 
     def __init__(self, shards: ShardSet, spec: InputSpec, places: range, size: int):
         self._shards, self._spec, self._places, self._size = shards, spec, places, size
-        self._starts = [0, *accumulate(shard.samples for shard in shards.shards)]
         self._transform = EvalTransform(spec)
         self._reader: SampleReader | None = None
 
@@ -80,9 +77,8 @@ class SampleBatches(Dataset):
         self._reader = self._reader or SampleReader(self._shards)
         batch, pixels = SampleBatch(None), []
         for place in self._places[index * self._size : (index + 1) * self._size]:
-            shard = bisect.bisect_right(self._starts, place) - 1
             try:
-                sample = self._reader.read(shard, place - self._starts[shard])
+                sample = self._reader.read(*self._shards.sample_at(place))
                 pixels.append(self._transform(decode(sample.image, sample.key)))
             except DamagedSampleError as error:
                 batch.damaged.append(str(error))
@@ -219,8 +215,7 @@ class CachedStream:
 
     def __init__(self, schedule: Schedule, shards: ShardSet, table: FeatureTable, world: World):
         self.schedule = schedule
-        self._table = table
-        self._starts = [0, *accumulate(shard.samples for shard in shards.shards)]
+        self._table, self._starts = table, shards.starts
         count = schedule.lanes // world.size
         self._mine = range(world.rank * count, (world.rank + 1) * count)
         self._captions = [int(n) for n in table.first.diff()]
@@ -228,56 +223,50 @@ class CachedStream:
     def batches(self, position: Position) -> Iterator[tuple[Batch, Position]]:
         """Endless batches from `position` on, each with the position after it."""
         while True:
-            step = position.rows // self.schedule.batch_rows
-            count = self.schedule.lane_items
-            epoch = position.epoch
+            epoch, step = position.epoch, position.rows // self.schedule.batch_rows
             streams = self.schedule.streams(epoch, self._mine, step)
             for at in range(step, self.schedule.steps):
-                rows: list[tuple[int, int]] = []
+                rows: list[tuple[Item, int]] = []
                 damaged: list[str] = []
-                for lane, items in streams:
-                    for offset, item in enumerate(islice(items, count)):
-                        place = self._place(item)
-                        if not self._table.good[place]:
-                            damaged.append(f"{self._table.keys[place] or place}: undecodable image")
-                            item = self._nearest(lane, at * count + offset)
-                        rows += self._rows(item, epoch)
+                for items in self.schedule.turns(streams, at):
+                    item = self._first_valid(items, damaged)
+                    place = self._place(item)
+                    key, captions = self._table.keys[place], self._captions[place]
+                    picked = self.schedule.pick(key, captions, epoch, item.turn)
+                    rows += [(item, choice) for choice in picked]
                 position = self.schedule.after(position)
                 yield self._batch(rows, damaged), position
 
     def _place(self, item: Item) -> int:
         return self._starts[item.shard] + item.sample
 
-    def _item(self, place: int) -> tuple[int, int]:
-        """Shard and sample of a place in the table."""
-        shard = bisect.bisect_right(self._starts, place) - 1
-        return shard, place - self._starts[shard]
-
-    def _rows(self, item: Item, epoch: int) -> list[tuple[int, int]]:
-        place = self._place(item)
-        key, captions = self._table.keys[place], self._captions[place]
-        return [(place, c) for c in self.schedule.pick(key, captions, epoch, item.turn)]
-
-    def _nearest(self, lane: AnyLane, place: int) -> Item:
-        for item in lane.around(place):
-            if self._table.good[self._place(item)]:
+    def _first_valid(self, items: Iterator[Item], damaged: list[str]) -> Item:
+        """The first item whose sample was decoded; where another came before, it is named."""
+        for number, item in enumerate(items):
+            place = self._place(item)
+            if self._table.good[place]:
                 return item
+            if number == 0:
+                damaged.append(f"{self._table.keys[place] or place}: undecodable image")
         raise DataError("a whole lane of data.train cannot be decoded; run mmscale verify")
 
-    def _batch(self, rows: list[tuple[int, int]], damaged: list[str]) -> Batch:
+    def _batch(self, rows: list[tuple[Item, int]], damaged: list[str]) -> Batch:
         table, marks = self._table, self.schedule.marks
-        places = torch.tensor([place for place, _ in rows])
+        places = torch.tensor([self._place(item) for item, _ in rows])
         texts = table.first[places] + torch.tensor([choice for _, choice in rows])
+        image_ids = table.image_ids[places]
+        match_ids = [
+            marks.match_id(item.shard, item.sample, image_id)
+            for (item, _), image_id in zip(rows, image_ids.tolist(), strict=True)
+        ]
         return Batch(
             image=table.image[places],
             tokens=table.text[texts],
             mask=None,
-            image_ids=table.image_ids[places],
-            match_ids=torch.tensor(
-                [marks.match_id(*self._item(p), int(table.image_ids[p])) for p, _ in rows]
-            ),
-            labels=torch.tensor([marks.label(*self._item(p)) for p, _ in rows]),
-            keys=[f"{table.keys[place]}#{choice}" for place, choice in rows],
+            image_ids=image_ids,
+            match_ids=torch.tensor(match_ids),
+            labels=torch.tensor([marks.label(item.shard, item.sample) for item, _ in rows]),
+            keys=[f"{table.keys[self._place(item)]}#{choice}" for item, choice in rows],
             captions=[table.captions[index] for index in texts.tolist()],
             cut=int(table.cut[texts].sum()),
             damaged=damaged,

@@ -119,7 +119,7 @@ def open_picture(content: bytes, where: str) -> Picture:
         pixels = image.width * image.height
         if pixels > MAX_PIXELS:
             raise DamagedSampleError(f"{where}: {pixels} pixels, more than {MAX_PIXELS}")
-        orientation = _orientation(image)
+        orientation = orientation_of(image)
     height, width = image.height, image.width
     if orientation in _TURNS and _TURNS[orientation][0]:
         height, width = width, height
@@ -135,7 +135,8 @@ def decode(content: bytes, where: str) -> UInt8[Tensor, "3 h w"]:
     return open_picture(content, where).pixels()
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
+    """How a picture is turned, by its EXIF tag; 1: not at all."""
     # Most JPEGs have no such block, and looking for a tag in none costs as much as the header.
     if image.format == "JPEG" and not {"exif", "xmp"} & image.info.keys():
         return 1

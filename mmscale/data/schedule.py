@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import islice, tee
+from itertools import chain, islice, tee
 from typing import TypeAlias
 
 import numpy as np
@@ -108,6 +108,21 @@ class Schedule:
         return [
             (lanes[lane], self._part(lane, whole))
             for lane, whole in zip(mine, batches, strict=True)
+        ]
+
+    def turns(
+        self, streams: Sequence[tuple[AnyLane, Iterator[Item]]], batch: int
+    ) -> list[Iterator[Item]]:
+        """Each item of a batch, followed by those that may stand in for it, nearest first.
+
+        Args:
+            streams: What `streams` gave, read up to this batch.
+            batch: Its number in the epoch.
+        """
+        return [
+            chain([item], lane.around(batch * self.lane_items + offset))
+            for lane, items in streams
+            for offset, item in enumerate(islice(items, self.lane_items))
         ]
 
     def _arranged(

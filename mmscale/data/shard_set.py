@@ -1,9 +1,12 @@
 """Shards of a setting as one set, whatever manifests they come from: whose image each sample is."""
 
+import bisect
 import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import TypeAlias
 
@@ -45,6 +48,16 @@ class ShardSet:
     def samples(self) -> int:
         """Images in all shards."""
         return sum(shard.samples for shard in self.shards)
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """Place of each shard's first sample in the whole set, and the number of all samples."""
+        return [0, *accumulate(shard.samples for shard in self.shards)]
+
+    def sample_at(self, place: int) -> tuple[int, int]:
+        """Shard and sample of a place in the whole set."""
+        shard = bisect.bisect_right(self.starts, place) - 1
+        return shard, place - self.starts[shard]
 
     @property
     def copies(self) -> int:

@@ -1,14 +1,13 @@
 """One shard of a pack, written as one task; a note beside it saves it from being written again."""
 
 import fcntl
-import hashlib
 import io
 import json
 import os
 import stat
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -17,16 +16,15 @@ from PIL import Image, ImageOps
 
 from mmscale.data.damage import reason_of, warnings_named
 from mmscale.data.grouping import Trait
-from mmscale.data.index import describe_shard
+from mmscale.data.index import describe_shard, digest_of
 from mmscale.data.manifest import Shard, parse_shard
 from mmscale.data.members import image_id_of
-from mmscale.data.pixels import in_rgb
+from mmscale.data.pixels import in_rgb, orientation_of
 from mmscale.data.sources import Record
 from mmscale.errors import DataError
 from mmscale.outputs import publish, replace_file
 
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-_ORIENTATION = 0x0112
 _QUALITY = 95
 
 
@@ -96,11 +94,7 @@ def _is_larger(image: Image.Image, side: int | None) -> bool:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    orientation = 1
-    # A picture with a damaged tag block is shown as it lies.
-    with suppress(Exception):
-        orientation = image.getexif().get(_ORIENTATION, 1)
-    return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
+    return ImageOps.exif_transpose(image) if orientation_of(image) in range(2, 9) else image
 
 
 def _shrink(image: Image.Image, side: int | None) -> Image.Image:
@@ -287,5 +281,4 @@ def is_sound(folder: Path, shard: Shard) -> bool:
     path = folder / shard.name
     if not path.is_file() or path.stat().st_size != shard.bytes:
         return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
+    return digest_of(path) == (shard.bytes, shard.sha256)

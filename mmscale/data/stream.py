@@ -7,7 +7,7 @@ each batch; the training process lays the workers' parts end to end, which is la
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from mmscale.data.decoded_cache import DecodedCache, Shrinking
 from mmscale.data.lanes import Item, sections, seeded
 from mmscale.data.pixels import TrainTransform, open_picture, stack_rows
 from mmscale.data.reader import SampleReader
-from mmscale.data.schedule import AnyLane, Schedule
+from mmscale.data.schedule import Schedule
 from mmscale.data.shards import ShardSet
 from mmscale.errors import DataError
 from mmscale.parallel.signals import outlive_termination
@@ -185,16 +185,11 @@ class _Turns(IterableDataset):
         self, mine: Sequence[int], epoch: int, step: int, reader: SampleReader
     ) -> Iterator[Share | None]:
         """This worker's share of each batch."""
-        count = self._schedule.lane_items
         streams = [
             (lane, reader.ahead(items)) for lane, items in self._schedule.streams(epoch, mine, step)
         ]
         for at in range(step, self._schedule.steps):
-            turns = [
-                (lane, at * count + offset, item)
-                for lane, items in streams
-                for offset, item in enumerate(islice(items, count))
-            ]
+            turns = self._schedule.turns(streams, at)
             yield self._handed_over(*self._share(turns, epoch, reader)) if turns else None
 
     def _handed_over(self, share: Share, images: list[Tensor]) -> Share:
@@ -208,13 +203,13 @@ class _Turns(IterableDataset):
         return share
 
     def _share(
-        self, turns: list[tuple[AnyLane, int, Item]], epoch: int, reader: SampleReader
+        self, turns: list[Iterator[Item]], epoch: int, reader: SampleReader
     ) -> tuple[Share, list[Tensor]]:
-        """The rows of some turns, each an item with its lane and its place there."""
+        """The rows of some turns, and their pixels."""
         share = Share()
         images: list[Tensor] = []
-        for lane, place, item in turns:
-            images += self._add_first(share, chain([item], lane.around(place)), epoch, reader)
+        for items in turns:
+            images += self._add_first(share, items, epoch, reader)
         share.tokens = self._spec.tokenize(share.captions)
         share.cut = sum(are_cut(self._spec, share.captions, share.tokens))
         return share, images

@@ -4,10 +4,9 @@ Made when a run ends, while the shards are at hand; a page is written from the r
 """
 
 import base64
-import bisect
 from collections.abc import Callable, Iterable
 from contextlib import closing
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -324,7 +323,7 @@ class _Copies:
     def __init__(self, pairs: Pairs, shards: ShardSet, warn: Callable[[str], None]) -> None:
         self._sources, self._warn = _sources_of(pairs), warn
         self._ids = pairs.image_ids.tolist()
-        self._starts = [0, *accumulate(shard.samples for shard in shards.shards)]
+        self._shards = shards
         self._reader: SampleReader | None = SampleReader(shards)
         self._made: dict[int, bytes | None] = {}
 
@@ -360,9 +359,8 @@ class _Copies:
         if self._reader is None:
             return None
         place = int(self._sources.places[row])
-        shard = bisect.bisect_right(self._starts, place) - 1
         try:
-            sample = self._reader.read(shard, place - self._starts[shard])
+            sample = self._reader.read(*self._shards.sample_at(place))
             return thumbnail(sample.image, sample.key)
         except DamagedSampleError:
             return None

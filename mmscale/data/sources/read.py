@@ -137,20 +137,8 @@ def resolve(
             rejected.append(Rejection(key, fault, split or None))
             continue
         seen.add(key)
-        image = folder / entry.name
-        name = recipe.name or listing.source
-        records.append(
-            Record(
-                key,
-                image,
-                tuple(captions),
-                split,
-                name,
-                entry.image_id,
-                entry.label,
-                entry.group,
-            )
-        )
+        about = (recipe.name or listing.source, entry.image_id, entry.label, entry.group)
+        records.append(Record(key, folder / entry.name, tuple(captions), split, *about))
     return folder
 
 

@@ -10,6 +10,8 @@ from mmscale.data.damage import DamagedSampleError
 from mmscale.data.index import index
 from mmscale.data.members import describe_members, image_id_of
 from mmscale.data.reader import SampleReader, parse_sample
+from mmscale.data.remote import Web
+from mmscale.data.resampled import read_through
 from mmscale.data.shards import open_shards
 from mmscale.data.tar import TEXT_BYTES, TarSample, walk_shard
 
@@ -97,3 +99,33 @@ def test_manifest_and_reader_refuse_the_same_samples(key, tmp_path):
     assert fault
     with pytest.raises(DamagedSampleError, match=fault):
         parse_sample(path.read_bytes(), path.name)
+
+
+def test_files_that_begin_with_a_dot_are_nobodys_for_index_and_reader_alike(tmp_path):
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, content in (
+            ("a/1.jpg", picture("blue")),
+            ("a/._1.jpg", b"of a mac"),
+            ("a/.jpg", picture("red")),
+            ("a/1.txt", b"one"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    assert index([path]).samples == 1
+    sample = SampleReader(open_shards("data.train", str(tmp_path))).read(0, 0)
+    assert (sample.key, sample.captions, sample.image) == ("a/1", ("one",), picture("blue"))
+
+
+def test_a_member_twice_makes_a_sample_useless_for_every_reader(tmp_path):
+    path = tmp_path / "0.tar"
+    write(path, {"one": {"txt": b"a"}})
+    whole = path.read_bytes()
+    end = whole.index(b"one.txt") + 2 * tarfile.BLOCKSIZE
+    path.write_bytes(whole[:end] + whole[end - 2 * tarfile.BLOCKSIZE :])
+    (found,) = walk_shard(path)
+    assert describe_members(found).fault == "has a member twice"
+    with pytest.raises(DamagedSampleError, match="one: has a member twice"):
+        parse_sample(path.read_bytes(), path.name)
+    assert list(read_through(path, Web())) == ["0.tar one: has a member twice"]
