@@ -5,6 +5,7 @@ sweep that was killed goes on as it would have gone.
 """
 
 import importlib.util
+import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from mmscale.sweep.trial import Outcome, claim
 
 JOURNAL = "journal.log"
 NAME = "sweep"
-_WHY = "why"
+_WHY, _NUMBER = "why", "number"  # user attributes of Optuna's trials
 
 
 @dataclass(frozen=True)
@@ -85,52 +86,67 @@ class Study:
 
     def next(self) -> "Attempt | None":
         """A trial for this worker: one that a worker died with, else a new one; None at the end."""
-        states = self._optuna.trial.TrialState
-        while True:
-            for frozen in self._study.get_trials(deepcopy=False, states=(states.RUNNING,)):
-                if frozen.number < self._space.trials and (found := self._take(frozen)):
-                    return found
-            if len(self._study.get_trials(deepcopy=False)) >= self._space.trials:
+        # Optuna's heartbeats would find dead workers too, but are experimental and need a database.
+        lock = claim(self._out, wait=True)
+        assert lock is not None
+        try:
+            number = self._abandoned()
+            if number is None and (number := len(self._latest())) >= self._space.trials:
                 return None
+            seed = np.random.SeedSequence([self._space.seed, number]).generate_state(1)
+            self._study.sampler = self._optuna.samplers.TPESampler(seed=int(seed[0]))
             trial = self._study.ask()
-            if trial.number >= self._space.trials:
-                # Another worker was faster; only the first `trials` count.
-                self._study.tell(trial, state=states.FAIL)
-                return None
-            # Whoever claims it first has it, as with those that were left behind.
-
-    def _take(self, frozen: Any) -> "Attempt | None":
-        handle = claim(trial_folder(self._out, frozen.number))
-        if handle is None:
-            return None
-        # Perhaps it ended between the look at the journal and the claim.
-        trials = self._study.get_trials(deepcopy=False)
-        if trials[frozen.number].state.is_finished():
-            os.close(handle)
-            return None
-        # Optuna gives the values that a trial was given before, and draws those that are missing.
-        trial = self._optuna.trial.Trial(self._study, frozen._trial_id)
-        seed = np.random.SeedSequence([self._space.seed, frozen.number]).generate_state(1)
-        self._study.sampler = self._optuna.samplers.TPESampler(seed=int(seed[0]))
+            folder = trial_folder(self._out, number)
+            handle = claim(folder)
+            assert handle is not None, f"{folder} was claimed without the lock of the sweep"
+        finally:
+            os.close(lock)
         values = {
             name: _suggest(trial, name, parameter)
             for name, parameter in self._space.parameters.items()
         }
-        return Attempt(self._study, trial, values, trial_folder(self._out, frozen.number), handle)
+        return Attempt(number, values, folder, handle, self._study, trial)
+
+    def _abandoned(self) -> int | None:
+        """Enqueue a trial that nobody works on any more; its number, None where there is none."""
+        states = self._optuna.trial.TrialState
+        # A worker that was killed between the queue and its trial left it there.
+        if waiting := self._study.get_trials(deepcopy=False, states=(states.WAITING,)):
+            return int(waiting[0].user_attrs[_NUMBER])
+        for number, frozen in sorted(self._latest().items()):
+            if frozen.state.is_finished() or number >= self._space.trials:
+                continue
+            handle = claim(trial_folder(self._out, number))
+            if handle is not None:
+                os.close(handle)
+                self._study.enqueue_trial(frozen.params, user_attrs={_NUMBER: number})
+                self._study.tell(frozen.number, state=states.FAIL)
+                return number
+        return None
+
+    def _latest(self) -> dict[int, Any]:
+        """The newest of Optuna's trials for each number of ours: a retried trial keeps its own."""
+        latest: dict[int, Any] = {}
+        new = itertools.count()
+        for frozen in self._study.get_trials(deepcopy=False):
+            again = frozen.user_attrs.get(_NUMBER)
+            latest[next(new) if again is None else again] = frozen
+        return latest
 
     def trials(self) -> list[Trial]:
         """All that was tried so far, oldest first."""
-        found = self._study.get_trials(deepcopy=False)[: self._space.trials]
+        states = {"FAIL": "failed", "WAITING": "running"}
         return [
             Trial(
-                number=frozen.number,
-                state={"FAIL": "failed"}.get(frozen.state.name, frozen.state.name.lower()),
+                number=number,
+                state=states.get(frozen.state.name, frozen.state.name.lower()),
                 value=frozen.value,
                 parameters=frozen.params,
                 curve=tuple(value for _, value in sorted(frozen.intermediate_values.items())),
                 why=frozen.user_attrs.get(_WHY),
             )
-            for frozen in found
+            for number, frozen in sorted(self._latest().items())
+            if number < self._space.trials
         ]
 
 
@@ -138,15 +154,18 @@ class Attempt:
     """A trial in this worker's hands; `folder` is its run's and nobody else's."""
 
     def __init__(
-        self, study: Any, trial: Any, values: Mapping[str, Any], folder: Path, handle: int
+        self,
+        number: int,
+        values: Mapping[str, Any],
+        folder: Path,
+        handle: int,
+        study: Any,
+        trial: Any,
     ):
-        self.number: int = trial.number
-        self.values, self.folder, self.handle = values, folder, handle
+        self.number, self.values, self.folder, self.handle = number, values, folder, handle
         self._study, self._trial = study, trial
-        self._reported = len(study.get_trials(deepcopy=False)[trial.number].intermediate_values)
+        self._reported = 0
         self._ended_at: int | None = None
-        if self._reported and trial.should_prune():
-            self._ended_at = self._reported - 1
 
     def goes_on(self, curve: list[float]) -> bool:
         """Report evaluations; whether the trial is worth another.

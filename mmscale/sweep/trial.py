@@ -44,8 +44,8 @@ class Outcome:
     why: str | None = None
 
 
-def claim(folder: Path) -> int | None:
-    """A trial's folder for this process and its children alone; None where another has it.
+def claim(folder: Path, wait: bool = False) -> int | None:
+    """A folder for this process and its children alone; None where another has it.
 
     The handle is the claim: the system gives the folder back when the last process that holds it
     has ended, however it ended.
@@ -53,7 +53,7 @@ def claim(folder: Path) -> int | None:
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         os.close(handle)
         return None

@@ -1,6 +1,7 @@
 """The journal of a sweep, without trainings: outcomes are handed in."""
 
 import os
+import sys
 
 import pytest
 
@@ -64,6 +65,38 @@ def test_a_trial_in_another_worker_s_hands_is_left_alone(space, tmp_path):
     handle = claim(trial_folder(tmp_path, 0))
     assert handle is not None
     os.close(handle)
+
+
+def test_trials_of_workers_that_died_are_taken_up_first_with_their_numbers_and_values(
+    space, tmp_path
+):
+    dead = [Study(space, tmp_path).next() for _ in range(3)]
+    dead[1].end(Outcome([1.0]))
+    for attempt in dead:
+        attempt.close()
+    alive = [Study(space, tmp_path).next() for _ in range(3)]
+    assert [attempt.number for attempt in alive] == [0, 2, 3]
+    assert [alive[0].values, alive[1].values] == [dead[0].values, dead[2].values]
+    states = [(trial.number, trial.state) for trial in Study(space, tmp_path).trials()]
+    assert states == [(0, "running"), (1, "complete"), (2, "running"), (3, "running")]
+
+
+def test_a_trial_whose_worker_died_before_it_began_is_taken_up(space, tmp_path, monkeypatch):
+    """Between the journal's queue and the trial; the search goes on as if that had not been."""
+    (tmp_path / "a").mkdir()
+    straight = _run(Study(space, tmp_path / "a"), 4)
+    out = tmp_path / "b"
+    out.mkdir()
+    _run(Study(space, out), 1)
+    Study(space, out).next().close()
+    study = Study(space, out)
+    with monkeypatch.context() as killed:
+        killed.setattr(study._study, "ask", lambda: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            study.next()
+    assert [trial.state for trial in study.trials()] == ["complete", "running"]
+    assert _run(Study(space, out), 3) == straight[1:4]
+    assert [trial.number for trial in study.trials()] == [0, 1, 2, 3]
 
 
 def test_no_more_trials_are_made_than_were_asked_for(space, tmp_path):
