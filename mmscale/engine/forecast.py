@@ -1,7 +1,6 @@
 """What a run would need, before a node is paid for: memory, traffic, steps, efficiency."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -11,12 +10,11 @@ from mmscale.config.schema import Config
 from mmscale.data.schedule import plan_schedule
 from mmscale.data.shards import open_train
 from mmscale.engine.deepspeed import deepspeed_settings
-from mmscale.engine.efficiency import GPUS, Step, predict
 from mmscale.engine.footprint import Footprint, footprint
-from mmscale.engine.memory import Holding, Sharding, holdings
+from mmscale.engine.memory import REPLICATED, Holding, Sharding, Workload, holdings
 from mmscale.engine.optimizer import optimizer_kind
 from mmscale.engine.plan import BatchPlan, plan_batch
-from mmscale.engine.wire import Transfer, transfers
+from mmscale.engine.wire import GPUS, Step, Transfer, predict, transfers
 from mmscale.errors import ConfigError
 from mmscale.model.outline import outline
 
@@ -26,7 +24,6 @@ FILES = {
     "ZeRO-3": "ds_configs/zero3.json",
     "ZeRO-3 + offload": "ds_configs/zero3_offload.json",
 }
-REPLICATED = Sharding("accelerate", 0, {})
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -103,19 +100,17 @@ def forecast(
         )
     seen = footprint(model, spec, config, batch, tokens or spec.context_length, dtype)
     queue, _ = config.negatives.queue.slots(data.images)
-    words: tuple[Any, ...] = (config, batch, queue, dtype)
-    memory = {s.name: holdings(seen, s, *words) for s in shardings}
+    work = Workload(seen, config, batch, queue, dtype)
+    memory = {sharding.name: holdings(work, sharding) for sharding in shardings}
     _require_room(memory, chosen, batch, cluster)
+    on_gpus = [replace(work, plan=replace(batch, world=gpus)) for gpus in GPUS]
     steps = {
-        s.name: [
-            predict(seen, s, config, replace(batch, world=gpus), queue, dtype, precision, cluster)
-            for gpus in GPUS
-        ]
-        for s in shardings
+        sharding.name: [predict(each, sharding, precision, cluster) for each in on_gpus]
+        for sharding in shardings
         # What the host computes and copies has no figure in a cluster's description.
-        if not s.offloads
+        if not sharding.offloads
     }
-    wire = {s.name: transfers(seen, s, *words) for s in shardings}
+    wire = {sharding.name: transfers(work, sharding) for sharding in shardings}
     return Forecast(batch, data, seen, precision, chosen, memory, wire, steps, cluster)
 
 

@@ -1,10 +1,11 @@
 """Bytes that a rank holds while it trains, predicted for each way of sharding.
 
 Masters, moments and gradients are fp32 in every precision: matrix products alone run in bf16 or
-fp16. What DeepSpeed holds is read from version 0.19.8 and held to by `tests/ranks/test_memory.py`.
+fp16. Padding is left out, a few elements a tensor and group. `tests/ranks/test_memory.py` finds two
+real ranks within 10 % of each figure, with DeepSpeed 0.19.8.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +22,6 @@ from mmscale.parallel.peers import BUCKET_BYTES
 
 FP32 = 4
 ID = 8
-# DeepSpeed pads each flat group to this many elements a rank.
-ALIGNMENT = 2
 # Matrices of b x n that one direction of a loss without tiles holds at its height: logits,
 # their exponentials, a masked copy, a gradient.
 DENSE_MATRICES = 4
@@ -48,6 +47,9 @@ class Sharding:
         return (self.zero.get("offload_optimizer") or {}).get("device", "none") != "none"
 
 
+REPLICATED = Sharding("accelerate", 0, {})
+
+
 @dataclass(frozen=True)
 class Holding:
     """Bytes of one kind on a rank.
@@ -65,108 +67,84 @@ class Holding:
     host: bool = False
 
 
-def holdings(
-    seen: Footprint,
-    sharding: Sharding,
-    config: Config,
-    plan: BatchPlan,
-    queue: int,
-    dtype: torch.dtype,
-) -> list[Holding]:
-    """Everything that a rank holds at the height of an update.
+@dataclass(frozen=True)
+class Workload:
+    """What a rank has to hold, compute and send.
 
-    Args:
+    Attributes:
         seen: The model.
-        sharding: How it is divided.
         config: The run.
         plan: Its batch.
         queue: Slots of the queue of negatives.
         dtype: Of matrix products.
     """
-    moments = len(optimizer_kind(config.optim, fused=False, sharded=sharding.stage > 0).moments)
+
+    seen: Footprint
+    config: Config
+    plan: BatchPlan
+    queue: int
+    dtype: torch.dtype
+
+
+def holdings(work: Workload, sharding: Sharding) -> list[Holding]:
+    """Everything that a rank holds at the height of an update."""
     return [
-        *(
-            _sharded(seen, sharding, plan, dtype, moments)
-            if sharding.stage
-            else _replicated(seen, plan, moments)
-        ),
-        *_momentum(seen, sharding, config, plan),
-        *_queue(config, queue),
-        *activations(seen, config, plan, queue),
+        *(_sharded(work, sharding) if sharding.stage else _replicated(work)),
+        *_momentum(work, sharding),
+        *_queue(work),
+        *activations(work),
     ]
 
 
-def _replicated(seen: Footprint, plan: BatchPlan, moments: int) -> Iterator[Holding]:
+def _moments(work: Workload, sharding: Sharding) -> int:
+    optim = work.config.optim
+    return len(optimizer_kind(optim, fused=False, sharded=sharding.stage > 0).moments)
+
+
+def _replicated(work: Workload) -> Iterator[Holding]:
+    seen, moments = work.seen, _moments(work, REPLICATED)
     trained, frozen = seen.numel(True), seen.numel(False)
     yield Holding("weights", FP32 * (trained + frozen) + seen.buffers, "4 x parameters + buffers")
     yield Holding("gradients", FP32 * trained, "4 x trained parameters")
     size = moments * FP32 * trained
     yield Holding("optimizer", size, f"{moments} moments x 4 x trained parameters")
-    if plan.world > 1:
-        yield Holding("buckets", _largest_bucket(seen), "the largest bucket of averaged gradients")
+    if work.plan.world > 1:
+        largest = FP32 * max(weight.numel for weight in _trained(seen))
+        size = min(FP32 * trained, BUCKET_BYTES + largest)
+        yield Holding("buckets", size, "a bucket of averaged gradients and the largest tensor")
 
 
-def _largest_bucket(seen: Footprint) -> int:
-    """As `average_gradients` fills them."""
-    largest = size = 0
-    for weight in _trained(seen):
-        size = FP32 * weight.numel + (0 if size > BUCKET_BYTES else size)
-        largest = max(largest, size)
-    return largest
-
-
-def _sharded(
-    seen: Footprint, sharding: Sharding, plan: BatchPlan, dtype: torch.dtype, moments: int
-) -> Iterator[Holding]:
-    stage, host = sharding.stage, sharding.offloads
-    share = FP32 * (
-        padded(seen, plan.world) // plan.world if stage < 3 else cut(_trained(seen), plan.world)
-    )
-    if stage < 3:
-        whole = share * plan.world + FP32 * seen.numel(False) + seen.buffers
+def _sharded(work: Workload, sharding: Sharding) -> Iterator[Holding]:
+    seen, world, host = work.seen, work.plan.world, sharding.offloads
+    trained, frozen, moments = seen.numel(True), seen.numel(False), _moments(work, sharding)
+    share = FP32 * trained // world
+    if sharding.stage < 3:
+        whole = FP32 * (trained + frozen) + seen.buffers
         yield Holding("weights", whole, "4 x parameters + buffers")
-        yield Holding("masters", share, "4 x trained / ranks: a copy of this rank's", host)
     else:
-        shards = FP32 * cut(seen.weights, plan.world) + seen.buffers
+        shards = FP32 * (trained + frozen) // world + seen.buffers
         kept, layer = _whole_in_stage_3(seen, sharding)
         yield Holding("weights", shards, "4 x parameters / ranks + buffers")
         yield Holding("whole weights", FP32 * kept, "4 x parameters of small tensors")
         yield Holding("gathered layer", FP32 * layer, "4 x the largest tensor")
-        # DeepSpeed means to share one copy, but compares a device with its name.
-        yield Holding("masters", share, "4 x trained / ranks: a copy of this rank's", host)
-    yield Holding("gradients", *_gradients(seen, sharding, plan, share), host)
-    size = moments * share
-    yield Holding("optimizer", size, f"{moments} moments x 4 x trained / ranks", host)
-    yield Holding("buckets", *_buckets(seen, sharding, dtype))
+    # In stage 3 DeepSpeed means to share one copy, but compares a device with its name.
+    yield Holding("masters", share, "4 x trained / ranks: a copy of this rank's", host)
+    yield Holding("gradients", *_gradients(work, sharding, share), host)
+    yield Holding("optimizer", moments * share, f"{moments} moments x 4 x trained / ranks", host)
+    yield Holding("buckets", *_buckets(work, sharding))
 
 
-def _gradients(seen: Footprint, sharding: Sharding, plan: BatchPlan, share: int) -> tuple[int, str]:
+def _gradients(work: Workload, sharding: Sharding, share: int) -> tuple[int, str]:
     """Beyond what the buckets hold."""
     if sharding.stage == 3:
-        return (
-            (2 * share, "2 x 4 x trained / ranks")
-            if sharding.offloads
-            else (
-                share,
-                "4 x trained / ranks",
-            )
-        )
-    if sharding.stage == 1 and plan.chunks > 1:
-        return FP32 * seen.numel(True), "4 x trained: whole until the last chunk"
-    touched = FP32 * _touched(seen, plan.world)
-    if plan.chunks > 1:
+        formula = "4 x trained / ranks"
+        return (2 * share, f"2 x {formula}") if sharding.offloads else (share, formula)
+    if sharding.stage == 1 and work.plan.chunks > 1:
+        return FP32 * work.seen.numel(True), "4 x trained: whole until the last chunk"
+    touched = FP32 * _touched(work.seen, work.plan.world)
+    if work.plan.chunks > 1:
         return 2 * touched, "2 x 4 x trained / ranks: of a chunk, and their sum"
     return touched, "4 x trained / ranks; a tensor that two ranks share counts whole"
-
-
-def padded(seen: Footprint, world: int) -> int:
-    """Trained elements with what ZeRO 1 and 2 add so that each group divides evenly."""
-    groups: dict[str, int] = {}
-    for weight in _trained(seen):
-        group = str(weight.group)
-        groups[group] = groups.get(group, 0) + weight.numel
-    unit = ALIGNMENT * world
-    return sum(-(-numel // unit) * unit for numel in groups.values())
 
 
 def _touched(seen: Footprint, world: int) -> int:
@@ -176,18 +154,12 @@ def _touched(seen: Footprint, world: int) -> int:
     for weight in _trained(seen):
         groups.setdefault(str(weight.group), []).append(weight.numel)
     for sizes in groups.values():
-        unit = ALIGNMENT * world
-        part, start = -(-sum(sizes) // unit) * unit // world, 0
+        part, start = -(-sum(sizes) // world), 0
         for size in sizes:
-            for rank in range(start // part, min(world - 1, (start + size - 1) // part) + 1):
+            for rank in range(start // part, (start + size - 1) // part + 1):
                 most[rank] += size
             start += size
     return max(most)
-
-
-def cut(weights: Sequence[Weight], world: int) -> int:
-    """Elements of a rank's shards: every parameter is cut alone, rounded up."""
-    return sum(-(-weight.numel // world) for weight in weights)
 
 
 def _whole_in_stage_3(seen: Footprint, sharding: Sharding) -> tuple[int, int]:
@@ -198,10 +170,10 @@ def _whole_in_stage_3(seen: Footprint, sharding: Sharding) -> tuple[int, int]:
     return sum(small), max(large, default=0)
 
 
-def _buckets(seen: Footprint, sharding: Sharding, dtype: torch.dtype) -> tuple[int, str]:
+def _buckets(work: Workload, sharding: Sharding) -> tuple[int, str]:
     elements = int(sharding.zero.get("reduce_bucket_size", 500_000_000))
-    low = dtype.itemsize if any(w.sent_low for w in _trained(seen)) else 0
-    sizes = [FP32] if dtype == torch.float32 else [low, FP32]
+    low = any(weight.sent_low for weight in _trained(work.seen))
+    sizes = [FP32] if work.dtype == torch.float32 else [work.dtype.itemsize * low, FP32]
     copies = 2 if sharding.stage < 3 and sharding.zero.get("overlap_comm") else 1
     if sharding.stage < 3:
         # Filled in fp32, whatever they are sent in.
@@ -211,29 +183,30 @@ def _buckets(seen: Footprint, sharding: Sharding, dtype: torch.dtype) -> tuple[i
     )
 
 
-def _momentum(
-    seen: Footprint, sharding: Sharding, config: Config, plan: BatchPlan
-) -> Iterator[Holding]:
-    if not needs_momentum(config):
+def _momentum(work: Workload, sharding: Sharding) -> Iterator[Holding]:
+    seen = work.seen
+    if not needs_momentum(work.config):
         return
     if sharding.stage == 3:
-        size = FP32 * cut(seen.weights, plan.world) + seen.buffers
+        size = FP32 * (seen.numel(True) + seen.numel(False)) // work.plan.world + seen.buffers
         yield Holding("momentum encoder", size, "4 x parameters / ranks + buffers")
     else:
         size = FP32 * seen.numel(True) + seen.buffers
         yield Holding("momentum encoder", size, "4 x trained parameters + buffers")
 
 
-def _queue(config: Config, slots: int) -> Iterator[Holding]:
-    if slots:
-        row = 2 * FP32 * config.model.embed_dim + ID
-        yield Holding("queue", 2 * slots * row, "2 x slots x (8 x width + 8): rows, and a copy")
+def _queue(work: Workload) -> Iterator[Holding]:
+    if work.queue:
+        row = 2 * FP32 * work.config.model.embed_dim + ID
+        size = 2 * work.queue * row
+        yield Holding("queue", size, "2 x slots x (8 x width + 8): rows, and a copy")
 
 
-def activations(seen: Footprint, config: Config, plan: BatchPlan, queue: int) -> Iterator[Holding]:
+def activations(work: Workload) -> Iterator[Holding]:
     """What the backward needs of the forward, and of the loss."""
-    towers = sum(work.saved for work in seen.towers.values())
-    features = sum(work.output for work in seen.towers.values()) * plan.chunks
+    seen, plan = work.seen, work.plan
+    towers = sum(part.saved for part in seen.towers.values())
+    features = sum(part.output for part in seen.towers.values()) * plan.chunks
     yield Holding(
         "tower activations",
         towers,
@@ -246,7 +219,7 @@ def activations(seen: Footprint, config: Config, plan: BatchPlan, queue: int) ->
         f"kept by the heads of {plan.rank_rows} rows"
         + ("; features and their gradient" if held else ""),
     )
-    yield Holding("loss", *_loss(config, plan, queue))
+    yield Holding("loss", *_loss(work.config, plan, work.queue))
 
 
 def _loss(config: Config, plan: BatchPlan, slots: int) -> tuple[int, str]:

@@ -1,8 +1,10 @@
-"""What a rank sends in one update, predicted collective by collective.
+"""What a rank sends in one update, and how much of many GPUs' speed that leaves: predictions.
 
 Counted as ring algorithms send: of V bytes over W ranks, an all-gather or a reduce-scatter sends
-V (W - 1) / W from each rank, an all-reduce twice that. `tests/ranks/test_wire.py` compares it with
-what two ranks really hand to torch.distributed.
+V (W - 1) / W from each rank, an all-reduce twice that. `tests/ranks/test_memory.py` compares it
+with what two ranks really hand to torch.distributed. A step takes the time of its products at the
+cluster's utilisation of the peak, plus that of every exchange which the backward does not hide.
+Latencies, stragglers and the reading of data are left out: real efficiency lies below.
 
 Source: Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of
     workstations", section 3.
@@ -13,12 +15,19 @@ from dataclasses import dataclass
 
 import torch
 
+from mmscale.config.cluster import ClusterConfig
 from mmscale.config.rules import trained_terms
 from mmscale.config.schema import Config
 from mmscale.engine.footprint import Footprint, Weight
-from mmscale.engine.memory import FP32, ID, Sharding, padded
+from mmscale.engine.memory import FP32, ID, Sharding, Workload
 from mmscale.engine.plan import BatchPlan
 
+GPUS = (8, 16, 32, 64, 128, 256, 512)
+FORMULA = (
+    "compute / (compute + exposed); compute = FLOPs a rank / (peak x utilisation); exposed = bytes "
+    "sent that the backward does not hide / (bandwidth x link share); bandwidth of a ring: a GPU's "
+    "link in one node, else the smaller of that and a node's"
+)
 PASSES = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}
 
 
@@ -47,21 +56,14 @@ class Transfer:
         return self.times * PASSES[self.collective] * self.payload * (world - 1) // world
 
 
-def transfers(
-    seen: Footprint,
-    sharding: Sharding,
-    config: Config,
-    plan: BatchPlan,
-    queue: int,
-    dtype: torch.dtype,
-) -> list[Transfer]:
-    """Everything that is exchanged in one update; the arguments are those of `holdings`."""
-    if plan.world == 1:
+def transfers(work: Workload, sharding: Sharding) -> list[Transfer]:
+    """Everything that is exchanged in one update."""
+    if work.plan.world == 1:
         return []
     return [
-        *_embeddings(config, plan),
-        *_queue(config, plan, queue),
-        *_model(seen, sharding, plan, dtype),
+        *_embeddings(work.config, work.plan),
+        *_queue(work.config, work.plan, work.queue),
+        *_model(work, sharding),
     ]
 
 
@@ -90,25 +92,23 @@ def _queue(config: Config, plan: BatchPlan, slots: int) -> Iterator[Transfer]:
         yield Transfer("queue", "all-gather", plan.global_rows * row, 1, "n (8 d + 8)")
 
 
-def _model(
-    seen: Footprint, sharding: Sharding, plan: BatchPlan, dtype: torch.dtype
-) -> Iterator[Transfer]:
+def _model(work: Workload, sharding: Sharding) -> Iterator[Transfer]:
+    seen, chunks = work.seen, work.plan.chunks
     towers, rest = _parts(seen)
     if sharding.stage == 0:
         yield Transfer("gradients", "all-reduce", FP32 * seen.numel(True), 1, "4 x trained")
         return
     collective = "reduce-scatter" if sharding.stage == 3 else "all-reduce"
     # From stage 2 on every chunk's gradient is sent, in stage 1 their sum.
-    times = plan.chunks if sharding.stage > 1 else 1
+    times = chunks if sharding.stage > 1 else 1
     overlaps = bool(sharding.zero.get("overlap_comm"))
-    size = _sizes(dtype)
+    size = _sizes(work.dtype)
     yield Transfer("tower gradients", collective, size(towers), times, "trained", overlaps)
     yield Transfer("other gradients", collective, size(rest), 1, "trained", overlaps)
     if sharding.stage < 3:
-        weights = FP32 * padded(seen, plan.world)
+        weights = FP32 * seen.numel(True)
         yield Transfer("updated weights", "all-gather", weights, 1, "4 x trained")
         return
-    chunks = plan.chunks
     # A chunk goes through the towers twice, and back once.
     passes = 3 * chunks if chunks > 1 else 2
     frozen = [weight for weight in seen.weights if weight.group is None]
@@ -135,3 +135,73 @@ def _sizes(dtype: torch.dtype) -> Callable[[list[Weight]], int]:
         return sum(w.numel * (dtype.itemsize if w.sent_low else FP32) for w in weights)
 
     return size
+
+
+@dataclass(frozen=True)
+class Step:
+    """One update at one number of GPUs.
+
+    Attributes:
+        gpus: In all.
+        global_rows: Pairs of a batch.
+        compute: Seconds of products.
+        exposed: Seconds of exchanges that nothing hides.
+    """
+
+    gpus: int
+    global_rows: int
+    compute: float
+    exposed: float
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the speed that as many lone GPUs would have together."""
+        return self.compute / (self.compute + self.exposed)
+
+    @property
+    def samples_per_second(self) -> float:
+        """Pairs a second over all GPUs."""
+        return self.global_rows / (self.compute + self.exposed)
+
+
+def predict(work: Workload, sharding: Sharding, precision: str, cluster: ClusterConfig) -> Step:
+    """One update on as many GPUs of the cluster as the batch has ranks."""
+    plan = work.plan
+    speed = 1e12 * getattr(cluster.peak_tflops, precision) * cluster.utilisation
+    forward, both = rank_flops(work.seen, work.config, plan)
+    sends = transfers(work, sharding)
+    link = 1e9 * bandwidth(cluster, plan.world) * cluster.link_share
+    hidden = _seconds([t for t in sends if t.overlaps], plan.world, link)
+    open_ = _seconds([t for t in sends if not t.overlaps], plan.world, link)
+    backward = (both - forward) / speed
+    exposed = open_ + max(0.0, hidden - backward)
+    again = forward if plan.chunks > 1 else 0
+    return Step(plan.world, plan.global_rows, (both + again) / speed, exposed)
+
+
+def rank_flops(seen: Footprint, config: Config, plan: BatchPlan) -> tuple[int, int]:
+    """FLOPs of a rank's update: of its forward, and with the backward; recomputation not counted.
+
+    The logits count as four products of b x n x d: forward, and a gradient to either side, of
+    which the tiled loss computes the first twice.
+    """
+    towers = seen.towers.values()
+    rows, columns = plan.rank_rows, plan.global_rows
+    product = 2 * rows * columns * config.model.embed_dim
+    forward = plan.chunks * sum(work.forward for work in towers) + seen.heads.forward + product
+    both = plan.chunks * sum(work.both for work in towers) + seen.heads.both + 4 * product
+    return forward, both
+
+
+def bandwidth(cluster: ClusterConfig, gpus: int) -> float:
+    """What a ring over so many GPUs moves, 10^9 bytes a second.
+
+    Source: NVIDIA, nccl-tests, doc/PERFORMANCE.md ("bus bandwidth").
+    """
+    if gpus <= cluster.gpus_per_node:
+        return cluster.within_node_gb_per_s
+    return min(cluster.within_node_gb_per_s, cluster.between_nodes_gb_per_s)
+
+
+def _seconds(sends: list[Transfer], world: int, link: float) -> float:
+    return sum(transfer.sent(world) for transfer in sends) / link

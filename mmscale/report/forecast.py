@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from mmscale.engine.efficiency import FORMULA, Step
 from mmscale.engine.forecast import Forecast, device_bytes
 from mmscale.engine.memory import Holding
-from mmscale.engine.wire import Transfer
+from mmscale.engine.wire import FORMULA, Step, Transfer
 from mmscale.report.metrics import aligned
 
 UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))

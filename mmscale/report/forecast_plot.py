@@ -5,8 +5,8 @@ import math
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
-from mmscale.engine.efficiency import GPUS
 from mmscale.engine.forecast import Forecast
+from mmscale.engine.wire import GPUS
 from mmscale.report.figure import CHANCE_COLOUR, FULL_WIDTH, drawing, png
 
 HEIGHT = 4.2

@@ -30,7 +30,7 @@ from mmscale.data.stream import TrainStream
 from mmscale.encoding import Tell, encoded_sets, found_alike
 from mmscale.engine.ema import averaged, copy_of
 from mmscale.engine.fit_heads import fit_heads
-from mmscale.engine.flops import count_flops
+from mmscale.engine.footprint import count_flops
 from mmscale.engine.inference import Inference
 from mmscale.engine.plan import BatchPlan
 from mmscale.engine.protocol import Engine

@@ -19,7 +19,7 @@ from mmscale.data.schedule import Schedule
 from mmscale.data.shards import ShardSet
 from mmscale.data.stream import TrainStream
 from mmscale.encoding import HeldOut
-from mmscale.engine.flops import Flops
+from mmscale.engine.footprint import Flops
 from mmscale.engine.plan import BatchPlan
 from mmscale.parallel.device import DevicePolicy
 from mmscale.parallel.failure import Watchdog

@@ -14,7 +14,7 @@ from mmscale.checkpoint.state import RunState
 from mmscale.config.deepspeed import read_deepspeed
 from mmscale.contracts import World
 from mmscale.engine.footprint import footprint
-from mmscale.engine.memory import Sharding, holdings
+from mmscale.engine.memory import Sharding, Workload, holdings
 from mmscale.engine.plan import plan_batch
 from mmscale.engine.wire import transfers
 from mmscale.loss.objective import Objective
@@ -153,8 +153,8 @@ def predicted(stage, words, queue):
     zero = read_deepspeed(FILES[stage])["zero_optimization"] if stage else {}
     sharding = Sharding(str(stage), zero.get("stage", 0), zero)
     seen = footprint(*outline(config.model, None), config, plan, TOKENS, torch.float32)
-    arguments = (seen, sharding, config, plan, queue, torch.float32)
-    return {h.name: h.bytes for h in holdings(*arguments)}, transfers(*arguments)
+    work = Workload(seen, config, plan, queue, torch.float32)
+    return {h.name: h.bytes for h in holdings(work, sharding)}, transfers(work, sharding)
 
 
 CASES = [(0, 3, QUEUE), (1, 1, 0), (2, 3, 0), (3, 1, 0)]

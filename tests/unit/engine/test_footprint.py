@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmscale.engine.flops import count_flops
+from mmscale.engine.footprint import count_flops
 from mmscale.model.build import build_model
 from tests.ranks.tiny import tiny_config
 

@@ -11,8 +11,8 @@ from mmscale.cli import entry
 from mmscale.config.cluster import read_cluster
 from mmscale.config.load import load_config
 from mmscale.engine.footprint import footprint
-from mmscale.engine.forecast import REPLICATED, forecast
-from mmscale.engine.memory import holdings
+from mmscale.engine.forecast import forecast
+from mmscale.engine.memory import REPLICATED, Workload, holdings
 from mmscale.engine.plan import plan_batch
 from mmscale.engine.wire import Transfer, transfers
 from mmscale.errors import ConfigError, explained
@@ -112,10 +112,10 @@ def test_what_a_loss_holds_and_gathers_follows_from_its_terms():
     bare = outline(config.model, config.data.image_size)
     seen = footprint(*bare, config, batch, 48, torch.float32)
     for words, in_tiles, sides in OBJECTIVES:
-        arguments = (seen, REPLICATED, load_config([*DEMO, *words]), batch, 0, torch.float32)
-        (loss,) = (held for held in holdings(*arguments) if held.name == "loss")
+        work = Workload(seen, load_config([*DEMO, *words]), batch, 0, torch.float32)
+        (loss,) = (held for held in holdings(work, REPLICATED) if held.name == "loss")
         assert ("tiles" in loss.formula) == in_tiles, words
-        gathered = [sent.times for sent in transfers(*arguments) if sent.name == "embeddings"]
+        gathered = [sent.times for sent in transfers(work, REPLICATED) if sent.name == "embeddings"]
         assert gathered == ([sides] if sides else []), words
 
 
