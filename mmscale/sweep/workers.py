@@ -1,6 +1,6 @@
 """`mmscale sweep SPACE.yaml`: trainings with other settings each, to find the best of a metric.
 
-A worker is a process (`worker.py`) that takes trials from the sweep's journal until there are
+A worker is a process of this module that takes trials from the sweep's journal until there are
 none. The same command on another machine adds workers to the same folder.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from mmscale.config.load import flatten
-from mmscale.errors import ConfigError, HaltError, TerminatedError, printable
+from mmscale.errors import ConfigError, HaltError, TerminatedError, explained, printable
 from mmscale.outputs import replace_file
 from mmscale.parallel.signals import StopSignal
 from mmscale.sweep.space import Space, read_space
@@ -90,8 +90,8 @@ def trials_of(space: Space, out: Path) -> list[Trial]:
     return trials
 
 
-def work(out: Path) -> None:
-    """Take trials until there are none: what a worker does.
+def work(out: Path) -> int:
+    """Take trials until there are none: what a worker does; returns its exit code.
 
     Raises:
         TerminatedError: SIGTERM came; the training in hand has written a checkpoint.
@@ -113,6 +113,7 @@ def work(out: Path) -> None:
         trials = study.trials()
         _tell(space, attempt, trials)
         _drop_checkpoints(out, space, trials)
+    return 0
 
 
 def best(space: Space, trials: Sequence[Trial]) -> Trial | None:
@@ -150,7 +151,7 @@ def _start(out: Path, place: int, workers: int) -> subprocess.Popen[bytes]:
     if workers > 1 and (gpus := _num_gpus()):
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus))))
         env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[place % gpus]
-    return subprocess.Popen([sys.executable, "-m", "mmscale.sweep.worker", str(out)], env=env)
+    return subprocess.Popen([sys.executable, "-m", "mmscale.sweep.workers", str(out)], env=env)
 
 
 def _num_gpus() -> int:
@@ -177,3 +178,7 @@ def _tell(space: Space, attempt: Attempt, trials: Sequence[Trial]) -> None:
     if top is not None:
         line += f"  (best {top.value:.4g}, trial {top.number + 1})"
     sys.stderr.write(printable(f"{line}\n"))
+
+
+if __name__ == "__main__":
+    sys.exit(explained(lambda: work(Path(sys.argv[1]))))
