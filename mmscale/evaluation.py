@@ -135,13 +135,13 @@ def evaluate(
     if table is None:
         table = encode_set(config, call, device, held_out.shards, held_out.spec, peers, progress)
     pairs = embed(call, device, table)
-    require_finite(pairs, cached=held_out.table is not None)
+    require_sound_model(pairs, cached=held_out.table is not None)
     figures = _figures(config, call, device, held_out, peers, table, pairs)
     named = {f"eval/{name}": value for name, value in figures.items()}
     return named | {"eval/mean": fmean(figures[name] for name in RECALLS)}, pairs
 
 
-def require_finite(pairs: Pairs, cached: bool) -> None:
+def require_sound_model(pairs: Pairs, cached: bool) -> None:
     """Refuse what a model in training gives once its weights, or its activations, are broken.
 
     Args:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mmscale.checkpoint.state import FileRecord, State, rank_file, read_state
 from mmscale.config.load import validate
-from mmscale.config.rules import expanded
+from mmscale.config.rules import expanded_stages
 from mmscale.config.schema import Config
 from mmscale.contracts import World
 from mmscale.errors import CheckpointError, ConfigError
@@ -90,7 +90,7 @@ class Checkpoint:
                 f"{self.folder}: its configuration is none of this mmscale: "
                 f"{'; '.join(str(error).splitlines())}"
             ) from error
-        if state.state.stage >= max(1, len(expanded(config))):
+        if state.state.stage >= max(1, len(expanded_stages(config))):
             raise CheckpointError(
                 f"{self.folder}: is in stage {state.state.stage} of a run without it"
             )

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from mmscale.checkpoint.files import PARTIAL, step_folder
 from mmscale.checkpoint.write import (
     Snapshot,
-    make_room,
+    drop_for_room,
     prune,
     publish_if_whole,
     write_share,
@@ -174,7 +174,7 @@ class Saver:
         if self._world.is_main:
             with suppress(OSError):
                 step = snapshot.run.step
-                removed = make_room(self._run_dir, step, snapshot.best_step, needed)
+                removed = drop_for_room(self._run_dir, step, snapshot.best_step, needed)
         removed = from_main(self._world, removed)
         if removed:
             self._warn(

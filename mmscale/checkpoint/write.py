@@ -216,7 +216,7 @@ def prune(
             shutil.rmtree(path.rename(path.with_suffix(_OLD)))
 
 
-def make_room(run_dir: Path, step: int, best_step: int | None, needed: int) -> list[str]:
+def drop_for_room(run_dir: Path, step: int, best_step: int | None, needed: int) -> list[str]:
     """Remove the oldest checkpoints, if that makes room; never the newest up to `step` or the best.
 
     Args:

@@ -139,15 +139,15 @@ def compare(
     json_file: Json = None,
 ) -> int:
     """Put runs side by side: settings that differ, curves, last recall with spread over seeds."""
-    from mmscale.report.compare import as_json, table
     from mmscale.report.compare import compare as read
+    from mmscale.report.compare import comparison_json, comparison_table
     from mmscale.report.compare_page import require_kind, write_comparison
 
     if out is not None:
         require_kind(out)
     comparison = read(runs)
-    say(table(comparison))
-    write_json(json_file, as_json(comparison))
+    say(comparison_table(comparison))
+    write_json(json_file, comparison_json(comparison))
     if out is not None:
         with writing("--out", out):
             write_comparison(out, comparison)

@@ -12,7 +12,7 @@ from typing import Any
 from mmscale.config.explain import shown
 from mmscale.config.model import HeadConfig
 from mmscale.config.rules import (
-    expanded,
+    expanded_stages,
     may_match,
     needs_momentum,
     places,
@@ -113,7 +113,7 @@ def settings_in(given: Mapping[str, Any]) -> set[str]:
 def _stretches(config: Config, stages: list[Config]) -> Iterator[Stretch]:
     if not stages:
         yield Stretch(config, _trained(config, ("*",)))
-    for own, stage in zip(stages, expanded(config), strict=True):
+    for own, stage in zip(stages, expanded_stages(config), strict=True):
         yield Stretch(own, _trained(own, stage.train), stage.patience is not None)
 
 

@@ -19,7 +19,7 @@ from mmscale.config.model import head_faults
 from mmscale.config.paths import is_path, path_of
 from mmscale.config.rules import (
     data_faults,
-    expanded,
+    expanded_stages,
     fill_logit_scale,
     fusion_faults,
     negatives_faults,
@@ -97,7 +97,7 @@ def _read(words: Sequence[str]) -> tuple[Config, dict[str, str]]:
         if not _is_preset(word):
             _merge(given, deepcopy(read))
     config = validate(settings)
-    stages = [stage_config(config, number) for number in range(len(expanded(config)))]
+    stages = [stage_config(config, number) for number in range(len(expanded_stages(config)))]
     return config, dict(ineffective(config, stages, given))
 
 
@@ -135,7 +135,7 @@ def stage_config(config: Config, number: int) -> Config:
     Raises:
         ConfigError: The stage contradicts itself.
     """
-    stages = expanded(config)
+    stages = expanded_stages(config)
     if not stages:
         return config
     stage = stages[number]
@@ -148,7 +148,7 @@ def stage_config(config: Config, number: int) -> Config:
 
 def _faults_within(config: Config) -> Iterator[str]:
     """Faults of the stages' own settings."""
-    for number in range(len(expanded(config))):
+    for number in range(len(expanded_stages(config))):
         try:
             stage_config(config, number)
         except ConfigError as error:

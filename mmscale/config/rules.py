@@ -144,7 +144,7 @@ DATA = ("augment", "crop_scale", "feature_cache", "hard_batches")
 _BLOCKS = re.compile(r"(vision|text)\[(-?\d*)(?::(-?\d*))?\]")
 
 
-def expanded(config: Config) -> tuple[StageConfig, ...]:
+def expanded_stages(config: Config) -> tuple[StageConfig, ...]:
     """The stages of a run, progressive unfreezing cut into its parts; none: a run without."""
     return tuple(part for stage in config.stages for part in _parts(stage))
 

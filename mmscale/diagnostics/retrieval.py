@@ -189,7 +189,7 @@ _CHUNK = 256
 
 
 @dataclass(frozen=True)
-class Answer:
+class QueryRank:
     """What one query found.
 
     Attributes:
@@ -215,7 +215,7 @@ def best_and_worst(
     query_ids: Int64[Tensor, " q"],
     candidate_ids: Int64[Tensor, " c"],
     count: int,
-) -> tuple[list[Answer], list[Answer]]:
+) -> tuple[list[QueryRank], list[QueryRank]]:
     """The best answers, the best first, and the worst, the worst first.
 
     An id has one query in each list. An answer is better if the right candidate's rank is lower,
@@ -244,12 +244,12 @@ def best_and_worst(
         _distinct(order[::-1], query_ids, count),
     )
 
-    def answer(row: int) -> Answer:
+    def answer(row: int) -> QueryRank:
         similarity = (on_grid(queries[row : row + 1]) @ columns)[0]
         right = query_ids[row] == candidate_ids
         first = int(similarity.masked_fill(~right, -torch.inf).argmax())
         values, places = similarity.topk(min(FOUND, len(similarity)))
-        return Answer(
+        return QueryRank(
             row,
             int(rank[row]),
             first,

@@ -191,7 +191,7 @@ def lay_out(rows: Points, method: str) -> Points:
     return _tsne(rows) if method == "tsne" else _umap(rows)
 
 
-def aligned(points: Points, onto: Points) -> Points:
+def procrustes(points: Points, onto: Points) -> Points:
     """The points turned and mirrored so that they lie as near as possible to others, row by row.
 
     Every map may be turned: without this, dots would jump between moments.

@@ -21,7 +21,7 @@ _NEAR = 0.05
 
 
 @dataclass(frozen=True)
-class Doubt:
+class DoubtfulCaption:
     """A caption that fits its image far less than its neighbours would.
 
     Attributes:
@@ -40,7 +40,7 @@ class Doubt:
 
 
 @dataclass(frozen=True)
-class Twins:
+class NearImages:
     """Two images under different ids that lie next to each other.
 
     Attributes:
@@ -59,7 +59,7 @@ def doubtful_captions(
     text: Float[Tensor, "m d"],
     image_ids: Int64[Tensor, " n"],
     text_ids: Int64[Tensor, " m"],
-) -> list[Doubt]:
+) -> list[DoubtfulCaption]:
     """Captions that stand out, the most doubtful first; one an image.
 
     A pair's similarity is read against the mean similarity of the caption with the images nearest
@@ -93,16 +93,16 @@ def doubtful_captions(
         (torch.cat(near_text) + near_image.mean(dim=1)[owner]) / 2,
     )
     deviations = _robust_deviations(suggested - similarity)
-    doubts: dict[int, Doubt] = {}
+    doubts: dict[int, DoubtfulCaption] = {}
     for row in deviations.argsort(descending=True).tolist():
         if deviations[row] < _DEVIATIONS:
             break
         values = (float(values[row]) for values in (similarity, suggested, deviations))
-        doubts.setdefault(int(owner[row]), Doubt(int(owner[row]), row, *values))
+        doubts.setdefault(int(owner[row]), DoubtfulCaption(int(owner[row]), row, *values))
     return list(doubts.values())
 
 
-def near_images(rows: Float[Tensor, "n f"], count: int) -> list[Twins]:
+def near_images(rows: Float[Tensor, "n f"], count: int) -> list[NearImages]:
     """Pairs of images much nearer than usual, the nearest first, each image with its nearest.
 
     Args:
@@ -131,7 +131,7 @@ def near_images(rows: Float[Tensor, "n f"], count: int) -> list[Twins]:
             if distance < _NEAR:
                 pairs[min(row, other), max(row, other)] = distance
     found = sorted(pairs.items(), key=lambda pair: (pair[1], pair[0]))
-    return [Twins(*rows, distance) for rows, distance in found[:count]]
+    return [NearImages(*rows, distance) for rows, distance in found[:count]]
 
 
 def equal_captions(captions: Sequence[str], owners: Sequence[int]) -> list[tuple[str, list[int]]]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mmscale.config.rules import expanded
+from mmscale.config.rules import expanded_stages
 from mmscale.config.schema import Config
 from mmscale.contracts import World
 from mmscale.errors import ConfigError
@@ -125,7 +125,7 @@ def stage_lengths(run: Config, stages: Sequence[Config], items: int) -> list[int
         return items // (config.train.global_batch_size // config.data.rows_per_item)
 
     total = run.train.duration.steps(epoch_steps(run), run.train.global_batch_size)
-    parts = expanded(run)
+    parts = expanded_stages(run)
     if not parts:
         return [total]
     sizes = [config.train.global_batch_size for config in stages]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from mmscale.config.rules import blocks_of, expanded
+from mmscale.config.rules import blocks_of, expanded_stages
 from mmscale.config.schema import Config
 from mmscale.contracts import COMPONENTS
 from mmscale.errors import ConfigError
@@ -28,7 +28,7 @@ def check_patterns(model: TwoTower, config: Config) -> None:
         f"stages: {pattern!r} of stage {stage.name!r} matches no parameter that may be trained; "
         f"give components ({', '.join(_components(names))}), blocks such as vision[-2:], or names "
         f"such as {_example(names)}, and unfreeze model.vision or model.text if it is frozen"
-        for stage in expanded(config)
+        for stage in expanded_stages(config)
         for pattern in stage.train
         if not matched(model, names, pattern)
     ]
@@ -42,7 +42,7 @@ def select(model: TwoTower, config: Config, number: int) -> list[str]:
     A tower of which nothing is trained becomes a frozen one; modules without trained parameters
     rest in evaluation mode.
     """
-    stages = expanded(config)
+    stages = expanded_stages(config)
     if not stages:
         return []
     stage, names = stages[number], _trainable(model, config)

@@ -69,7 +69,7 @@ def _launcher(environ: Mapping[str, str]) -> str:
     return "slurm" if "SLURM_PROCID" in environ else "environment"
 
 
-def join(world: World, backend: str, timeout_seconds: int, alone_too: bool = False) -> None:
+def join_ranks(world: World, backend: str, timeout_seconds: int, alone_too: bool = False) -> None:
     """Connect the ranks; without a launcher a world of one is connected only if `alone_too`.
 
     Raises:

@@ -14,7 +14,14 @@ from typing import Any
 
 from mmscale.config.load import read_yaml
 from mmscale.errors import ConfigError, DataError
-from mmscale.report.metrics import MEAN_RECALL, RECALLS, Lines, aligned, mean_recall, read_metrics
+from mmscale.report.metrics import (
+    MEAN_RECALL,
+    RECALLS,
+    Lines,
+    in_columns,
+    mean_recall,
+    read_metrics,
+)
 
 SEED = "run.seed"
 # Settings that leave no trace in what a run learns.
@@ -62,7 +69,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Group:
+class SeedGroup:
     """Runs that differ by their seed only; `label` tells what sets the group apart."""
 
     label: str
@@ -90,7 +97,7 @@ class Comparison:
 
     runs: tuple[Run, ...]
     differing: Mapping[str, tuple[Any, ...]]
-    groups: tuple[Group, ...]
+    groups: tuple[SeedGroup, ...]
 
 
 def compare(folders: Sequence[Path]) -> Comparison:
@@ -110,7 +117,7 @@ def compare(folders: Sequence[Path]) -> Comparison:
     return Comparison(runs, differing, _groups(runs, [key for key in differing if key != SEED]))
 
 
-def as_json(comparison: Comparison) -> dict[str, Any]:
+def comparison_json(comparison: Comparison) -> dict[str, Any]:
     """A comparison as `--json` writes it."""
     return {
         "runs": [
@@ -143,10 +150,10 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def table(comparison: Comparison) -> str:
+def comparison_table(comparison: Comparison) -> str:
     """A comparison as aligned text: the settings that differ, then the groups' recalls."""
     settings, recalls = setting_table(comparison), recall_table(comparison)
-    return aligned(settings, left=range(len(settings[0]))) + "\n\n" + aligned(recalls)
+    return in_columns(settings, left=range(len(settings[0]))) + "\n\n" + in_columns(recalls)
 
 
 def setting_table(comparison: Comparison) -> list[list[str]]:
@@ -216,7 +223,7 @@ def _names(places: Sequence[Path]) -> list[str]:
     raise AssertionError("resolved paths are distinct")
 
 
-def _groups(runs: Sequence[Run], keys: Sequence[str]) -> tuple[Group, ...]:
+def _groups(runs: Sequence[Run], keys: Sequence[str]) -> tuple[SeedGroup, ...]:
     """Runs with equal values of `keys` together."""
     found: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
@@ -228,7 +235,7 @@ def _groups(runs: Sequence[Run], keys: Sequence[str]) -> tuple[Group, ...]:
     if any(len(label) > LONGEST_LABEL for label in labels):
         labels = [", ".join(run.name for run in members) for members in found.values()]
     return tuple(
-        Group(label or "all runs", tuple(members))
+        SeedGroup(label or "all runs", tuple(members))
         for label, members in zip(labels, found.values(), strict=True)
     )
 

@@ -11,9 +11,9 @@ from mmscale.errors import ConfigError
 from mmscale.outputs import replace_file
 from mmscale.report.compare import (
     Comparison,
-    Group,
     Run,
-    as_json,
+    SeedGroup,
+    comparison_json,
     recall_table,
     setting_table,
 )
@@ -47,7 +47,7 @@ def require_kind(path: Path) -> None:
 def write_comparison(path: Path, comparison: Comparison) -> None:
     """Write the picture (`.png`) or the page (`.html`)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = draw(comparison)
+    picture = draw_comparison(comparison)
     if path.suffix == ".png":
         replace_file(path, picture)
         return
@@ -57,12 +57,12 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
         names=[run.name for run in comparison.runs],
         recalls=recall_table(comparison),
         settings=setting_table(comparison) if comparison.differing else None,
-        runs=as_json(comparison)["runs"],
+        runs=comparison_json(comparison)["runs"],
         picture=as_uri(picture),
     )
 
 
-def draw(comparison: Comparison) -> bytes:
+def draw_comparison(comparison: Comparison) -> bytes:
     """Loss and mean recall over the runs, and the last recall of every run beside its group's mean.
 
     Returns:
@@ -90,7 +90,7 @@ def draw(comparison: Comparison) -> bytes:
         return png(figure)
 
 
-def _coloured(groups: Sequence[Group]) -> list[tuple[Group, str]]:
+def _coloured(groups: Sequence[SeedGroup]) -> list[tuple[SeedGroup, str]]:
     return [(g, GROUP_COLOURS[i % len(GROUP_COLOURS)]) for i, g in enumerate(groups)]
 
 
@@ -110,7 +110,7 @@ def _draw_recall(axes: Axes, run: Run, colour: str, scale: float) -> None:
         )
 
 
-def _draw_final(axes: Axes, groups: Sequence[Group]) -> None:
+def _draw_final(axes: Axes, groups: Sequence[SeedGroup]) -> None:
     """A row a group, the first on top; its labels are the legend of the curves."""
     for place, (group, colour) in enumerate(_coloured(groups)):
         values = [run.recalls[MEAN_RECALL] for run in group.runs if run.recalls]

@@ -17,8 +17,7 @@ from mmscale.data.pixels import difference, thumbnail
 from mmscale.data.reader import DamagedSampleError, SampleReader
 from mmscale.data.shards import ShardSet
 from mmscale.diagnostics.pairs import Pairs, Sources, first_pairs, thinned_rows
-from mmscale.diagnostics.retrieval import Answer as Ranked
-from mmscale.diagnostics.retrieval import best_and_worst
+from mmscale.diagnostics.retrieval import QueryRank, best_and_worst
 from mmscale.diagnostics.space import MAP_PAIRS
 from mmscale.diagnostics.suspects import doubtful_captions, equal_captions, near_images
 from mmscale.errors import DataError
@@ -271,7 +270,9 @@ class _Search:
                 kept += [self._answer(way, answer, query_ids, candidate_ids) for answer in answers]
         return tuple(lists[0]), tuple(lists[1])
 
-    def _answer(self, way: Way, answer: Ranked, query_ids: Tensor, candidate_ids: Tensor) -> Answer:
+    def _answer(
+        self, way: Way, answer: QueryRank, query_ids: Tensor, candidate_ids: Tensor
+    ) -> Answer:
         text = answer.right if way == "i2t" else answer.query
         found = tuple(
             Found(

@@ -7,7 +7,7 @@ from typing import Any
 from mmscale.engine.forecast import Forecast, device_bytes
 from mmscale.engine.memory import Holding
 from mmscale.engine.wire import FORMULA, Step, Transfer
-from mmscale.report.metrics import aligned
+from mmscale.report.metrics import in_columns
 
 UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
@@ -21,11 +21,11 @@ def _lines(plan: Forecast) -> Iterator[str]:
     yield from _facts(plan)
     yield ""
     yield f"memory a rank, predicted ({plan.batch.world} ranks; configured: {plan.chosen})"
-    yield aligned(list(_memory_rows(plan)))
+    yield in_columns(list(_memory_rows(plan)))
     yield from _formulas(plan.memory)
     yield ""
     yield f"sent by a rank in one update, predicted ({plan.batch.world} ranks, ring algorithms)"
-    yield aligned(list(_wire_rows(plan))) if any(plan.wire.values()) else "nothing: one rank"
+    yield in_columns(list(_wire_rows(plan))) if any(plan.wire.values()) else "nothing: one rank"
     yield from _formulas(plan.wire)
     yield ""
     yield from _efficiency(plan)
@@ -119,7 +119,7 @@ def _efficiency(plan: Forecast) -> Iterator[str]:
         if plan.chosen in plan.steps
         else []
     )
-    yield aligned(rows)
+    yield in_columns(rows)
     yield f"  {FORMULA}"
 
 

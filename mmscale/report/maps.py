@@ -6,7 +6,7 @@ from functools import reduce
 import numpy as np
 from numpy.typing import NDArray
 
-from mmscale.diagnostics.space import Cloud, aligned, lay_out, read_cloud
+from mmscale.diagnostics.space import Cloud, lay_out, procrustes, read_cloud
 from mmscale.report.examples import Examples
 from mmscale.report.space import Moments, spaced
 
@@ -55,7 +55,7 @@ def draw_maps(moments: Moments, examples: Examples, method: str) -> list[Map]:
     places = [_places(cloud, method) for _, cloud in clouds]
     for now in reversed(range(len(places) - 1)):
         if clouds[now][1].ids == clouds[now + 1][1].ids:
-            places[now] = aligned(places[now], places[now + 1])
+            places[now] = procrustes(places[now], places[now + 1])
     if method == "pca":
         widest = reduce(max, (float(np.abs(points).max()) for points in places), 0.0)
         placed = [_scaled(points, widest) for points in places]

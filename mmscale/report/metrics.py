@@ -185,7 +185,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def aligned(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> str:
+def in_columns(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> str:
     """Rows of cells, two spaces between columns; those in `left` begin flush, others end so."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(

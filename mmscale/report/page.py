@@ -30,13 +30,13 @@ from mmscale.report.space import (
     read_space,
 )
 from mmscale.report.template import write_html
-from mmscale.report.verdicts import describe, read_doctor, told
+from mmscale.report.verdicts import read_doctor, verdict_named, verdict_of
 
 REPORT_NAME = "report.html"
 
 
 @dataclass(frozen=True)
-class Picture:
+class Plot:
     """A picture as the page shows it.
 
     Attributes:
@@ -63,7 +63,7 @@ class Page:
     """
 
     path: Path
-    pictures: list[Picture]
+    pictures: list[Plot]
     examples: Examples
 
 
@@ -85,14 +85,14 @@ def write_page(run_dir: Path, layout: str | None = None) -> Page:
     moments, examples = read_space(run_dir / SPACE_NAME), Examples.read(run_dir)
     layout = layout or _layout(settings, config_path)
     training, space = training_pictures(lines), space_pictures(moments)
-    health = [Picture(title, source) for title, source in draw_health(lines).items()]
+    health = [Plot(title, source) for title, source in draw_health(lines).items()]
     page = run_dir / REPORT_NAME
     write_html(
         page,
         "page.html",
         title=run_dir.resolve().name,
-        verdict=told(doctor),
-        also=[describe(name) for name in doctor["also"]],
+        verdict=verdict_of(doctor),
+        also=[verdict_named(name) for name in doctor["also"]],
         confidence=_share(doctor["confidence"]),
         evidence=dict(_flatten(doctor["evidence"])),
         causes=doctor["causes"],
@@ -153,7 +153,7 @@ def _in_words(value: Any) -> str:
 TIME = "Where the time goes"
 
 
-def training_pictures(lines: Lines) -> list[Picture]:
+def training_pictures(lines: Lines) -> list[Plot]:
     """What could be drawn of the course of a run."""
     drawn = [
         (
@@ -203,7 +203,7 @@ def training_pictures(lines: Lines) -> list[Picture]:
     return _those_drawn(drawn, wide=("Terms of the loss", "Learning rate and logit scale", TIME))
 
 
-def space_pictures(moments: Moments) -> list[Picture]:
+def space_pictures(moments: Moments) -> list[Plot]:
     """What could be drawn of the embedding space at the evaluations."""
     drawn = [
         (
@@ -230,9 +230,9 @@ def space_pictures(moments: Moments) -> list[Picture]:
 
 def _those_drawn(
     drawn: Iterable[tuple[str, str | None, str]], wide: tuple[str, ...] = ()
-) -> list[Picture]:
+) -> list[Plot]:
     return [
-        Picture(title, source, caption, title in wide)
+        Plot(title, source, caption, title in wide)
         for title, source, caption in drawn
         if source is not None
     ]

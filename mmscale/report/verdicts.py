@@ -134,20 +134,20 @@ def read_doctor(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: cannot be read ({error}); remove it") from error
 
 
-def describe(name: str | None) -> Verdict:
+def verdict_named(name: str | None) -> Verdict:
     """The verdict of that name; one that this version does not know keeps its name."""
     if name is None:
         return NOT_DIAGNOSED
     return VERDICTS.get(name, Verdict("warn", name.replace("_", " ").capitalize(), ""))
 
 
-def told(diagnosis: Mapping[str, Any]) -> Verdict:
+def verdict_of(diagnosis: Mapping[str, Any]) -> Verdict:
     """The verdict of a `doctor.json`, or of one that was never written."""
     evidence = diagnosis.get("evidence")
     name = diagnosis.get("verdict")
     if name == "too_few_samples" and isinstance(evidence, Mapping) and "updates" in evidence:
         return TOO_EARLY
-    return describe(name)
+    return verdict_named(name)
 
 
 _RANGES = {
@@ -186,7 +186,7 @@ def good_range(name: str) -> str:
 
 def in_lines(diagnosis: Mapping[str, Any]) -> list[str]:
     """A diagnosis for the console: the verdict and what it means, then everything else."""
-    verdict = told(diagnosis)
+    verdict = verdict_of(diagnosis)
     lines = [
         f"verdict: {diagnosis['verdict']} (confidence {diagnosis['confidence']:.2f})",
         f"{verdict.title}: {verdict.sentence}" if verdict.sentence else verdict.title,
@@ -196,7 +196,7 @@ def in_lines(diagnosis: Mapping[str, Any]) -> list[str]:
     }
     width = max(map(len, figures.values()), default=0)
     entries = {
-        "also": [f"{name}: {describe(name).sentence}" for name in diagnosis["also"]],
+        "also": [f"{name}: {verdict_named(name).sentence}" for name in diagnosis["also"]],
         "evidence": [
             f"{text:<{width}}  {good_range(name)}".rstrip() for name, text in figures.items()
         ],

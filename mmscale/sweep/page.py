@@ -18,7 +18,7 @@ from mmscale.report.figure import (
     data_uri,
     drawing,
 )
-from mmscale.report.metrics import aligned
+from mmscale.report.metrics import in_columns
 from mmscale.report.template import write_html
 from mmscale.sweep.space import Choice, LogUniform, Parameter, Space
 from mmscale.sweep.study import Trial
@@ -42,7 +42,7 @@ def rows(space: Space, trials: Sequence[Trial]) -> list[list[str]]:
 
 def table(space: Space, trials: Sequence[Trial]) -> str:
     """The rows as aligned text, and the best trial's words."""
-    lines = [aligned(rows(space, trials), left={1})]
+    lines = [in_columns(rows(space, trials), left={1})]
     if (top := best(space, trials)) is not None:
         words = " ".join(f"{name}={value}" for name, value in top.parameters.items())
         lines.append(f"best: trial {top.number + 1}, {space.metric} {top.value:.4g}, with {words}")

@@ -15,7 +15,7 @@ from mmscale.config.data import OWN_MODEL
 from mmscale.config.deepspeed import zero_stage
 from mmscale.config.loss import PrototypesTerm
 from mmscale.config.rules import (
-    expanded,
+    expanded_stages,
     fusion_heads,
     needs_momentum,
     needs_momentum_rows,
@@ -224,7 +224,7 @@ def _divergence(stage: Stage) -> Divergence:
 
 
 def _patience(stage: Stage) -> int | None:
-    stages = expanded(stage.job.config)
+    stages = expanded_stages(stage.job.config)
     return stages[stage.start.state.stage].patience if stages else None
 
 

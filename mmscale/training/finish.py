@@ -13,7 +13,7 @@ from mmscale.outputs import replace_file
 from mmscale.report.examples import choose_examples
 from mmscale.report.metrics import read_metrics
 from mmscale.report.page import write_page
-from mmscale.report.verdicts import told
+from mmscale.report.verdicts import verdict_of
 from mmscale.training.part import Part
 from mmscale.training.parts.checkpoints import Checkpoints
 from mmscale.training.parts.evaluation import Evaluation
@@ -72,7 +72,7 @@ def _diagnose(stage: Stage, services: Services, state: RunState, pairs: Pairs) -
     content = diagnosis.to_json()
     replace_file(folder / "doctor.json", json.dumps(content, indent=1).encode())
     report.say(f"verdict: {diagnosis.verdict} (confidence {diagnosis.confidence:.2f})")
-    report.say(told(content).sentence)
+    report.say(verdict_of(content).sentence)
     if stage.config.log.page:
         assert held_out is not None, "there are pairs"
         choose_examples(pairs, held_out.shards, report.warn).write(folder)

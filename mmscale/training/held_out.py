@@ -15,7 +15,7 @@ from mmscale.diagnostics.pairs import Pairs
 from mmscale.encoding import HeldOut
 from mmscale.engine.inference import images_on
 from mmscale.errors import DataError
-from mmscale.evaluation import require_finite
+from mmscale.evaluation import require_sound_model
 from mmscale.training.step import Learner
 
 
@@ -73,7 +73,7 @@ class HeldOutSample:
             backbone_text=peers.columns(text.float()).cpu(),
             logit_scale=float(embedded[2]),
         )
-        require_finite(pairs, cached=rows.mask is None)
+        require_sound_model(pairs, cached=rows.mask is None)
         return pairs
 
 

@@ -12,7 +12,7 @@ from mmscale.checkpoint.state import RunState
 from mmscale.config.load import stage_config
 from mmscale.config.model import ModelConfig
 from mmscale.config.rules import (
-    expanded,
+    expanded_stages,
     with_fusion_decided,
 )
 from mmscale.config.schema import Config
@@ -27,7 +27,7 @@ from mmscale.model.kept import kept_towers, tower_files
 from mmscale.model.presets import fill_preset, stand_in_line
 from mmscale.parallel.device import DevicePolicy, choose
 from mmscale.parallel.peers import connect
-from mmscale.parallel.world import join
+from mmscale.parallel.world import join_ranks
 from mmscale.preflight import begin, require_outputs
 from mmscale.training.stage import Job, Start
 
@@ -51,12 +51,12 @@ def prepare(config: Config, lock: RunLock, world: World, say: Tell) -> tuple[Job
         policy = choose(config.engine, world.local_rank)
         run = _filled(config, policy, say)
     kind = engine_kind(run, world)
-    stages = tuple(stage_config(run, number) for number in range(max(1, len(expanded(run)))))
+    stages = tuple(stage_config(run, number) for number in range(max(1, len(expanded_stages(run)))))
     plans = tuple(plan_batch(stage, world.size) for stage in stages)
     for stage in stages:
         optimizer_kind(stage.optim, policy.fused_optimizer, sharded=kind == "deepspeed")
     _share_cores(policy, world)
-    join(world, policy.backend, run.engine.timeout, alone_too=kind == "deepspeed")
+    join_ranks(world, policy.backend, run.engine.timeout, alone_too=kind == "deepspeed")
     require_outputs(run, world)
     shards = open_train(run.data)
     lanes = [plan.lanes for plan in plans]

@@ -17,7 +17,7 @@ from mmscale.loss.objective import Objective
 from mmscale.model.build import build_model
 from mmscale.parallel.device import choose
 from mmscale.parallel.peers import connect
-from mmscale.parallel.world import join
+from mmscale.parallel.world import join_ranks
 from mmscale.training.part import Step
 from mmscale.training.step import Learner, train_step
 from tests.ranks import tiny
@@ -35,7 +35,7 @@ def _config(stage, **settings):
 
 def _world():
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    join(World(), "gloo", 60, alone_too=True)
+    join_ranks(World(), "gloo", 60, alone_too=True)
     return World(rank, size, rank, "test")
 
 

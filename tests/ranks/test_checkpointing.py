@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmscale.contracts import World
-from mmscale.parallel.world import join
+from mmscale.parallel.world import join_ranks
 from tests.ranks.launch import run_on_ranks
 from tests.ranks.tiny import ROWS, train
 
@@ -27,7 +27,7 @@ PARTLY = {"model__vision__frozen": 1, "model__text__frozen": -1}
 
 
 def _rank(kind, settings):
-    join(World(), "gloo", 60, alone_too=True)
+    join_ranks(World(), "gloo", 60, alone_too=True)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     return train(rank, size, kind, ROWS // size // 2, 2, settings)
 

@@ -15,7 +15,7 @@ from mmscale.errors import DataError, explained
 from mmscale.loss.objective import Objective
 from mmscale.parallel.failure import failing_together
 from mmscale.parallel.peers import connect
-from mmscale.parallel.world import join
+from mmscale.parallel.world import join_ranks
 from mmscale.training.part import Step
 from mmscale.training.step import Learner, train_step
 from tests.ranks.launch import free_port
@@ -45,7 +45,7 @@ def _train_until(kind: str, stage: str, failing: int, how: str) -> int:
     world = World(rank, size, rank, "test")
     settings = {"engine__deepspeed": f"ds_configs/zero{stage}.json"} if kind == "deepspeed" else {}
     with failing_together(world):
-        join(world, "gloo", 600)
+        join_ranks(world, "gloo", 600)
         config = tiny_config(**settings)
         engine = build_engine(config, world, kind)
         peers = connect(world)

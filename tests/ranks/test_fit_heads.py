@@ -12,7 +12,7 @@ from mmscale.engine.inference import Inference
 from mmscale.model.build import build_model
 from mmscale.parallel.device import choose
 from mmscale.parallel.peers import connect
-from mmscale.parallel.world import join
+from mmscale.parallel.world import join_ranks
 from tests.ranks.launch import run_on_ranks
 from tests.ranks.tiny import ROWS, joint_batch, share, tiny_config
 
@@ -42,7 +42,7 @@ class _Stream:
 
 def _fit(heads: str, micro_rows: int) -> dict[str, torch.Tensor]:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    join(World(), "gloo", 60, alone_too=True)
+    join_ranks(World(), "gloo", 60, alone_too=True)
     world, config = World(rank, size, rank, "test"), tiny_config(**HEADS[heads])
     model, spec = build_model(config.model, None, 0)
     assert isinstance(spec, InputSpec)

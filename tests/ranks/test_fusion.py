@@ -10,7 +10,7 @@ from mmscale.checkpoint.state import RunState
 from mmscale.contracts import World
 from mmscale.loss.objective import Objective
 from mmscale.parallel.peers import connect
-from mmscale.parallel.world import join
+from mmscale.parallel.world import join_ranks
 from mmscale.training.part import Step
 from mmscale.training.parts.matching import Matching
 from mmscale.training.step import Learner, train_step
@@ -27,7 +27,7 @@ NARROW, WIDE = torch.float32, torch.float64
 def _train(kind: str, cases: list[tuple[str | None, torch.dtype]], frozen: bool) -> dict[Any, Any]:
     """Records and last gradients, for each file of ZeRO settings, dtype and number of chunks."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    join(World(), "gloo", 60, alone_too=True)
+    join_ranks(World(), "gloo", 60, alone_too=True)
     world, results = World(rank, size, rank, "test"), {}
     for file, dtype in cases:
         for chunks in CHUNKS:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmscale.contracts import World
-from mmscale.parallel.world import join
+from mmscale.parallel.world import join_ranks
 from tests.ranks.launch import run_on_ranks
 from tests.ranks.test_one_global_batch import assert_same
 from tests.ranks.tiny import ROWS, train
@@ -23,7 +23,7 @@ HEADS = {
 
 def _rank(world_size, kind, cases):
     """One result a file of ZeRO settings (None: no sharding), dtype and number of chunks."""
-    join(World(), "gloo", 60, alone_too=True)
+    join_ranks(World(), "gloo", 60, alone_too=True)
     rank = int(os.environ["RANK"])
     return {
         (file, dtype, chunks): train(

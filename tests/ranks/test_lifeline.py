@@ -13,7 +13,7 @@ import pytest
 from mmscale.contracts import World
 from mmscale.errors import explained
 from mmscale.parallel.failure import failing_together
-from mmscale.parallel.world import join, leave
+from mmscale.parallel.world import join_ranks, leave
 from tests.ranks.launch import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +28,7 @@ def main(lives: float, parent: int | None) -> None:
 def _live(lives: float, parent: int | None) -> int:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with failing_together(World(rank, size, rank, "test")):
-        join(World(rank, size, rank, "test"), "gloo", 600)
+        join_ranks(World(rank, size, rank, "test"), "gloo", 600)
         if rank == parent and os.fork() == 0:
             # Decoding processes stay for a moment when their parent is killed. Rank 0's hold the
             # ranks' meeting point open for so long, the others' must hold nothing.
@@ -116,11 +116,11 @@ import torch.distributed as dist
 from mmscale.contracts import World
 from mmscale.errors import DataError, explained
 from mmscale.parallel.failure import failing_together
-from mmscale.parallel.world import join
+from mmscale.parallel.world import join_ranks
 
 def live():
     with failing_together(World()):
-        join(World(), "gloo", 600, alone_too=True)
+        join_ranks(World(), "gloo", 600, alone_too=True)
         # As NCCL does where an exchange was begun that nobody joins.
         dist.destroy_process_group = lambda: time.sleep(600)
         raise {error}

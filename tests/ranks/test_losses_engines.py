@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mmscale.contracts import World
-from mmscale.parallel.world import join
+from mmscale.parallel.world import join_ranks
 from tests.ranks.launch import run_on_ranks
 from tests.ranks.test_one_global_batch import assert_same
 from tests.ranks.tiny import ROWS, train
@@ -71,7 +71,7 @@ def _settings(name: str, stage: int | None = None) -> dict[str, Any]:
 def _run(cases):
     """Every case in these processes: starting them costs more than ten updates."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    join(World(rank, world), "gloo", 60, alone_too=True)
+    join_ranks(World(rank, world), "gloo", 60, alone_too=True)
     results = {}
     for name, chunks, stage, dtype in cases:
         kind = "accelerate" if stage is None else "deepspeed"

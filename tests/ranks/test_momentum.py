@@ -19,7 +19,7 @@ from mmscale.model.batch_norm import connect_batch_norms
 from mmscale.model.build import build_model
 from mmscale.parallel.device import choose
 from mmscale.parallel.peers import connect
-from mmscale.parallel.world import join
+from mmscale.parallel.world import join_ranks
 from mmscale.training.part import Step
 from mmscale.training.parts.momentum import Momentum
 from mmscale.training.step import Learner, train_step
@@ -95,7 +95,7 @@ def _engine(model, config, stage, policy, world):
 def _follow(stages, folder):
     """For each stage: kept and wanted means, the rows they give, and how a resumed run goes on."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    join(World(), "gloo", 60, alone_too=True)
+    join_ranks(World(), "gloo", 60, alone_too=True)
     world, results = World(rank, size, rank, "test"), {}
     for stage in stages:
         run = _Run(stage, world)

@@ -9,7 +9,7 @@ from mmscale.contracts import COMPONENTS, World
 from mmscale.engine.movement import Movement, trained_names
 from mmscale.loss.objective import Objective
 from mmscale.parallel.peers import connect
-from mmscale.parallel.world import join
+from mmscale.parallel.world import join_ranks
 from mmscale.training.part import Step
 from mmscale.training.step import Learner, train_step
 from tests.ranks.launch import run_on_ranks
@@ -21,7 +21,7 @@ HEAD = "head.image.layers.0"
 
 def _moved(world_size, kind, settings):
     """Ratios of the last update, what stood still, and the same from whole weights."""
-    join(World(), "gloo", 60, alone_too=True)
+    join_ranks(World(), "gloo", 60, alone_too=True)
     world = World(int(os.environ["RANK"]), world_size, 0, "test")
     config = tiny_config(**settings)
     engine = build_engine(config, world, kind)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmscale.contracts import World
-from mmscale.parallel.world import join
+from mmscale.parallel.world import join_ranks
 from tests.ranks.launch import run_on_ranks
 from tests.ranks.tiny import ROWS, train
 
@@ -18,7 +18,7 @@ STEPS = 3
 def _rank(world_size, kind, micro, settings, dtype):
     import os
 
-    join(World(), "gloo", 60, alone_too=True)
+    join_ranks(World(), "gloo", 60, alone_too=True)
     rank = int(os.environ["RANK"])
     return train(rank, world_size, kind, micro, STEPS, settings, dtype)
 

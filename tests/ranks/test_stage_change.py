@@ -15,7 +15,7 @@ from mmscale.model.build import build_model
 from mmscale.model.selection import select
 from mmscale.parallel.device import choose
 from mmscale.parallel.peers import connect
-from mmscale.parallel.world import join
+from mmscale.parallel.world import join_ranks
 from mmscale.training.part import Step
 from mmscale.training.parts.balance import ModalityBalancer
 from mmscale.training.step import Learner, train_step
@@ -70,7 +70,7 @@ def _held(engine):
 
 def _change_stage(stages):
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    join(World(), "gloo", 60, alone_too=True)
+    join_ranks(World(), "gloo", 60, alone_too=True)
     world, found = World(rank, size, rank, "test"), {}
     for stage in stages:
         run = _config(stage)
@@ -125,7 +125,7 @@ def test_two_stages_in_shards_end_where_one_device_ends(changes, stage):
 def _rates_with_balance(stage):
     """Rates that the optimizer really has after an update with one tower slowed down."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    join(World(), "gloo", 60, alone_too=True)
+    join_ranks(World(), "gloo", 60, alone_too=True)
     world = World(rank, size, rank, "test")
     engine, config = _engine(_config(stage), 1, world, stage)
     balancer = ModalityBalancer(config.optim.balance, engine, connect(world))

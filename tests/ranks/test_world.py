@@ -7,7 +7,7 @@ from accelerate import Accelerator
 
 from mmscale.contracts import World
 from mmscale.parallel.peers import from_all, from_main
-from mmscale.parallel.world import join, leave, promised_world
+from mmscale.parallel.world import join_ranks, leave, promised_world
 from tests.ranks.launch import run_on_ranks
 
 
@@ -17,7 +17,7 @@ def _as_srun_starts_it() -> tuple[str, int, int]:
         os.environ[f"SLURM_{theirs}"] = os.environ.pop(ours)
     os.environ["SLURM_STEP_ID"] = "0"
     world = promised_world()
-    join(world, "gloo", 60)
+    join_ranks(world, "gloo", 60)
     seen = Accelerator(cpu=True)
     found = world.launcher, seen.process_index, seen.num_processes
     leave()
@@ -25,7 +25,10 @@ def _as_srun_starts_it() -> tuple[str, int, int]:
 
 
 def test_accelerate_sees_the_ranks_that_srun_started():
-    assert run_on_ranks(2, _as_srun_starts_it, join=False) == [("slurm", 0, 2), ("slurm", 1, 2)]
+    assert run_on_ranks(2, _as_srun_starts_it, join=False) == [
+        ("slurm", 0, 2),
+        ("slurm", 1, 2),
+    ]
 
 
 def _told() -> tuple[list, dict, list]:

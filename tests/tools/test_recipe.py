@@ -3,7 +3,7 @@
 import pytest
 
 from mmscale.config.load import load_config, stage_config
-from mmscale.config.rules import expanded
+from mmscale.config.rules import expanded_stages
 from mmscale.errors import ConfigError
 from tools.studies.cells import Result
 from tools.studies.recipe import DEFAULTS, cells, page
@@ -25,7 +25,7 @@ def test_every_row_adds_its_part():
     ]
     assert len({config.model_dump_json() for config in rows.values()}) == len(rows)
     heads, tuned, layered, staged, canonical, recipe, large = (rows[name] for name in names[:7])
-    assert [str(stage.duration) for stage in expanded(heads)] == [str(recipe.train.duration)]
+    assert [str(stage.duration) for stage in expanded_stages(heads)] == [str(recipe.train.duration)]
     assert stage_config(heads, 0).data.feature_cache == "features"
     assert (tuned.data.feature_cache, tuned.optim.layer_decay.text) == (None, 1)
     assert (layered.optim.layer_decay.text, recipe.optim.layer_decay.text) == (0.8, 1)
@@ -37,9 +37,9 @@ def test_every_row_adds_its_part():
     assert recipe == load_config([*WORDS, *DEFAULTS])
     assert stage_config(recipe, 1).data.feature_cache is None
     for name in names[7:]:
-        assert expanded(rows[name]) == expanded(recipe)
-    assert expanded(large)[1].global_batch_size == 1024
-    assert expanded(large)[1].micro_batch_size == 64
+        assert expanded_stages(rows[name]) == expanded_stages(recipe)
+    assert expanded_stages(large)[1].global_batch_size == 1024
+    assert expanded_stages(large)[1].micro_batch_size == 64
 
 
 def test_a_recipe_s_own_layer_wise_decay_stands_from_its_row_on():
@@ -50,9 +50,9 @@ def test_a_recipe_s_own_layer_wise_decay_stands_from_its_row_on():
 
 
 def test_towers_see_as_many_pairs_in_each_row():
-    towers = expanded(load_config(WORDS))[1].duration
+    towers = expanded_stages(load_config(WORDS))[1].duration
     for cell in cells(WORDS, [0])[1:]:
-        assert expanded(load_config(cell.words))[-1].duration == towers
+        assert expanded_stages(load_config(cell.words))[-1].duration == towers
 
 
 def test_a_recipe_has_two_stages():

@@ -21,7 +21,7 @@ from mmscale.loss.contrast import PairRows
 from mmscale.loss.infonce import infonce
 from mmscale.parallel.device import choose
 from mmscale.parallel.peers import barrier, connect, from_all
-from mmscale.parallel.world import join, leave, promised_world
+from mmscale.parallel.world import join_ranks, leave, promised_world
 
 # Loads code and starts threads before anything is measured.
 WARM_ROWS = 64
@@ -34,7 +34,7 @@ def main(side: str, rows: int, width: int, device: str, seconds: float) -> None:
     """Measure forward and backward over `rows` rows a rank."""
     world = promised_world()
     policy = choose(EngineConfig.model_validate({"device": device}), world.local_rank)
-    join(world, policy.backend, 120)
+    join_ranks(world, policy.backend, 120)
     call, place = SIDES[side](world), policy.device
     call(make(WARM_ROWS, width, place, world))
     inputs = make(rows, width, place, world)

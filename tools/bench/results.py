@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmscale.errors import ConfigError
-from mmscale.report.metrics import aligned
+from mmscale.report.metrics import in_columns
 
 BENCHES = ("data", "loss", "step")
 
@@ -81,7 +81,7 @@ def table(results: Sequence[Result]) -> str:
     """Results as aligned text, a line each."""
     names = [field.name for field in fields(Result)]
     rows = [names, *([_shown(getattr(result, name)) for name in names] for result in results)]
-    return aligned(rows, left={0, 1, 4})
+    return in_columns(rows, left={0, 1, 4})
 
 
 def _shown(value: object) -> str:

@@ -18,7 +18,7 @@ from mmscale.config.load import validate
 from mmscale.contracts import Batch, World
 from mmscale.parallel.device import choose
 from mmscale.parallel.peers import barrier, connect, from_all
-from mmscale.parallel.world import join, leave, promised_world
+from mmscale.parallel.world import join_ranks, leave, promised_world
 from tools.bench.loss_sides import Peak
 
 IMAGE, CONTEXT, VOCABULARY, EMBED = 112, 77, 49408, 192
@@ -33,7 +33,7 @@ Run = Callable[[int], None]
 def main(side: str, rows: int, tokens: int, chunks: int, steps: int) -> None:
     """Measure `steps` updates after a few others."""
     world = promised_world()
-    join(world, "gloo", 300)
+    join_ranks(world, "gloo", 300)
     run, parameters = SIDES[side](world, rows, tokens, chunks)
     run(WARM_STEPS)
     barrier()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from mmscale.report.metrics import aligned
+from mmscale.report.metrics import in_columns
 
 Value: TypeAlias = float | int | str
 MISSING = "-"
@@ -21,7 +21,7 @@ class Table:
 
     def text(self) -> str:
         """Aligned columns."""
-        return aligned([self.head, *self.rows])
+        return in_columns([self.head, *self.rows])
 
     def markdown(self) -> str:
         """A table of Markdown, figures to the right."""

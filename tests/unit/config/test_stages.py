@@ -3,7 +3,7 @@
 import pytest
 
 from mmscale.config.load import stage_config, validate
-from mmscale.config.rules import blocks_of, expanded
+from mmscale.config.rules import blocks_of, expanded_stages
 from mmscale.engine.plan import stage_lengths
 from mmscale.errors import ConfigError
 
@@ -16,7 +16,9 @@ def _config(stages, **sections):
 
 
 def _lengths(config, items=1000):
-    stages = [stage_config(config, number) for number in range(max(1, len(expanded(config))))]
+    stages = [
+        stage_config(config, number) for number in range(max(1, len(expanded_stages(config))))
+    ]
     return stage_lengths(config, stages, items)
 
 
@@ -57,7 +59,7 @@ def test_a_tower_that_no_pattern_can_match_is_frozen_so_that_its_features_may_be
 
 def test_unfreezing_cuts_a_stage_into_parts_that_train_more_blocks_each():
     parts = {**HEADS, "duration": "6 epochs", "unfreeze": {"parts": 3, "blocks": 2}}
-    found = expanded(_config([parts, ALL]))
+    found = expanded_stages(_config([parts, ALL]))
     assert [stage.name for stage in found] == ["heads-1", "heads-2", "heads-3", "all"]
     assert [stage.train[2:] for stage in found[:3]] == [
         ("vision[-2:]", "text[-2:]"),

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mmscale.diagnostics.space import aligned, lay_out, require_layout
+from mmscale.diagnostics.space import lay_out, procrustes, require_layout
 from mmscale.errors import ConfigError
 
 
@@ -38,7 +38,7 @@ def test_a_map_that_was_turned_and_mirrored_is_turned_back():
     points = np.random.default_rng(0).normal(size=(30, 2))
     points -= points.mean(axis=0)
     turned = points @ np.array([[0.6, 0.8], [0.8, -0.6]])
-    assert np.allclose(aligned(turned, points), points)
+    assert np.allclose(procrustes(turned, points), points)
 
 
 def test_a_missing_library_is_told(monkeypatch):

@@ -10,7 +10,7 @@ from mmscale.diagnostics.geometry import health_figures
 from mmscale.diagnostics.of_run import Course, diagnose_run, in_words, not_yet_set
 from mmscale.diagnostics.pairing import pairing_figures
 from mmscale.diagnostics.rules import RULES
-from mmscale.report.verdicts import TOO_EARLY, describe, in_lines, told
+from mmscale.report.verdicts import TOO_EARLY, in_lines, verdict_named, verdict_of
 from tests.unit.diagnostics.faulty_embeddings import (
     dead,
     healthy,
@@ -39,7 +39,7 @@ def test_a_run_of_few_updates_is_too_few_samples_and_says_too_early(tmp_path, ma
     assert f"Too early to say: {updates} update" in diagnosis.causes[0]
     assert name in diagnosis.causes[1]
     assert diagnosis.evidence["updates"] == updates
-    assert told(diagnosis.to_json()) is TOO_EARLY
+    assert verdict_of(diagnosis.to_json()) is TOO_EARLY
     assert TOO_EARLY.tone == "none"
     assert "Too early to say" in in_lines(diagnosis.to_json())[1]
 
@@ -49,7 +49,7 @@ def test_a_run_past_its_grace_gets_its_verdict(tmp_path, make):
     pairs = make(128, 64, 0)
     diagnosis = diagnose_run(pairs, course(tmp_path, 200))
     assert diagnosis.verdict == diagnose(pairs).verdict
-    assert told(diagnosis.to_json()) is describe(diagnosis.verdict)
+    assert verdict_of(diagnosis.to_json()) is verdict_named(diagnosis.verdict)
 
 
 def test_warmup_is_the_beginning_in_whatever_unit(tmp_path):

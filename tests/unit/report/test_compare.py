@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from mmscale.cli import app
 from mmscale.errors import ConfigError, DataError
-from mmscale.report.compare import as_json, compare, table
+from mmscale.report.compare import compare, comparison_json, comparison_table
 from mmscale.report.compare_page import write_comparison
 from mmscale.report.metrics import MEAN_RECALL, RECALLS
 
@@ -62,7 +62,7 @@ def test_runs_that_differ_by_their_seed_are_one_group_with_its_spread(make_run):
 def test_settings_that_differ_are_told_and_others_are_not(make_run):
     runs = [make_run("a", 1.0, lr=1e-3), make_run("b", 2.0, lr=2e-3, overwrite=True)]
     assert dict(compare(runs).differing) == {"optim.lr": (1e-3, 2e-3)}
-    text = table(compare(runs))
+    text = comparison_table(compare(runs))
     assert "a  0.001\nb  0.002\n" in text
     assert "betas" not in text
 
@@ -74,13 +74,13 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(make_run):
 
 def test_a_run_without_an_evaluation_takes_no_part_in_the_spread(make_run):
     runs = [make_run("a", 10.0, seed=0), make_run("b", 20.0, seed=1), make_run("c", None, seed=2)]
-    (group,) = as_json(compare(runs))["groups"]
+    (group,) = comparison_json(compare(runs))["groups"]
     assert group["recalls"][MEAN_RECALL] == {"mean": 15.0, "std": pytest.approx(50**0.5), "n": 2}
     assert group["seeds"] == [0, 1, 2]
 
 
 def test_the_last_evaluation_counts(make_run):
-    (first, _) = as_json(compare([make_run("a", 33.0), make_run("b", 1.0)]))["runs"]
+    (first, _) = comparison_json(compare([make_run("a", 33.0), make_run("b", 1.0)]))["runs"]
     assert first["recalls"] == {**dict.fromkeys(RECALLS, 33.0), MEAN_RECALL: 33.0}
     assert (first["step"], first["loss"], first["finished"]) == (20, 0.2, True)
 
