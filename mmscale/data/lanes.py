@@ -35,7 +35,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightedShards:
     """Neighbouring shards with one weight.
 
     Attributes:
@@ -67,7 +67,7 @@ def seeded(*parts: object) -> int:
 class _Lap:
     """One pass over a source: its shards in a seeded order, laid end to end."""
 
-    def __init__(self, source: Source, first_shard: int, lap: int, *seed: object):
+    def __init__(self, source: WeightedShards, first_shard: int, lap: int, *seed: object):
         passes = max(map(len, source.turns), default=0)
         self._segments: list[tuple[int, int]] = []
         for turn in range(passes):
@@ -89,7 +89,9 @@ class _Lap:
 class _Reel:
     """A source's items of one epoch: whole laps, then a part of one from a seeded place on."""
 
-    def __init__(self, source: Source, first_shard: int, number: int, seed: int, epoch: int):
+    def __init__(
+        self, source: WeightedShards, first_shard: int, number: int, seed: int, epoch: int
+    ):
         self._size, self._length = source.lap_items, source.items
         laps = -(-self._length // self._size) if self._size else 0
         self._laps = [
@@ -121,7 +123,7 @@ class Tape:
         epoch: Which epoch.
     """
 
-    def __init__(self, sources: Sequence[Source], seed: int, epoch: int):
+    def __init__(self, sources: Sequence[WeightedShards], seed: int, epoch: int):
         firsts = accumulate((len(source.turns) for source in sources), initial=0)
         self._reels = [
             _Reel(source, first, number, seed, epoch)

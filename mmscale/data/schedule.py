@@ -17,7 +17,7 @@ from mmscale.config.values import Duration, Ramp
 from mmscale.contracts import NamedTensor, Position
 from mmscale.data.arrange import Arrangement, Neighbours
 from mmscale.data.grouping import Identities, Marks, read_marks, require_identities
-from mmscale.data.lanes import Item, Lane, Source, Tape, seeded, turns_of
+from mmscale.data.lanes import Item, Lane, Tape, WeightedShards, seeded, turns_of
 from mmscale.data.resampled import Resampling, SequentialLane, plan_resampling
 from mmscale.data.shards import ShardSet
 from mmscale.errors import ConfigError, DataError
@@ -70,11 +70,11 @@ class Schedule:
         return sum(source.items for source in self.parts)
 
     @cached_property
-    def parts(self) -> list[Source]:
+    def parts(self) -> list[WeightedShards]:
         """What an epoch is made of."""
         turns = iter(turns_of(self.captions, self.choice == "flat"))
         sources = self.sources or ((len(self.captions), 1.0),)
-        return [Source(list(islice(turns, shards)), weight) for shards, weight in sources]
+        return [WeightedShards(list(islice(turns, shards)), weight) for shards, weight in sources]
 
     @property
     def steps(self) -> int:

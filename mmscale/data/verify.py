@@ -122,12 +122,17 @@ def image_fault(content: bytes) -> str | None:
 
 @dataclass
 class _Found:
-    """What one shard was found to hold: of the samples that its manifest lists, and besides."""
+    """What one shard was found to hold.
+
+    Attributes:
+        faults: A line for each.
+        listed: Key and number of captions of each sample that its manifest lists, by offset.
+        traits: Of those of them that can be used.
+        unlisted: How many samples the manifest does not list.
+    """
 
     faults: list[str] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    captions: list[int] = field(default_factory=list)
+    listed: dict[int, tuple[str, int]] = field(default_factory=dict)
     traits: list[Trait] = field(default_factory=list)
     unlisted: int = 0
 
@@ -165,23 +170,21 @@ def _check_samples(path: Path, listed: dict[int, int], found: _Found) -> None:
             found.faults.append(f"{path}: sample {sample.key} {fault}")
         else:
             found.traits.append(trait_of(sample))
-        found.keys.append(sample.key)
-        found.offsets.append(in_tar.offset)
-        found.captions.append(len(sample.captions))
+        found.listed[in_tar.offset] = sample.key, len(sample.captions)
 
 
 def _compare(path: Path, shard: Shard, found: _Found) -> None:
-    held = len(found.offsets) + found.unlisted
+    held = len(found.listed) + found.unlisted
     if held != shard.samples + shard.skipped:
         besides = f" and {shard.skipped} left out" if shard.skipped else ""
         found.faults.append(
             f"{path}: holds {held} samples, the manifest says {shard.samples}{besides}"
         )
         return
-    for offset in sorted(set(shard.offsets) - set(found.offsets)):
+    for offset in sorted(set(shard.offsets) - found.listed.keys()):
         found.faults.append(f"{path}: no sample begins at byte {offset}, as the manifest says")
     claims = dict(zip(shard.offsets, shard.captions, strict=True))
-    for key, offset, count in zip(found.keys, found.offsets, found.captions, strict=True):
+    for offset, (key, count) in found.listed.items():
         if count != claims[offset]:
             found.faults.append(
                 f"{path}: sample {key} has captions: {count}, the manifest says {claims[offset]}"

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmscale.contracts import Position
-from mmscale.data.lanes import Lane, Source, Tape, sections, turns_of
+from mmscale.data.lanes import Lane, Tape, WeightedShards, sections, turns_of
 from mmscale.data.schedule import Schedule
 
 
@@ -120,7 +120,9 @@ def test_each_sample_as_often_as_its_weight_says(parts, epoch, seed):
 @settings(max_examples=50, deadline=None)
 @given(parts=st.lists(st.tuples(st.integers(1, 60), weights), min_size=2, max_size=4))
 def test_any_stretch_of_the_tape_holds_each_sources_share(parts):
-    sources = [Source(turns_of([(1,) * size], flat=False), weight) for size, weight in parts]
+    sources = [
+        WeightedShards(turns_of([(1,) * size], flat=False), weight) for size, weight in parts
+    ]
     tape = Tape(sources, seed=1, epoch=2)
     shards = [tape[place].shard for place in range(len(tape))]
     for low in range(0, len(shards), 7):
@@ -133,7 +135,9 @@ def test_any_stretch_of_the_tape_holds_each_sources_share(parts):
 
 def test_passes_of_a_source_come_one_after_another():
     """A sample comes again only after every other of its source: never twice in a batch."""
-    tape = Tape([Source(turns_of([(1,) * 20, (1,) * 12], flat=False), 3.0)], seed=3, epoch=1)
+    tape = Tape(
+        [WeightedShards(turns_of([(1,) * 20, (1,) * 12], flat=False), 3.0)], seed=3, epoch=1
+    )
     items = [tape[place] for place in range(len(tape))]
     start = next(place for place in range(32) if items[place].lap != items[place - 1].lap)
     ring = items[start:] + items[:start]
@@ -212,7 +216,7 @@ def test_the_remainder_is_another_one_each_epoch():
 
 
 def test_lanes_may_cut_a_shard():
-    tape = Tape([Source(turns_of([(1,) * 10], flat=False))], 0, 0)
+    tape = Tape([WeightedShards(turns_of([(1,) * 10], flat=False))], 0, 0)
     lanes = [Lane(tape, index, 5, 1, 0, 0) for index in range(2)]
     samples = [[item.sample for item in lane.items()] for lane in lanes]
     assert sorted(samples[0] + samples[1]) == list(range(10))
