@@ -33,9 +33,9 @@ from mmscale.engine.rerank import match_scores
 from mmscale.errors import HaltError, printable
 from mmscale.model.build import build_model
 from mmscale.model.dual_encoder import DualEncoder, Tokenizer
+from mmscale.model.freezing import select
 from mmscale.model.hub import fetching_only
 from mmscale.model.kept import kept_towers, opened_lines
-from mmscale.model.selection import select
 from mmscale.model.two_tower import TwoTower
 from mmscale.parallel.device import choose
 

@@ -12,10 +12,9 @@ from mmscale.model.heads import Head
 from mmscale.model.inputs import join_inputs
 from mmscale.model.presets import fill_preset, is_whole_openclip
 from mmscale.model.scale import LogitScale
-from mmscale.model.text import build_text
+from mmscale.model.tower import Tower
+from mmscale.model.towers import build_text, build_vision
 from mmscale.model.two_tower import TwoTower
-from mmscale.model.vision import build_vision
-from mmscale.model.width import Tower
 
 
 def build_model(

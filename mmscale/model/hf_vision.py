@@ -23,9 +23,8 @@ from mmscale.model.hf_models import (
     read_json,
 )
 from mmscale.model.inputs import ImageInput, agreed_size, at_size, triple
-from mmscale.model.pooling import Pooling
 from mmscale.model.sources import constructing
-from mmscale.model.width import Tower, look
+from mmscale.model.tower import Pooling, Tower, look
 
 KEY = "model.vision"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -27,7 +27,7 @@ from mmscale.config.model import TextConfig, TowerConfig, VisionConfig
 from mmscale.errors import ConfigError
 from mmscale.model.freezing import chain
 from mmscale.model.hf_models import checkpoint_hf
-from mmscale.model.hf_tokens import require_size, require_vocabulary
+from mmscale.model.hf_text import require_size, require_vocabulary
 from mmscale.model.hub import hub_call
 from mmscale.model.inputs import (
     ImageInput,
@@ -45,8 +45,8 @@ from mmscale.model.timm_vision import (
     show_features,
     timm_blocks,
 )
+from mmscale.model.tower import Tower, look
 from mmscale.model.weights import load_strictly, read_weights
-from mmscale.model.width import Tower, look
 
 # Names of a text tower in a whole CLIP's weights, where nothing stands in front of them.
 TEXT_PARTS = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "cls_emb")

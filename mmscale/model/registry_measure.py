@@ -18,8 +18,13 @@ from transformers import MODEL_MAPPING, AutoConfig, PretrainedConfig
 from mmscale.config.model import VisionConfig
 from mmscale.errors import ConfigError
 from mmscale.model.hf_models import class_for, model_folder, read_config, without_pooler
-from mmscale.model.hf_text import HfTextTower, max_positions, pooling_of, text_class
-from mmscale.model.hf_tokens import require_tokenizer
+from mmscale.model.hf_text import (
+    HfTextTower,
+    max_positions,
+    pooling_of,
+    require_tokenizer,
+    text_class,
+)
 from mmscale.model.hf_vision import HfVisionTower, image_input
 from mmscale.model.inputs import DEFAULT_CONTEXT, ImageInput
 from mmscale.model.openclip_towers import (
@@ -32,7 +37,7 @@ from mmscale.model.presets import OPENCLIP
 from mmscale.model.registry import Entry, curated
 from mmscale.model.sources import constructing
 from mmscale.model.timm_vision import build_timm_vision
-from mmscale.model.width import Tower, without_values
+from mmscale.model.tower import Tower, without_values
 
 POOLINGS = {"token": "cls", "tok": "cls", "avg": "mean", "argmax": "eos", "": "none"}
 # Settings of Hugging Face's image encoders that its text encoders lack.

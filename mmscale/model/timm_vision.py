@@ -19,10 +19,9 @@ from mmscale.errors import CheckpointError, ConfigError
 from mmscale.model.freezing import chain
 from mmscale.model.hub import hub_call
 from mmscale.model.inputs import ImageInput, agreed_size, at_size, triple
-from mmscale.model.pooling import Pooling
 from mmscale.model.sources import constructing, did_you_mean
+from mmscale.model.tower import Pooling, Tower, look
 from mmscale.model.weights import UNREADABLE, first_line, load_strictly, read_weights, refuse
-from mmscale.model.width import Tower, look
 
 KEY = "model.vision"
 HUB, LOCAL = ("hf-hub:", "hf_hub:"), "local-dir:"

@@ -39,10 +39,10 @@ from mmscale.errors import CheckpointError, LaunchError
 from mmscale.loss.objective import Objective
 from mmscale.model.batch_norm import connect_batch_norms
 from mmscale.model.build import build_model
+from mmscale.model.freezing import check_patterns, select
 from mmscale.model.scale import with_scale_fitted
-from mmscale.model.selection import check_patterns, select
+from mmscale.model.tower import unseen_line
 from mmscale.model.two_tower import TwoTower
-from mmscale.model.unseen import unseen_line
 from mmscale.parallel.device import set_rng_state
 from mmscale.parallel.peers import from_all, from_main
 from mmscale.preflight import checkpoints_ahead, require_room

@@ -12,7 +12,7 @@ from mmscale.contracts import World
 from mmscale.engine.plan import plan_batch
 from mmscale.loss.objective import Objective
 from mmscale.model.build import build_model
-from mmscale.model.selection import select
+from mmscale.model.freezing import select
 from mmscale.parallel.device import choose
 from mmscale.parallel.peers import connect
 from mmscale.parallel.world import join_ranks

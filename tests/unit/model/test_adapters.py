@@ -17,9 +17,8 @@ from transformers import (
 
 from mmscale.config.model import TextConfig, VisionConfig
 from mmscale.errors import ConfigError
-from mmscale.model.pooling import Pooling
-from mmscale.model.text import build_text
-from mmscale.model.vision import build_vision
+from mmscale.model.tower import Pooling
+from mmscale.model.towers import build_text, build_vision
 from tests.unit.model.tiny import CLIP_TEXT, CONVNEXT, padded
 
 CAPTIONS = ["a dog", "two red circle sits under the large green square", "the small cat runs"]

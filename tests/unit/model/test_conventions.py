@@ -30,8 +30,7 @@ from mmscale.model.build import build_model
 from mmscale.model.inputs import join_inputs
 from mmscale.model.registry_measure import measure
 from mmscale.model.registry_table import describe
-from mmscale.model.text import build_text
-from mmscale.model.vision import build_vision
+from mmscale.model.towers import build_text, build_vision
 from mmscale.parallel.device import FAILING_TOWERS
 from mmscale.parallel.peers import Alone
 from tests.unit.model.test_foreign import TEXT_CFG, change, save_openclip

@@ -23,8 +23,7 @@ from mmscale.config.model import ModelConfig, TextConfig, VisionConfig
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.model.build import build_model
 from mmscale.model.registry_measure import measure
-from mmscale.model.text import build_text
-from mmscale.model.vision import build_vision
+from mmscale.model.towers import build_text, build_vision
 from tests.unit.model.tiny import CLIP_TEXT, CONVNEXT, save_bert
 
 TEXT_CFG = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}

@@ -5,7 +5,7 @@ import pytest
 from mmscale.config.load import stage_config
 from mmscale.errors import ConfigError
 from mmscale.model.build import build_model
-from mmscale.model.selection import check_patterns, select
+from mmscale.model.freezing import check_patterns, select
 from tests.ranks.tiny import tiny_config
 
 TEXT = {"width": 32, "heads": 2, "layers": 3, "context_length": 16, "vocab_size": 99}

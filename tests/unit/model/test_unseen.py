@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mmscale.config.model import VisionConfig
-from mmscale.model.unseen import unseen_line
-from mmscale.model.vision import build_vision
+from mmscale.model.tower import unseen_line
+from mmscale.model.towers import build_vision
 
 TOWERS = {
     "timm:vit_tiny_patch16_224": {"depth": 1},

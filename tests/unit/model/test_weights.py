@@ -11,8 +11,7 @@ from transformers import BertConfig, BertForMaskedLM
 from mmscale.config.model import TextConfig, VisionConfig
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.model import hub
-from mmscale.model.text import build_text
-from mmscale.model.vision import build_vision
+from mmscale.model.towers import build_text, build_vision
 from tests.unit.model.tiny import CLIP_TEXT, CONVNEXT
 
 OPTIONS = CONVNEXT["options"]
