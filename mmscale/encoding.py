@@ -1,23 +1,20 @@
 """Whole sets through the towers with a run's settings: cached, held out, or compared."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from mmscale.config.schema import Config
-from mmscale.contracts import InputSpec, Peers, World
+from mmscale.contracts import InputSpec, World
 from mmscale.data.arrange import Neighbours
 from mmscale.data.features import FeatureTable, KeptParts
 from mmscale.data.grouping import copies_line
 from mmscale.data.shard_set import place_of
 from mmscale.data.shards import ShardSet, open_shards
-from mmscale.engine.encode import Call, encode
+from mmscale.engine.encode import Encoder, encode
 from mmscale.engine.feature_cache import FeatureCache
-from mmscale.engine.inference import Inference
-from mmscale.engine.own_neighbours import own_neighbours
 from mmscale.model.two_tower import TwoTower
+from mmscale.parallel.peers import from_main
 
 Tell = Callable[[str], None]
 
@@ -46,13 +43,12 @@ def _shared(train: ShardSet, held_out: ShardSet) -> str | None:
 def encoded_sets(
     config: Config,
     model: TwoTower,
-    spec: InputSpec,
-    inference: Inference,
-    peers: Peers,
+    encoder: Encoder,
     shards: ShardSet,
     tell: Tell,
 ) -> tuple[FeatureTable | None, HeldOut | None]:
     """Cached features of the training set, and the held-out pairs."""
+    spec = encoder.spec
     held_out = open_shards("data.eval", config.data.eval) if config.data.eval else None
     if config.data.match == "image" and (line := _copies("data.train", shards)):
         tell(line)
@@ -70,10 +66,9 @@ def encoded_sets(
             tell(f"features: {which.samples:,} images through the frozen towers, once")
             if kept.count:
                 tell(f"features: {kept.count:,} images are there from a pass that was cut short")
-            call, device = inference.call, inference.device
-            return encode_set(config, call, device, which, spec, peers, _tenths(tell), kept)
+            return encode(encoder, which, _tenths(tell), kept)
 
-        return cache.table(which, peers, make)
+        return cache.table(which, encoder.peers, make)
 
     return table(shards), HeldOut(held_out, spec, table(held_out)) if held_out else None
 
@@ -82,46 +77,31 @@ def _copies(setting: str, shards: ShardSet) -> str | None:
     return copies_line(setting, shards.copies, shards.samples)
 
 
-def found_alike(
-    config: Config,
-    inference: Inference,
-    features: FeatureTable | None,
+def own_neighbours(
+    encoder: Encoder,
     shards: ShardSet,
-    spec: InputSpec,
+    features: FeatureTable | None,
+    by: str,
     world: World,
-    peers: Peers,
     tell: Tell,
 ) -> Neighbours:
-    """The training set's neighbours by the model as it is now. Collective."""
+    """The training set's nearest images by the model as it is now. Collective.
+
+    Args:
+        encoder: Calls the model.
+        shards: The training set.
+        features: Its cached tower outputs; None makes them.
+        by: `image`, or `text` for the mean of an image's captions.
+        world: The ranks; all get the main one's table.
+        tell: Takes lines about how far it is.
+    """
+    device = encoder.device
     if features is None:
-        call, device = inference.call, inference.device
-        features = encode_set(config, call, device, shards, spec, peers, _tenths(tell))
-    return own_neighbours(inference, features, config.data.hard_batches.by, world)
-
-
-def encode_set(
-    config: Config,
-    call: Call,
-    device: torch.device,
-    shards: ShardSet,
-    spec: InputSpec,
-    peers: Peers,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    kept: KeptParts | None = None,
-) -> FeatureTable:
-    """A set through the towers with the run's settings. Collective."""
-    return encode(
-        call,
-        device,
-        shards,
-        spec,
-        peers,
-        config.eval.batch_size,
-        config.data.workers,
-        config.data.max_damaged,
-        progress,
-        kept,
-    )
+        features = encode(encoder, shards, _tenths(tell))
+    image, text, *_ = encoder.call("heads", features.image.to(device), features.text.to(device))
+    embedded = replace(features, image=image.unit.float().cpu(), text=text.unit.float().cpu())
+    table = embedded.neighbours(by).tensors() if world.is_main else None
+    return Neighbours.of(from_main(world, table))
 
 
 def _tenths(tell: Tell) -> Callable[[int, int], None]:

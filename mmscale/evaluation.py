@@ -25,9 +25,9 @@ from mmscale.data.pixels import EvalTransform, in_rgb, normalise
 from mmscale.data.shards import ShardSet
 from mmscale.diagnostics.pairs import Pairs, Sources
 from mmscale.diagnostics.retrieval import RECALLS, recalls, reranked_recalls, shortlists
-from mmscale.encoding import HeldOut, encode_set
+from mmscale.encoding import HeldOut
 from mmscale.engine.ema import averaged
-from mmscale.engine.encode import Call
+from mmscale.engine.encode import Call, Encoder, encode
 from mmscale.engine.inference import Inference
 from mmscale.engine.rerank import match_scores
 from mmscale.errors import HaltError, printable
@@ -98,16 +98,16 @@ def _names(model: ModelConfig) -> set[str]:
 def embed_set(trained: Trained, shards: ShardSet, peers: Peers) -> Pairs:
     """A set through a trained model."""
     call, device = trained.inference.call, trained.inference.device
-    table = encode_set(trained.config, call, device, shards, trained.spec, peers)
-    return embed(call, device, table)
+    encoder = Encoder.of(trained.config, call, device, trained.spec, peers)
+    return embed(call, device, encode(encoder, shards))
 
 
 def evaluate_set(trained: Trained, shards: ShardSet, peers: Peers) -> dict[str, float]:
     """What `evaluate` finds, of a trained model on a set."""
     call, device = trained.inference.call, trained.inference.device
-    table = encode_set(trained.config, call, device, shards, trained.spec, peers)
-    held_out, pairs = HeldOut(shards, trained.spec, table), embed(call, device, table)
-    return _figures(trained.config, call, device, held_out, peers, table, pairs)
+    encoder = Encoder.of(trained.config, call, device, trained.spec, peers)
+    table = encode(encoder, shards)
+    return _figures(trained.config, encoder, shards, table, embed(call, device, table))
 
 
 def evaluate(
@@ -131,12 +131,13 @@ def evaluate(
     Raises:
         HaltError: The embeddings are not finite.
     """
+    encoder = Encoder.of(config, call, device, held_out.spec, peers)
     table = held_out.table
     if table is None:
-        table = encode_set(config, call, device, held_out.shards, held_out.spec, peers, progress)
+        table = encode(encoder, held_out.shards, progress)
     pairs = embed(call, device, table)
     require_sound_model(pairs, cached=held_out.table is not None)
-    figures = _figures(config, call, device, held_out, peers, table, pairs)
+    figures = _figures(config, encoder, held_out.shards, table, pairs)
     named = {f"eval/{name}": value for name, value in figures.items()}
     return named | {"eval/mean": fmean(figures[name] for name in RECALLS)}, pairs
 
@@ -192,29 +193,13 @@ def embed(call: Call, device: torch.device, table: FeatureTable) -> Pairs:
 
 
 def _figures(
-    config: Config,
-    call: Call,
-    device: torch.device,
-    held_out: HeldOut,
-    peers: Peers,
-    table: FeatureTable,
-    pairs: Pairs,
+    config: Config, encoder: Encoder, shards: ShardSet, table: FeatureTable, pairs: Pairs
 ) -> dict[str, float]:
     """Recall of the dual encoder and, apart, after re-ranking by fusion. Collective."""
-    figures: dict[str, float] = dict(recalls(pairs, peers))
+    figures: dict[str, float] = dict(recalls(pairs, encoder.peers))
     if config.eval.rerank:
         lists = shortlists(pairs, config.eval.rerank)
-        scores = match_scores(
-            call,
-            device,
-            held_out.shards,
-            held_out.spec,
-            peers,
-            table,
-            lists.wanted(),
-            config.eval.batch_size,
-            config.data.workers,
-        )
+        scores = match_scores(encoder, shards, table, lists.wanted())
         figures |= reranked_recalls(pairs, lists, scores)
     return figures
 

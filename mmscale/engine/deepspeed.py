@@ -18,7 +18,6 @@ from mmscale.config.deepspeed import fill, read_deepspeed
 from mmscale.config.schema import Config
 from mmscale.contracts import NamedTensor, World
 from mmscale.engine.ema import Replica, averaged
-from mmscale.engine.loss_scale import LossScale
 from mmscale.engine.optimizer import (
     optimizer_kind,
     parameter_groups,
@@ -31,6 +30,9 @@ from mmscale.engine.protocol import Shadow
 from mmscale.errors import LaunchError
 from mmscale.parallel.device import DevicePolicy
 from mmscale.parallel.world import check_world
+
+_FIRST_SCALE = 2.0**16
+_PATIENCE = 2000  # applied updates after which a larger factor is tried
 
 
 class DeepSpeedEngine:
@@ -99,7 +101,7 @@ class DeepSpeedEngine:
         self._engine.step()
         self._updates += 1
         if self._scale is not None:
-            self._scale.settle(applied=True)
+            self._scale.update(applied=True)
 
     def discard(self) -> None:
         # DeepSpeed skips a step by itself, on all ranks, where a gradient is not finite.
@@ -109,7 +111,7 @@ class DeepSpeedEngine:
         self._engine.step()
         assert not self._engine.was_step_applied(), "DeepSpeed updated with a non-finite gradient"
         if self._scale is not None:
-            self._scale.settle(applied=False)
+            self._scale.update(applied=False)
 
     def masters(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._engine.module.named_parameters():
@@ -257,6 +259,41 @@ class _ShardedShadow:
 
     def close(self) -> None:
         _destroy(self._engine)
+
+
+class LossScale:
+    """A factor that keeps the small gradients of fp16 above its smallest number.
+
+    Halved when a gradient overflowed, doubled after `_PATIENCE` applied updates.
+
+    Source: Micikevicius et al. 2018, "Mixed Precision Training" (arXiv 1710.03740), section 3.2.
+    """
+
+    def __init__(self) -> None:
+        self.value = _FIRST_SCALE
+        self._applied = 0
+
+    def update(self, applied: bool) -> None:
+        """Take the outcome of an update."""
+        self._applied = self._applied + 1 if applied else 0
+        if not applied:
+            self.value /= 2
+        elif self._applied == _PATIENCE:
+            self.value, self._applied = 2 * self.value, 0
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps, as torch's scaler has it: the next engine may use that one."""
+        return {
+            "scale": self.value,
+            "growth_factor": 2.0,
+            "backoff_factor": 0.5,
+            "growth_interval": _PATIENCE,
+            "_growth_tracker": self._applied,
+        }
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Take what `state` gave, or torch's scaler."""
+        self.value, self._applied = float(state["scale"]), int(state["_growth_tracker"])
 
 
 def _destroy(engine: Any) -> None:

@@ -5,13 +5,14 @@ Works with any engine: each rank makes the same number of calls, which ZeRO-3 ne
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmscale.config.schema import Config
 from mmscale.contracts import InputSpec, Peers
 from mmscale.data.caption_text import unknown_words
 from mmscale.data.features import EncodedBatch, FeatureTable, KeptParts, SampleBatch, SampleBatches
@@ -25,29 +26,48 @@ from mmscale.parallel.peers import from_all
 Call = Callable[..., Any]
 
 
-def encode(
-    call: Call,
-    device: torch.device,
-    shards: ShardSet,
-    spec: InputSpec,
-    peers: Peers,
-    batch_size: int,
-    workers: int,
-    max_damaged: float,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    kept: KeptParts | None = None,
-) -> FeatureTable:
-    """Tower outputs of a whole set, equal on every rank.
+@dataclass(frozen=True)
+class Encoder:
+    """Towers that whole sets are taken through, and how.
 
-    Args:
+    Attributes:
         call: `Engine.call`, in evaluation mode.
         device: Where the towers compute.
-        shards: The set.
         spec: What the towers are fed.
         peers: The ranks that share the work.
         batch_size: Rows of one call.
         workers: Decoding processes.
         max_damaged: Share of undecodable samples that is tolerated.
+    """
+
+    call: Call
+    device: torch.device
+    spec: InputSpec
+    peers: Peers
+    batch_size: int
+    workers: int = 0
+    max_damaged: float = 0.0
+
+    @classmethod
+    def of(
+        cls, config: Config, call: Call, device: torch.device, spec: InputSpec, peers: Peers
+    ) -> "Encoder":
+        """With a run's settings."""
+        rows, workers = config.eval.batch_size, config.data.workers
+        return cls(call, device, spec, peers, rows, workers, config.data.max_damaged)
+
+
+def encode(
+    encoder: Encoder,
+    shards: ShardSet,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    kept: KeptParts | None = None,
+) -> FeatureTable:
+    """Tower outputs of a whole set, equal on every rank. Collective.
+
+    Args:
+        encoder: The towers.
+        shards: The set.
         progress: Told this rank's samples done and in all.
         kept: This rank's batches that an earlier pass, cut short, has left; takes those of this
             one. Not under ZeRO-3, where ranks make each call together.
@@ -56,18 +76,19 @@ def encode(
         DataError: More samples than tolerated cannot be decoded.
         ConfigError: The tokenizer does not know most of the captions' words.
     """
+    spec, peers, batch_size = encoder.spec, encoder.peers, encoder.batch_size
     mine = sections(shards.samples, peers.size)
     batches = SampleBatches(shards, spec, mine[peers.rank], batch_size)
     places, total = batches.ranges(), len(mine[peers.rank])
     found = kept.find(places) if kept else {}
     parts: list[EncodedBatch] = []
-    loader = batches.loader(workers, skip=found)
+    loader = batches.loader(encoder.workers, skip=found)
     with kept.keeping() if kept else nullcontext():
         for index, calls in enumerate(_text_calls(shards, mine, batch_size)):
             if (part := found.get(index)) is None:
                 batch = next(loader) if index < len(batches) else SampleBatch(None)
-                image = _images(call, device, batch, spec)
-                text = _texts(call, device, batch, spec, calls, batch_size)
+                image = _images(encoder, batch)
+                text = _texts(encoder, batch, calls)
                 part = EncodedBatch(replace(batch, pixels=None), image, text)
                 if kept and index < len(batches):
                     kept.add(places[index], part)
@@ -75,10 +96,10 @@ def encode(
             progress(min((index + 1) * batch_size, total), total)
     unknown_words(spec, (row for part in parts for row in part.batch.tokens), peers)
     table = _gather(parts, shards, peers)
-    if len(table.damaged) > max_damaged * shards.samples:
+    if len(table.damaged) > encoder.max_damaged * shards.samples:
         raise DataError(
             f"{len(table.damaged)} of {shards.samples} samples cannot be decoded, more than "
-            f"data.max_damaged={max_damaged} allows; the first: {table.damaged[0]}"
+            f"data.max_damaged={encoder.max_damaged} allows; the first: {table.damaged[0]}"
         )
     return table
 
@@ -99,30 +120,27 @@ def _text_calls(shards: ShardSet, mine: list[range], batch_size: int) -> list[in
 
 
 @torch.no_grad()
-def _images(call: Call, device: torch.device, batch: SampleBatch, spec: InputSpec) -> Tensor:
+def _images(encoder: Encoder, batch: SampleBatch) -> Tensor:
     if batch.pixels is None:
-        size = spec.image_size
-        empty = call("image", torch.zeros(1, 3, size, size, device=device))
+        size = encoder.spec.image_size
+        empty = encoder.call("image", torch.zeros(1, 3, size, size, device=encoder.device))
         return empty[:0].float().cpu()
-    return call("image", images_on(batch.pixels, device, spec)).float().cpu()
+    rows = images_on(batch.pixels, encoder.device, encoder.spec)
+    return encoder.call("image", rows).float().cpu()
 
 
 @torch.no_grad()
-def _texts(
-    call: Call,
-    device: torch.device,
-    batch: SampleBatch,
-    spec: InputSpec,
-    calls: int,
-    batch_size: int,
-) -> Tensor:
+def _texts(encoder: Encoder, batch: SampleBatch, calls: int) -> Tensor:
+    device, pad_token, size = encoder.device, encoder.spec.pad_token, encoder.batch_size
     # Captions of like length together: less padding.
     order = sorted(range(len(batch.tokens)), key=lambda row: len(batch.tokens[row]))
     outputs = []
     for index in range(calls):
-        rows = order[index * batch_size : (index + 1) * batch_size]
-        tokens, mask = pad([batch.tokens[r] for r in rows] or [[spec.pad_token]], spec.pad_token)
-        output = call("text", tokens.to(device), mask.to(device) if rows else ~mask.to(device))
+        rows = order[index * size : (index + 1) * size]
+        tokens, mask = pad([batch.tokens[r] for r in rows] or [[pad_token]], pad_token)
+        output = encoder.call(
+            "text", tokens.to(device), mask.to(device) if rows else ~mask.to(device)
+        )
         outputs.append(output[: len(rows)].float().cpu())
     gathered = torch.cat(outputs)
     restored = torch.empty_like(gathered)

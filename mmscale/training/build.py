@@ -27,8 +27,9 @@ from mmscale.data.caption_text import with_cleaning
 from mmscale.data.features import CachedStream
 from mmscale.data.schedule import Schedule, plan_schedule
 from mmscale.data.stream import TrainStream
-from mmscale.encoding import Tell, encoded_sets, found_alike
+from mmscale.encoding import Tell, encoded_sets, own_neighbours
 from mmscale.engine.ema import averaged, copy_of
+from mmscale.engine.encode import Encoder
 from mmscale.engine.fit_heads import fit_heads
 from mmscale.engine.footprint import count_flops
 from mmscale.engine.inference import Inference
@@ -87,7 +88,8 @@ def build_stage(job: Job, start: Start, say: Tell) -> Stage:
     ahead = checkpoints_ahead(config, timetable.total_steps - start.state.step, timetable.uncut)
     require_room(config, model, ahead, needs_momentum(config), job.world)
     inference = Inference(model, job.policy)
-    features, held_out = encoded_sets(config, model, spec, inference, job.peers, job.shards, say)
+    encoder = Encoder.of(config, inference.call, inference.device, spec, job.peers)
+    features, held_out = encoded_sets(config, model, encoder, job.shards, say)
     stream: TrainStream | CachedStream = (
         TrainStream(config, job.shards, schedule, spec, job.world)
         if features is None
@@ -97,9 +99,8 @@ def build_stage(job: Job, start: Start, say: Tell) -> Stage:
         fit_heads(model, inference, stream, job.peers, plan.micro_rows, spec)
     if config.data.hard_batches.table == OWN_MODEL and table is None:
         say("hard batches: neighbours by the model as it is now")
-        table = found_alike(
-            config, inference, features, job.shards, spec, job.world, job.peers, say
-        )
+        by = config.data.hard_batches.by
+        table = own_neighbours(encoder, job.shards, features, by, job.world, say)
         stream.schedule = plan_schedule(config, job.shards, plan.lanes, table)
     connect_batch_norms(model, job.peers)
     model.scale.follow(timetable.uncut)

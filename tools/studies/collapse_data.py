@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmscale.config.load import load_config
 from mmscale.data.shards import ShardSet, open_shards, open_train
-from mmscale.encoding import encode_set
+from mmscale.engine.encode import Encoder, encode
 from mmscale.engine.feature_cache import FeatureCache
 from mmscale.engine.inference import Inference
 from mmscale.errors import ConfigError
@@ -51,8 +51,9 @@ def features_of(words: tuple[str, ...], captions: int) -> tuple[Features, Featur
     cache = FeatureCache(Path(config.data.feature_cache), model, spec, config.data.cache_gb * 1e9)
 
     def rows(shards: ShardSet, most: int) -> Features:
-        def make():
-            return encode_set(config, inference.call, inference.device, shards, spec, Alone())
+        def make(kept):
+            encoder = Encoder.of(config, inference.call, inference.device, spec, Alone())
+            return encode(encoder, shards, kept=kept)
 
         return Features.of(cache.table(shards, Alone(), make), captions, most)
 

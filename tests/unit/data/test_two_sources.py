@@ -23,7 +23,7 @@ from mmscale.data.schedule import plan_schedule
 from mmscale.data.shards import open_shards, open_train, scopes_of
 from mmscale.data.stream import TrainStream
 from mmscale.diagnostics.retrieval import recalls
-from mmscale.engine.encode import encode
+from mmscale.engine.encode import Encoder, encode
 from mmscale.engine.inference import Inference
 from mmscale.errors import DataError
 from mmscale.evaluation import embed
@@ -207,7 +207,7 @@ def test_recalls_over_two_sources_equal_a_brute_force(pair):
     spec = replace(spec, tokenize=lambda captions: [words(caption) for caption in captions])
     cpu = torch.device("cpu")
     inference = Inference(model, choose(config.engine))
-    table = encode(inference.call, cpu, shards, spec, Alone(), 5, 0, 0.0)
+    table = encode(Encoder(inference.call, cpu, spec, Alone(), 5), shards)
     pairs = embed(inference.call, cpu, table)
     counts = [1 + number % 5 for number in range(8)] * 2
     owners = [image for image, count in enumerate(counts) for _ in range(count)]

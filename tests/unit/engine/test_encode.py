@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mmscale.data.shards import open_shards
-from mmscale.engine.encode import encode
+from mmscale.engine.encode import Encoder, encode
 from mmscale.engine.inference import Inference
 from mmscale.engine.plan import plan_batch
 from mmscale.errors import DataError
@@ -29,7 +29,8 @@ def shards_and_spec(synthetic):
 
 def table(shards_and_spec, batch_size, workers=0):
     shards, spec = shards_and_spec
-    return encode(call, torch.device("cpu"), shards, spec, Alone(), batch_size, workers, 0.0)
+    encoder = Encoder(call, torch.device("cpu"), spec, Alone(), batch_size, workers)
+    return encode(encoder, shards)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 7, 64])

@@ -6,7 +6,7 @@ import torch
 from mmscale.data.features import SampleBatches
 from mmscale.data.shards import open_shards
 from mmscale.data.stream import pad
-from mmscale.engine.encode import encode
+from mmscale.engine.encode import Encoder, encode
 from mmscale.engine.inference import Inference, images_on
 from mmscale.engine.rerank import match_scores
 from mmscale.model.build import build_model
@@ -23,7 +23,7 @@ def setting(synthetic):
     model, spec = build_model(config.model, 32, 0)
     shards = open_shards("data.eval", str(synthetic.val))
     call = Inference(model, choose(config.engine)).call
-    return call, shards, spec, encode(call, CPU, shards, spec, Alone(), 32, 0, 0.0)
+    return call, shards, spec, encode(Encoder(call, CPU, spec, Alone(), 32), shards)
 
 
 def one_by_one(call, shards, spec, table, wanted):
@@ -46,7 +46,7 @@ def test_scores_are_those_of_one_pair_at_a_time(setting, batch_size):
     images = torch.randint(0, shards.samples, (40,))
     captions = torch.randint(0, len(table.captions), (40,))
     wanted = torch.stack([images, captions], 1).unique(dim=0)
-    got = match_scores(call, CPU, shards, spec, Alone(), table, wanted, batch_size, 0)
+    got = match_scores(Encoder(call, CPU, spec, Alone(), batch_size), shards, table, wanted)
     torch.testing.assert_close(
         got, one_by_one(call, shards, spec, table, wanted), atol=1e-5, rtol=1e-4
     )
