@@ -28,14 +28,13 @@ from mmscale.data.features import CachedStream
 from mmscale.data.schedule import Schedule, plan_schedule
 from mmscale.data.stream import TrainStream
 from mmscale.encoding import Tell, encoded_sets, own_neighbours
+from mmscale.engine.before_training import fit_heads, gaps_line
 from mmscale.engine.ema import averaged, copy_of
 from mmscale.engine.encode import Encoder
-from mmscale.engine.fit_heads import fit_heads
 from mmscale.engine.footprint import count_flops
 from mmscale.engine.inference import Inference
 from mmscale.engine.plan import BatchPlan
 from mmscale.engine.protocol import Engine
-from mmscale.engine.rehearsal import gaps_line
 from mmscale.errors import CheckpointError, LaunchError
 from mmscale.loss.objective import Objective
 from mmscale.model.batch_norm import connect_batch_norms

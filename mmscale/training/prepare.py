@@ -20,9 +20,9 @@ from mmscale.contracts import World
 from mmscale.data.schedule import plan_schedule
 from mmscale.data.shards import open_train
 from mmscale.encoding import Tell
+from mmscale.engine.before_training import update_fault
 from mmscale.engine.optimizer import optimizer_kind
 from mmscale.engine.plan import engine_kind, plan_batch, stage_lengths
-from mmscale.engine.rehearsal import update_fault
 from mmscale.model.kept import kept_towers, tower_files
 from mmscale.model.presets import fill_preset, stand_in_line
 from mmscale.parallel.device import DevicePolicy, choose

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmscale.contracts import InputSpec, Position, World
-from mmscale.engine.fit_heads import fit_heads
+from mmscale.engine.before_training import fit_heads
 from mmscale.engine.inference import Inference
 from mmscale.model.build import build_model
 from mmscale.parallel.device import choose

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mmscale.config.load import load_config
 from mmscale.data.shards import ShardSet, open_shards, open_train
+from mmscale.encoding import FeatureCache
 from mmscale.engine.encode import Encoder, encode
-from mmscale.engine.feature_cache import FeatureCache
 from mmscale.engine.inference import Inference
 from mmscale.errors import ConfigError
 from mmscale.model.build import build_model
