@@ -90,8 +90,9 @@ class Study:
         lock = claim(self._out, wait=True)
         assert lock is not None
         try:
-            number = self._abandoned()
-            if number is None and (number := len(self._latest())) >= self._space.trials:
+            left = self._abandoned()
+            number = len(self._latest()) if left is None else left
+            if number >= self._space.trials:
                 return None
             seed = np.random.SeedSequence([self._space.seed, number]).generate_state(1)
             self._study.sampler = self._optuna.samplers.TPESampler(seed=int(seed[0]))
