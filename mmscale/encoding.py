@@ -26,7 +26,7 @@ from mmscale.data.shards import ShardSet, open_shards
 from mmscale.engine.encode import Encoder, encode
 from mmscale.model.two_tower import TwoTower
 from mmscale.outputs import require_folder, writing
-from mmscale.parallel.peers import barrier, from_all, from_main
+from mmscale.parallel.peers import barrier, broadcast_object, gather_objects
 
 Tell = Callable[[str], None]
 
@@ -117,7 +117,7 @@ def own_neighbours(
     image, text, *_ = encoder.call("heads", features.image.to(device), features.text.to(device))
     embedded = replace(features, image=image.unit.float().cpu(), text=text.unit.float().cpu())
     table = embedded.neighbours(by).tensors() if world.is_main else None
-    return Neighbours.of(from_main(world, table))
+    return Neighbours.of(broadcast_object(world, table))
 
 
 def _tenths(tell: Tell) -> Callable[[int, int], None]:
@@ -163,7 +163,7 @@ class FeatureCache:
         path = self._folder / f"{digest}.safetensors"
         self._in_use.add(path)
         # Every rank must take the same way, also where one sees a shared folder late.
-        if not all(from_all(peers, path.exists())):
+        if not all(gather_objects(peers, path.exists())):
             if peers.rank == 0:
                 require_folder(_SETTING, self._folder)
             kept = KeptParts(self._folder, digest)

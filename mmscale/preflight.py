@@ -20,7 +20,7 @@ from mmscale.contracts import World
 from mmscale.data.shards import ShardSet
 from mmscale.errors import ConfigError, DataError, LaunchError
 from mmscale.outputs import require_folder
-from mmscale.parallel.peers import from_all, from_main
+from mmscale.parallel.peers import broadcast_object, gather_objects
 
 _PACKAGE = Path(__file__).resolve().parent
 _MOMENTS = 2
@@ -78,11 +78,11 @@ def require_same_everywhere(config: Config, data_digest: str, world: World) -> N
         "torch": torch.__version__,
         "data": _digest(data_digest.encode()),
     }
-    everyone = from_all(world, mine)
+    everyone = gather_objects(world, mine)
     for rank, theirs in enumerate(everyone):
         first = everyone[0]
         if theirs["settings"] != first["settings"]:
-            raise ConfigError(_differing(from_all(world, settings), rank))
+            raise ConfigError(_differing(gather_objects(world, settings), rank))
         for what in ("mmscale", "torch"):
             if theirs[what] != first[what]:
                 raise LaunchError(
@@ -111,7 +111,7 @@ def require_outputs(config: Config, world: World) -> None:
             require_folder("data.decoded_cache", cache)
     except ConfigError as error:
         fault = str(error)
-    if faults := [fault for fault in from_all(world, fault) if fault]:
+    if faults := [fault for fault in gather_objects(world, fault) if fault]:
         raise ConfigError(faults[0])
 
 
@@ -147,7 +147,7 @@ def require_room(
                 f"(checkpoint.keep={kept}, and the next one before the oldest goes); free disk "
                 "space, keep fewer or set another run.dir"
             )
-    if fault := from_main(world, fault):
+    if fault := broadcast_object(world, fault):
         raise ConfigError(fault)
 
 

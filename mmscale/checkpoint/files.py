@@ -21,7 +21,7 @@ from mmscale.config.rules import expanded_stages
 from mmscale.config.schema import Config
 from mmscale.contracts import World
 from mmscale.errors import CheckpointError, ConfigError
-from mmscale.parallel.peers import from_all, from_main
+from mmscale.parallel.peers import broadcast_object, gather_objects
 
 # Tensors that are not the model's: those of the data's order, and each part's under its name.
 _OF_THE_ORDER = "hard_batches."
@@ -216,7 +216,7 @@ def open_together(folder: Path, world: World) -> Checkpoint:
         opened = Checkpoint(folder, world)
     except CheckpointError as error:
         fault = str(error)
-    fault = next((fault for fault in from_all(world, fault) if fault), None)
+    fault = next((fault for fault in gather_objects(world, fault) if fault), None)
     if opened is None or fault:
         raise CheckpointError(str(fault))
     return opened
@@ -244,7 +244,7 @@ def newest_sound(
         CheckpointError: There are checkpoints, and none can be used.
     """
     found = step_folders(run_dir) if world.is_main else []
-    names = from_main(world, [str(path) for path in found if wanted(step_of(path))])
+    names = broadcast_object(world, [str(path) for path in found if wanted(step_of(path))])
     fault = None
     for name in names:
         try:

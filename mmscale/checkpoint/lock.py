@@ -19,7 +19,7 @@ from types import TracebackType
 
 from mmscale.contracts import World
 from mmscale.errors import ConfigError
-from mmscale.parallel.peers import from_main
+from mmscale.parallel.peers import broadcast_object
 
 LOCK = "run.lock"
 BEAT_SECONDS = 10.0
@@ -98,7 +98,9 @@ class RunLock:
         """
         claim = self._claim(tell)
         # Told again and again while rank 0 watches, so that nobody waits for longer than a moment.
-        while (answer := from_main(world, next(claim) if world.is_main else None)) == _WATCHING:
+        while (
+            answer := broadcast_object(world, next(claim) if world.is_main else None)
+        ) == _WATCHING:
             continue
         if answer != _TAKEN:
             raise ConfigError(answer)

@@ -23,7 +23,7 @@ from mmscale.config.schema import Config
 from mmscale.contracts import World
 from mmscale.data.shards import ShardSet
 from mmscale.errors import CheckpointError, ConfigError
-from mmscale.parallel.peers import barrier, from_main
+from mmscale.parallel.peers import barrier, broadcast_object
 
 # Settings that may change between the parts of one run.
 MAY_DIFFER = ("engine.", "log.", "checkpoint.", "eval.", "probe.", "guard.")
@@ -100,7 +100,7 @@ def _require_no_other_run(config: Config, world: World) -> None:
         else:
             differing = _differing(there, config, {}, {})
             fault = "; ".join(f"{key}={before} there, {now} here" for key, before, now in differing)
-    if fault := from_main(world, fault):
+    if fault := broadcast_object(world, fault):
         raise ConfigError(
             f"run.dir={run_dir} holds another run ({fault}); set another run.dir, or "
             "run.resume=never run.overwrite=true to replace it"
@@ -249,7 +249,7 @@ def contents_of(
                 digest = _digest_at(now[key])
             if digest is not None:
                 found[key] = digest
-    return {DATA: _digest_of(shards), **from_main(world, found)}
+    return {DATA: _digest_of(shards), **broadcast_object(world, found)}
 
 
 def _digest_of(shards: ShardSet) -> str:

@@ -23,7 +23,7 @@ from mmscale.checkpoint.write import (
 from mmscale.config.schema import CheckpointConfig
 from mmscale.contracts import World
 from mmscale.errors import CheckpointError, HaltError
-from mmscale.parallel.peers import from_all, from_main
+from mmscale.parallel.peers import broadcast_object, gather_objects
 
 
 @dataclass(frozen=True)
@@ -170,12 +170,12 @@ class Saver:
 
     def _made_room(self, flight: _Flight) -> bool:
         snapshot, removed = flight.snapshot, []
-        needed = sum(from_all(self._world, snapshot.bytes))
+        needed = sum(gather_objects(self._world, snapshot.bytes))
         if self._world.is_main:
             with suppress(OSError):
                 step = snapshot.run.step
                 removed = drop_for_room(self._run_dir, step, snapshot.best_step, needed)
-        removed = from_main(self._world, removed)
+        removed = broadcast_object(self._world, removed)
         if removed:
             self._warn(
                 f"{flight.folder.name} had no room; {', '.join(removed)} made some, and it is "
@@ -218,7 +218,7 @@ class Saver:
 
     def _agreed(self, fault: _Fault | None) -> _Fault | None:
         """The first rank's fault, on every rank."""
-        faults = from_all(self._world, fault and asdict(fault))
+        faults = gather_objects(self._world, fault and asdict(fault))
         return next((_Fault(**fault) for fault in faults if fault), None)
 
     def _failed(self, folder: Path, fault: _Fault) -> None:

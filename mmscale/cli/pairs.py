@@ -7,8 +7,17 @@ from typing import Annotated
 
 import typer
 
-from mmscale.cli.arguments import Json, LeftOut, Workers, folder_out, reading
-from mmscale.cli.command import app, say, tell, write_json
+from mmscale.cli.command import (
+    Json,
+    LeftOut,
+    Workers,
+    app,
+    folder_out,
+    reading,
+    say,
+    tell,
+    write_json,
+)
 from mmscale.errors import ConfigError
 from mmscale.outputs import require_folder, writing
 

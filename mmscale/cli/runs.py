@@ -6,14 +6,16 @@ from typing import Annotated
 
 import typer
 
-from mmscale.cli.arguments import (
+from mmscale.cli.command import (
     Json,
     Settings,
+    app,
     file_out,
     folder_out,
     reading,
+    say,
+    write_json,
 )
-from mmscale.cli.command import app, say, write_json
 from mmscale.outputs import require_folder, write_output, writing
 
 

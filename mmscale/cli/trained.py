@@ -5,8 +5,20 @@ from typing import Annotated, Any
 
 import typer
 
-from mmscale.cli.arguments import Data, Json, Run, Words, file_out, folder_out, reading
-from mmscale.cli.command import app, require_there, say, tell, write_json
+from mmscale.cli.command import (
+    Data,
+    Json,
+    Run,
+    Words,
+    app,
+    file_out,
+    folder_out,
+    reading,
+    require_there,
+    say,
+    tell,
+    write_json,
+)
 from mmscale.errors import ConfigError, DataError
 from mmscale.outputs import file_output, require_file, writing
 

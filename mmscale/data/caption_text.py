@@ -14,7 +14,7 @@ from typing import Any
 
 from mmscale.contracts import InputSpec, Peers, World
 from mmscale.errors import ConfigError
-from mmscale.parallel.peers import from_all
+from mmscale.parallel.peers import gather_objects
 
 # Shares of the captions' tokens that stand for words which the tokenizer does not know: from the
 # first on it is told, above the second the captions say next to nothing.
@@ -88,7 +88,7 @@ def unknown_words(
         return None
     around = len(spec.tokenize([""])[0])
     mine = [(list(row).count(spec.unknown_token), max(0, len(row) - around)) for row in rows]
-    everyone = from_all(peers, (sum(n for n, _ in mine), sum(n for _, n in mine)))
+    everyone = gather_objects(peers, (sum(n for n, _ in mine), sum(n for _, n in mine)))
     unknown, words = (sum(counts) for counts in zip(*everyone, strict=True))
     share = unknown / words if words else 0.0
     if share > MOST_UNKNOWN:

@@ -1,7 +1,7 @@
 """The engine for one device, or several without sharding: accelerate's precision.
 
-Gradients stay local until the window's last backward and are then averaged in buckets. DDP is not
-used: the gradient cache makes several backwards a window of which only the last may communicate,
+Gradients stay local until an update's last backward and are then averaged in buckets. DDP is not
+used: the gradient cache makes several backwards an update of which only the last may communicate,
 and a part of the model takes part in only one of them, which DDP's reducer does not allow.
 """
 
@@ -57,7 +57,7 @@ class AccelerateEngine:
         with self._accelerator.autocast():
             return self.module(mode, *inputs)
 
-    def open_window(self) -> None:
+    def begin_update(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
 
     def backward(self, loss: Tensor, last: bool, scaled: bool = False) -> None:
@@ -69,7 +69,7 @@ class AccelerateEngine:
             return
         trained = [p for part in self._parts.values() for p in part]
         for parameter in trained:
-            # The optimizer would pass over what took no part in this window: on several ranks, and
+            # The optimizer would pass over what took no part in this update: on several ranks, and
             # in sharded gradients, it is zero.
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -95,7 +95,7 @@ class AccelerateEngine:
             torch._foreach_mul_(gradients, self._clip / (total_norm + 1e-6))
         self._optimizer.step()
 
-    def discard(self) -> None:
+    def skip_update(self) -> None:
         if self._accelerator.scaler is not None:
             self._accelerator.scaler.update()
 

@@ -70,8 +70,8 @@ class DeepSpeedEngine:
     def call(self, mode: str, *inputs: Any) -> Any:
         return self._engine(mode, *inputs)
 
-    def open_window(self) -> None:
-        # ZeRO-3 adds to what the window before left of a parameter that gets no gradient in the
+    def begin_update(self) -> None:
+        # ZeRO-3 adds to what the update before left of a parameter that gets no gradient in the
         # first backward (deepspeed 0.19.8, partition_grads).
         buffer = getattr(self._zero, "grad_partitions_flat_buffer", None)
         if buffer is not None:
@@ -103,7 +103,7 @@ class DeepSpeedEngine:
         if self._scale is not None:
             self._scale.update(applied=True)
 
-    def discard(self) -> None:
+    def skip_update(self) -> None:
         # DeepSpeed skips a step by itself, on all ranks, where a gradient is not finite.
         for part in self._parts.values():
             for piece in (piece for p in part for piece in self._gradient(p)):

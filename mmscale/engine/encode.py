@@ -21,7 +21,7 @@ from mmscale.data.shards import ShardSet
 from mmscale.data.stream import pad
 from mmscale.engine.inference import images_on
 from mmscale.errors import DataError
-from mmscale.parallel.peers import from_all
+from mmscale.parallel.peers import gather_objects
 
 Call = Callable[..., Any]
 
@@ -160,7 +160,7 @@ def _gather(parts: list[EncodedBatch], shards: ShardSet, peers: Peers) -> Featur
         "damaged": [line for batch in batches for line in batch.damaged],
         "cut": [cut for batch in batches for cut in batch.cut],
     }
-    everyone = from_all(peers, {**words, "image": image, "text": text})
+    everyone = gather_objects(peers, {**words, "image": image, "text": text})
     count = shards.samples
     images = image.new_zeros(count, image.shape[1])
     ids, good = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.bool)

@@ -48,10 +48,10 @@ def forward_backward(
     sequences: bool,
     compute_loss: Callable[[Features], StepOutput],
 ) -> StepOutput:
-    """One window: all gradients of the batch's loss.
+    """One update's gradients: those of the whole batch's loss.
 
     Args:
-        engine: With its window open.
+        engine: After `begin_update`.
         batch: This rank's rows, on the engine's device.
         micro_rows: Rows that fit in memory at once.
         sequences: `compute_loss` wants both towers' tokens too.

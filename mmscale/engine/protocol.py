@@ -14,8 +14,8 @@ from mmscale.contracts import NamedTensor
 class Engine(Protocol):
     """Holds the model, shards it or not, and applies updates; two implementations.
 
-    One update is a window: `open_window`, any number of `call`s and `backward`s of which the last
-    says so, then `part_norms`, then `apply` or `discard`. Gradients are averaged over ranks.
+    One update is `begin_update`, any number of `call`s and `backward`s of which the last
+    says so, then `part_norms`, then `apply` or `skip_update`. Gradients are averaged over ranks.
 
     Attributes:
         label: Name for the log.
@@ -32,13 +32,13 @@ class Engine(Protocol):
     def call(self, mode: str, *inputs: Any) -> Any:
         """Forward through the engine in its precision; `mode` as in the model's forward."""
 
-    def open_window(self) -> None:
-        """Forget every gradient of the window before."""
+    def begin_update(self) -> None:
+        """Forget every gradient of the update before."""
 
     def backward(self, loss: Tensor, last: bool, scaled: bool = False) -> None:
         """Accumulate gradients; with `last` they become final and are averaged over ranks.
 
-        `scaled`: the loss is made of this window's gradients, which carry the loss scale already.
+        `scaled`: the loss is made of this update's gradients, which carry the loss scale already.
         """
 
     def part_norms(self) -> Float[Tensor, " parts"]:
@@ -47,8 +47,8 @@ class Engine(Protocol):
     def apply(self, factor: float, total_norm: float) -> None:
         """Clip a gradient of norm `total_norm`; update, each rate `factor` times its base."""
 
-    def discard(self) -> None:
-        """End the window without an update."""
+    def skip_update(self) -> None:
+        """End the update without changing a weight."""
 
     def masters(self) -> Iterator[tuple[str, Tensor]]:
         """This rank's share of the trained weights in fp32, by parameter: views, not copies.

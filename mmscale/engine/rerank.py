@@ -14,7 +14,7 @@ from mmscale.data.shards import ShardSet
 from mmscale.data.stream import pad
 from mmscale.engine.encode import Encoder
 from mmscale.engine.inference import images_on
-from mmscale.parallel.peers import from_all
+from mmscale.parallel.peers import gather_objects
 
 
 def match_scores(
@@ -50,7 +50,7 @@ def match_scores(
             texts = [captions[c] for c in wanted[pairs, 1].tolist()] or [captions[0]]
             found.append((pairs, _judge(encoder, tokens, images, texts)[: len(pairs)]))
     scores = torch.zeros(len(wanted))
-    for parts in from_all(peers, found):
+    for parts in gather_objects(peers, found):
         for pairs, values in parts:
             scores[pairs] = values
     return scores

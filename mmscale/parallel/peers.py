@@ -97,7 +97,7 @@ def average_gradients(
         _average_bucket(bucket)
 
 
-def from_main(world: World, value: Any) -> Any:
+def broadcast_object(world: World, value: Any) -> Any:
     """Rank 0's value, on every rank: JSON with tensors in it (`parallel/message.py`)."""
     if not dist.is_initialized() or world.size == 1:
         return value
@@ -110,7 +110,7 @@ def from_main(world: World, value: Any) -> Any:
     return unpacked(content)
 
 
-def from_all(world: World | Peers, value: Any) -> list[Any]:
+def gather_objects(world: World | Peers, value: Any) -> list[Any]:
     """Every rank's value, on every rank, in rank order: JSON with tensors in it."""
     if not dist.is_initialized() or world.size == 1:
         return [value]

@@ -44,7 +44,7 @@ from mmscale.model.scale import with_scale_fitted
 from mmscale.model.tower import unseen_line
 from mmscale.model.two_tower import TwoTower
 from mmscale.parallel.device import set_rng_state
-from mmscale.parallel.peers import from_all, from_main
+from mmscale.parallel.peers import broadcast_object, gather_objects
 from mmscale.preflight import checkpoints_ahead, require_room
 from mmscale.training.part import Part
 from mmscale.training.parts.balance import ModalityBalancer
@@ -148,7 +148,7 @@ def build_parts(stage: Stage, services: Services) -> tuple[Part, ...]:
     ]
     parts.append(Checkpoints(stage, services, parts, evaluation))
     names = [part.name for part in parts]
-    if any(theirs != names for theirs in from_all(stage.job.world, names)):
+    if any(theirs != names for theirs in gather_objects(stage.job.world, names)):
         raise LaunchError(
             f"the ranks' parts differ ({', '.join(names)} on rank {stage.job.world.rank}); start "
             "every rank with the same words and files"
@@ -261,7 +261,7 @@ def _neighbours(config: Config, world: World, start: Start) -> Neighbours | None
     if hard.table == OWN_MODEL:
         return None
     read = read_neighbours(Path(hard.table), hard.by).tensors() if world.is_main else None
-    return Neighbours.of(from_main(world, read))
+    return Neighbours.of(broadcast_object(world, read))
 
 
 def _model(job: Job, config: Config, start: Start) -> tuple[TwoTower, InputSpec]:

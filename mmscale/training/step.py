@@ -89,7 +89,7 @@ def train_step(
         for part in parts:
             part.follow(rows, batch)
     else:
-        engine.discard()
+        engine.skip_update()
     return StepResult(record, rows, batch)
 
 
@@ -101,7 +101,7 @@ def _gradients(
     compute_loss: Callable[[Features], StepOutput],
 ) -> StepOutput:
     """Forward and backward of the whole batch, in chunks where it does not fit."""
-    engine.open_window()
+    engine.begin_update()
     if batch.mask is not None and micro_rows < len(batch):
         return forward_backward(engine, batch, micro_rows, sequences, compute_loss)
     features = (

@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 
 from mmscale.contracts import World
-from mmscale.parallel.peers import from_all, from_main
+from mmscale.parallel.peers import broadcast_object, gather_objects
 from mmscale.parallel.world import join_ranks, leave, promised_world
 from tests.ranks.launch import run_on_ranks
 
@@ -37,7 +37,7 @@ def _told() -> tuple[list, dict, list]:
     world = World(rank, size, rank, "test")
     mine = {"rank": rank, "keys": ["a\ud800"] * rank, "rows": torch.arange(1000 * rank)}
     main = {"table": torch.eye(3), "faults": None} if rank == 0 else "nobody asked"
-    return from_all(world, mine), from_main(world, main), from_all(world, "")
+    return gather_objects(world, mine), broadcast_object(world, main), gather_objects(world, "")
 
 
 def test_ranks_exchange_json_and_tensors_of_any_length():

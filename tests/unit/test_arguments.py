@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from mmscale.cli import app
-from mmscale.cli.arguments import file_out, folder_out, reading
+from mmscale.cli.command import file_out, folder_out, reading
 
 OURS = (reading, file_out, folder_out)
 # Text that names files too, by the name of the parameter.

@@ -20,7 +20,7 @@ from mmscale.contracts import World
 from mmscale.loss.contrast import PairRows
 from mmscale.loss.infonce import infonce
 from mmscale.parallel.device import choose
-from mmscale.parallel.peers import barrier, connect, from_all
+from mmscale.parallel.peers import barrier, connect, gather_objects
 from mmscale.parallel.world import join_ranks, leave, promised_world
 
 # Loads code and starts threads before anything is measured.
@@ -46,8 +46,8 @@ def main(side: str, rows: int, width: int, device: str, seconds: float) -> None:
         barrier()
         times.append(timed(call, inputs, place))
     # The slowest rank is what a step waits for.
-    slowest = [max(turn) for turn in zip(*from_all(world, times), strict=True)]
-    largest = max(from_all(world, memory))
+    slowest = [max(turn) for turn in zip(*gather_objects(world, times), strict=True)]
+    largest = max(gather_objects(world, memory))
     if world.is_main:
         print(json.dumps({"time_s": statistics.median(slowest), "memory_bytes": largest}))
     leave()
@@ -76,7 +76,7 @@ def timed(call: Callable[[Rows], None], inputs: Rows, device: torch.device) -> f
 
 def repeats(first: float, seconds: float, world: World) -> int:
     """Further turns that fit into `seconds`, the same on every rank."""
-    return min(from_all(world, int(min(seconds / first, 50))))
+    return min(gather_objects(world, int(min(seconds / first, 50))))
 
 
 def wait(device: torch.device) -> None:

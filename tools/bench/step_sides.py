@@ -17,7 +17,7 @@ from torch import Tensor
 from mmscale.config.load import validate
 from mmscale.contracts import Batch, World
 from mmscale.parallel.device import choose
-from mmscale.parallel.peers import barrier, connect, from_all
+from mmscale.parallel.peers import barrier, connect, gather_objects
 from mmscale.parallel.world import join_ranks, leave, promised_world
 from tools.bench.loss_sides import Peak
 
@@ -43,8 +43,8 @@ def main(side: str, rows: int, tokens: int, chunks: int, steps: int) -> None:
     seconds = (time.perf_counter() - start) / steps
     # The slowest rank is what an update waits for; what the warm-up left counts as held.
     figures = {
-        "time_s": max(from_all(world, seconds)),
-        "memory_bytes": max(from_all(world, peak.bytes())),
+        "time_s": max(gather_objects(world, seconds)),
+        "memory_bytes": max(gather_objects(world, peak.bytes())),
         "parameters": parameters,
     }
     if world.is_main:

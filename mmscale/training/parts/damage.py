@@ -4,7 +4,7 @@ from mmscale.checkpoint.state import RunState
 from mmscale.config.data import DataConfig
 from mmscale.contracts import World
 from mmscale.errors import DataError
-from mmscale.parallel.peers import from_all
+from mmscale.parallel.peers import gather_objects
 from mmscale.report.report import Report
 from mmscale.training.part import Part, StepResult
 
@@ -30,7 +30,9 @@ class Damage(Part):
         """Raises DataError where it is more than `data.max_damaged` of an epoch. Collective."""
         if not result.record.damaged:
             return
-        named = [line for lines in from_all(self._world, result.batch.damaged) for line in lines]
+        named = [
+            line for lines in gather_objects(self._world, result.batch.damaged) for line in lines
+        ]
         for line in named:
             self._report.warn(f"{line}; its row repeats another sample")
         share = self._config.max_damaged

@@ -8,7 +8,7 @@ from mmscale.config.schema import CheckpointConfig
 from mmscale.diagnostics.pairs import Pairs
 from mmscale.errors import ConfigError, Stop
 from mmscale.evaluation import evaluate
-from mmscale.parallel.peers import from_all
+from mmscale.parallel.peers import gather_objects
 from mmscale.training.part import Part, StepResult
 from mmscale.training.parts.momentum import Momentum
 from mmscale.training.stage import Services, Stage
@@ -79,7 +79,7 @@ class Evaluation(Part):
 
         def heard(done: int, total: int) -> None:
             services.watchdog.alive(f"the evaluation after {done} of {total}")
-            if any(from_all(stage.job.world, services.stop.wanted)):
+            if any(gather_objects(stage.job.world, services.stop.wanted)):
                 raise Stop
 
         engine = stage.learner.engine

@@ -19,7 +19,7 @@ from mmscale.diagnostics.rules import FEWEST_IMAGES
 from mmscale.engine.movement import Moved, Movement, trained_names
 from mmscale.errors import ConfigError
 from mmscale.outputs import replace_file
-from mmscale.parallel.peers import from_main
+from mmscale.parallel.peers import broadcast_object
 from mmscale.training.held_out import HeldOutSample
 from mmscale.training.part import Halt, Part, Step, StepResult
 from mmscale.training.stage import Services, Stage, Timetable
@@ -168,7 +168,7 @@ class Health(Part):
             seen = self._judged(state, features, ours, held_out)
         # The others write no line.
         alarm = None if seen.alarm is None else seen.alarm.to_json()
-        agreed = from_main(self._stage.job.world, alarm)
+        agreed = broadcast_object(self._stage.job.world, alarm)
         return replace(seen, alarm=None if agreed is None else Alarm.of(agreed))
 
     def _judged(

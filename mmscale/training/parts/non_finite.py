@@ -7,7 +7,7 @@ from typing import Any
 from mmscale.checkpoint.files import Checkpoint, newest_sound
 from mmscale.checkpoint.state import RunState
 from mmscale.errors import CheckpointError, HaltError
-from mmscale.parallel.peers import from_all
+from mmscale.parallel.peers import gather_objects
 from mmscale.training.part import Part, Rollback, StepResult
 from mmscale.training.parts.evaluation import Evaluation
 from mmscale.training.stage import Services, Stage
@@ -110,7 +110,7 @@ class NonFinite(Part):
         """Keys of the global batch, and those whose embeddings are not finite, if not all."""
         image, text = result.rows.image.unit, result.rows.text.unit
         finite = image.isfinite().all(1) & text.isfinite().all(1)
-        everyone = from_all(self._stage.job.world, (result.batch.keys, finite.tolist()))
+        everyone = gather_objects(self._stage.job.world, (result.batch.keys, finite.tolist()))
         keys = [key for some, _ in everyone for key in some]
         fine = [is_fine for _, some in everyone for is_fine in some]
         suspects = [key for key, is_fine in zip(keys, fine, strict=True) if not is_fine]

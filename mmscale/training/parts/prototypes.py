@@ -23,7 +23,7 @@ from mmscale.contracts import (
 )
 from mmscale.errors import ConfigError
 from mmscale.loss.prototypes import Clustering, cluster
-from mmscale.parallel.peers import from_main
+from mmscale.parallel.peers import broadcast_object
 from mmscale.training.part import Part, Step
 
 _PARTS = ("centres", "temperature", "ids", "cluster")
@@ -96,7 +96,7 @@ class EpochClusters(Part):
         self._begun += 1
         if self._begun > self._steps and step % self._steps == 0:
             made = self._make(step) if self._world.is_main else None
-            self._found = _clusterings(from_main(self._world, made), self._device)
+            self._found = _clusterings(broadcast_object(self._world, made), self._device)
 
     def of(self, ids: Int64[Tensor, " b"]) -> tuple[Prototypes, ...]:
         """What the loss needs for a rank's rows, one entry a number of clusters; () at first."""

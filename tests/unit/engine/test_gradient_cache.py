@@ -64,7 +64,7 @@ def by_autograd(settings, batch, micro):
     )
     image, text, scale, _ = engine.call("heads", features.image, features.text)
     out = objective(LossInput(image=image, text=text, ids=batch.match_ids, scale=scale))
-    engine.open_window()
+    engine.begin_update()
     engine.backward(out.total, last=True)
     gradients = read_gradients(engine, "accelerate")
     engine.close()
