@@ -59,6 +59,8 @@ class InputSpec:
         pad_token: Id that fills rows shorter than the longest.
         context_length: Most tokens a caption may have; longer ones are cut by `tokenize`.
         unknown_token: Id that stands for words without tokens; None where every text has some.
+        resize: How a whole picture becomes the square: its `shortest` side to the size and the
+            middle cut out, its `longest` side and black around it, or `squash`: both sides.
     """
 
     image_size: int
@@ -69,6 +71,7 @@ class InputSpec:
     pad_token: int
     context_length: int
     unknown_token: int | None = None
+    resize: str = "shortest"
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,8 @@ class FeatureCache:
 def _towers_digest(model: TwoTower, spec: InputSpec) -> str:
     """What the outputs depend on, besides the data."""
     digest = hashlib.sha256()
-    feeding = [spec.image_size, spec.mean, spec.std, spec.interpolation, spec.context_length]
+    pixels = [spec.image_size, spec.mean, spec.std, spec.interpolation, spec.resize]
+    feeding = [*pixels, spec.context_length]
     digest.update(json.dumps([feeding, spec.tokenize(_PROBES), spec.pad_token]).encode())
     for side, tower in (("vision", model.vision), ("text", model.text)):
         digest.update(f"{side}: {tower}".encode())

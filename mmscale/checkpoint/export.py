@@ -172,7 +172,7 @@ def preprocessing(spec: InputSpec) -> dict[str, Any]:
         "mean": list(spec.mean),
         "std": list(spec.std),
         "interpolation": spec.interpolation,
-        "resize_mode": "shortest",
+        "resize_mode": spec.resize,
     }
 
 

@@ -21,11 +21,10 @@ import torchvision
 from PIL import __version__ as pillow_version
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torchvision.transforms.v2 import InterpolationMode, functional
 
 from mmscale.config.data import DataConfig
 from mmscale.contracts import InputSpec
-from mmscale.data.pixels import REDUCTIONS, KeptPicture, open_picture
+from mmscale.data.pixels import REDUCTIONS, KeptPicture, open_picture, resize_whole
 from mmscale.outputs import publish, sync
 
 SEGMENT_BYTES = 32 * 2**20
@@ -44,17 +43,19 @@ class Shrinking:
         interpolation: As the transform resamples.
         is_exact: Decode in full, so that the evaluation transform gives the same pixels from the
             kept picture; else JPEGs may be decoded reduced.
+        resize: As the evaluation transform resizes (`InputSpec.resize`).
     """
 
     side: int
     interpolation: str
     is_exact: bool
+    resize: str = "shortest"
 
     @classmethod
     def for_run(cls, data: DataConfig, spec: InputSpec) -> "Shrinking":
         """The smallest pictures whose smallest crops still have as many pixels as the input."""
         if data.augment == "none":
-            return cls(spec.image_size, spec.interpolation, True)
+            return cls(spec.image_size, spec.interpolation, True, spec.resize)
         side = math.ceil(spec.image_size / math.sqrt(data.crop_scale[0]))
         return cls(side, spec.interpolation, False)
 
@@ -69,15 +70,15 @@ class Shrinking:
         part = next((part for part in REDUCTIONS if part <= wanted), 1)
         pixels = picture.pixels(1 if self.is_exact else part)
         if min(pixels.shape[1:]) > self.side:
-            mode = InterpolationMode(self.interpolation)
-            pixels = functional.resize_image(pixels, [self.side], mode, antialias=True)
+            pixels = resize_whole(pixels, self.side, self.resize, self.interpolation)
         return KeptPicture(picture.height, picture.width, pixels.permute(1, 2, 0).contiguous())
 
     @property
     def name(self) -> str:
         """Differs wherever the pixels may."""
         versions = (_VERSION, torchvision.__version__, pillow_version)
-        facts = json.dumps([self.side, self.interpolation, self.is_exact, *versions])
+        way = [self.side, self.interpolation, self.is_exact, self.resize]
+        facts = json.dumps([*way, *versions])
         return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 

@@ -197,7 +197,7 @@ _RESERVE = 2.0
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Shortest side to the input size, centre crop: what OpenCLIP evaluates with.
+    """The whole picture as the model's `resize` says, as OpenCLIP evaluates with.
 
     A class, for it travels to processes that are not forked (macOS, newer Pythons).
     """
@@ -206,9 +206,26 @@ class EvalTransform:
 
     def __call__(self, pixels: UInt8[Tensor, "3 h w"]) -> UInt8[Tensor, "3 size size"]:
         """The square that is shown to the model."""
-        size, mode = self.spec.image_size, InterpolationMode(self.spec.interpolation)
-        resized = functional.resize_image(_block(pixels), [size], mode, antialias=True)
+        size, spec = self.spec.image_size, self.spec
+        resized = resize_whole(_block(pixels), size, spec.resize, spec.interpolation)
+        # Where the picture is smaller than the square, this surrounds it with zeros.
         return functional.center_crop_image(resized, [size] * 2)[0]
+
+
+def resize_whole(
+    pixels: UInt8[Tensor, "... h w"], side: int, resize: str, interpolation: str
+) -> UInt8[Tensor, "... height width"]:
+    """A picture whose shortest side, longest side or both (`InputSpec.resize`) are `side` pixels.
+
+    Source: `image_transform` of OpenCLIP, whose rounding this is.
+    """
+    size = [side]
+    if resize == "squash":
+        size = [side, side]
+    elif resize == "longest":
+        ratio = max(pixels.shape[-2:]) / side
+        size = [max(1, round(length / ratio)) for length in pixels.shape[-2:]]
+    return functional.resize_image(pixels, size, InterpolationMode(interpolation), antialias=True)
 
 
 class TrainTransform:

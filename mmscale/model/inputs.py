@@ -21,12 +21,13 @@ _POSITIONS = re.compile(
 
 @dataclass(frozen=True)
 class ImageInput:
-    """Side of the square crop in pixels, normalisation for pixels in [0, 1], and resampling."""
+    """Side of the square in pixels, normalisation for pixels in [0, 1], and how it is resized."""
 
     image_size: int
     mean: Triple
     std: Triple
     interpolation: str = "bicubic"
+    resize: str = "shortest"
 
     def override(self, config: VisionConfig) -> "ImageInput":
         """With `model.vision.mean` and `model.vision.std` where they are set."""
@@ -62,6 +63,7 @@ def join_inputs(image: ImageInput, text: TextInput) -> InputSpec:
         pad_token=text.pad_token,
         context_length=text.context_length,
         unknown_token=text.unknown_token,
+        resize=image.resize,
     )
 
 

@@ -37,6 +37,9 @@ from mmscale.model.scale import LogitScale
 from mmscale.model.two_tower import TwoTower
 from mmscale.model.weights import UNREADABLE, first_line, read_weights
 
+# Scales clipped at 100 in training are stored a rounding above it.
+_SLACK = 1e-3
+
 
 def build_whole_openclip(
     config: ModelConfig, image_size: int | None, fill: bool = True
@@ -61,9 +64,14 @@ def build_whole_openclip(
     _require_same_padding(model.text, tokens, name)
     scale = LogitScale(config.logit_scale)
     if fill and config.weights != "random":
-        _take_scale(scale, model.logit_scale)
+        _take_scale(scale, model, f"model.weights={config.weights} of openclip:{name}")
     vision = OpenClipVision(model.visual, pixels.image_size)
     text = OpenClipText(model.text, tokens.pad_token)
+    if getattr(model, "text_decoder", None) is not None:
+        text.left_out = (
+            f"warning: model.preset=openclip:{name} has a text decoder besides its towers: it is "
+            f"left out, and no caption is generated"
+        )
     settle(vision, config.vision, "model.vision")
     settle(text, config.text, "model.text")
     frozen = frozenset(part for part in ("vision", "text") if getattr(config, part).frozen is True)
@@ -209,6 +217,15 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _take_scale(scale: LogitScale, own: torch.Tensor) -> None:
+def _take_scale(scale: LogitScale, model: Any, origin: str) -> None:
+    """The model's own scale, and its bias where the objective has one: a softmax sees none."""
+    own = model.logit_scale.detach().reshape(1)
+    if float(own) > scale.log_max + _SLACK:
+        raise ConfigError(
+            f"{origin} has a logit scale of {float(own.exp()):.1f}, above model.logit_scale.max="
+            f"{math.exp(scale.log_max):g}, which would cut it off; raise model.logit_scale.max."
+        )
     with torch.no_grad():
-        scale.log_scale.copy_(own.reshape(1).clamp(0.0, math.inf))
+        scale.log_scale.copy_(own.clamp(0.0, math.inf))
+        if scale.bias is not None and model.logit_bias is not None:
+            scale.bias.copy_(model.logit_bias.reshape(1))

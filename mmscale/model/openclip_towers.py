@@ -201,13 +201,30 @@ def openclip_config(name: str, setting: str) -> dict[str, Any]:
 def openclip_pixels(
     size: int | tuple[int, int], facts: Mapping[str, Any] | None = None
 ) -> ImageInput:
-    """The input of an OpenCLIP image tower: CLIP's normalisation unless `facts` say otherwise."""
+    """The input of an OpenCLIP image tower: CLIP's preprocessing unless `facts` say otherwise.
+
+    Raises:
+        ConfigError: `facts` ask for another way of resizing than OpenCLIP has, or for a border of
+            another colour than black.
+    """
     facts = facts or {}
+    resize = facts.get("resize_mode") or "shortest"
+    if resize not in ("shortest", "longest", "squash"):
+        raise ConfigError(
+            f"preprocess_cfg of an OpenCLIP model: resize_mode={resize} is none of shortest, "
+            f"longest and squash; set it to the one that the model was trained with."
+        )
+    if resize == "longest" and facts.get("fill_color"):
+        raise ConfigError(
+            f"preprocess_cfg of an OpenCLIP model: fill_color={facts['fill_color']}, but pictures "
+            f"are surrounded with black only; set it to 0."
+        )
     return ImageInput(
         image_size=size if isinstance(size, int) else size[0],
         mean=triple(facts.get("mean") or open_clip.OPENAI_DATASET_MEAN),
         std=triple(facts.get("std") or open_clip.OPENAI_DATASET_STD),
         interpolation=facts.get("interpolation") or "bicubic",
+        resize=resize,
     )
 
 

@@ -5,6 +5,7 @@ import io
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from itertools import islice
 from multiprocessing import get_context
 
@@ -102,13 +103,15 @@ def test_what_is_kept_is_read(tmp_path):
     assert not any(cache.picture(content, "x").pixels().any() for content in PHOTOGRAPHS)
 
 
+@pytest.mark.parametrize("resize", ["shortest", "longest", "squash"])
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
-def test_evaluation_crops_are_those_without_a_cache(tmp_path, form):
+def test_evaluation_crops_are_those_without_a_cache(tmp_path, synthetic, form, resize):
     contents = [photograph(n, *shape, form) for n, shape in enumerate([(150, 90), (64, 99)])]
-    shrink = Shrinking(32, "bicubic", is_exact=True)
-    plain, cache = EvalTransform(SPEC), opened(tmp_path, shrink)
+    spec = replace(SPEC, resize=resize)
+    shrink = Shrinking.for_run(synthetic.config("data.augment=none").data, spec)
+    plain, cache = EvalTransform(spec), opened(tmp_path, shrink)
     for _ in range(2):
-        rows = TrainTransform(SPEC, "none", (0.9, 1.0), cache.picture)
+        rows = TrainTransform(spec, "none", (0.9, 1.0), cache.picture)
         for content in contents:
             (row,) = rows(content, "x", [0])
             assert torch.equal(row, plain(decode(content, "x")))

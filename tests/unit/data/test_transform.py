@@ -32,8 +32,11 @@ MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 AUGMENTS = get_args(DataConfig.model_fields["augment"].annotation)
 
 
-def spec(size=SIZE, interpolation="bicubic"):
-    return InputSpec(size, MEAN, STD, interpolation, lambda captions: [[1] for _ in captions], 0, 8)
+def spec(size=SIZE, interpolation="bicubic", resize="shortest"):
+    def tokenize(captions):
+        return [[1] for _ in captions]
+
+    return InputSpec(size, MEAN, STD, interpolation, tokenize, 0, 8, resize=resize)
 
 
 def scene(height, width, kind="photograph"):
@@ -58,14 +61,19 @@ def encoded(image, form="JPEG", **options):
     return file.getvalue()
 
 
-def gap(content, size=SIZE, interpolation="bicubic"):
+def gap(content, size=SIZE, interpolation="bicubic", resize="shortest"):
     """Mean and largest difference in grey levels from OpenCLIP's transform of Pillow's image."""
     theirs = open_clip.image_transform(
-        size, is_train=False, mean=(0, 0, 0), std=(1, 1, 1), interpolation=interpolation
+        size,
+        is_train=False,
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
+        interpolation=interpolation,
+        resize_mode=resize,
     )
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
     wanted = theirs(image) * 255
-    got = EvalTransform(spec(size, interpolation))(decode(content, "here")).float()
+    got = EvalTransform(spec(size, interpolation, resize))(decode(content, "here")).float()
     difference = (got - wanted).abs()
     return difference.mean().item(), difference.max().item()
 
@@ -87,6 +95,14 @@ def test_evaluation_pixels_are_open_clips(height, width):
         assert_agrees(encoded(image), interpolation=interpolation)
         assert_agrees(encoded(image, subsampling=0, quality=75), interpolation=interpolation)
         assert_agrees(encoded(image, "PNG"), interpolation=interpolation)
+
+
+@pytest.mark.parametrize("resize", ["squash", "longest"])
+@pytest.mark.parametrize(("height", "width"), [*SHAPES, (500, 375), (3, 400)])
+def test_whole_pictures_are_resized_as_open_clip_resizes(height, width, resize):
+    for interpolation in ("bicubic", "bilinear"):
+        content = encoded(scene(height, width), "PNG")
+        assert_agrees(content, interpolation=interpolation, resize=resize)
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,17 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
 from huggingface_hub import constants
+from PIL import Image
 from safetensors.torch import save_file
 
+from mmscale.checkpoint.export import preprocessing
 from mmscale.config.model import ModelConfig
+from mmscale.data.pixels import EvalTransform, normalise
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.model.build import build_model
 from tests.unit.model.test_foreign import TEXT_CFG, VISION_CFG
@@ -122,3 +126,95 @@ def test_a_folder_without_weights_has_no_pretrained_ones(name, kind):
     with pytest.raises(CheckpointError, match="holds no weights"):
         built(name, "pretrained")
     assert built(name, "random")
+
+
+def write_clip(folder: Path, preprocess: dict, **words) -> str:
+    """A folder with a tiny model of drawn weights as OpenCLIP reads it, by its name."""
+    content = {"embed_dim": 16, "vision_cfg": VISION_CFG, "text_cfg": TEXT_CFG, **words}
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": content, "preprocess_cfg": {"size": 32, **preprocess}})
+    )
+    torch.manual_seed(0)
+    vision, text = open_clip.CLIPVisionCfg(**VISION_CFG), open_clip.CLIPTextCfg(**TEXT_CFG)
+    model = open_clip.model.CLIP(16, vision, text, **words)
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return f"local-dir:{folder}"
+
+
+def picture(height: int, width: int) -> np.ndarray:
+    """Slopes with hard edges; no two of the ways to resize show the same of it."""
+    y, x = np.mgrid[:height, :width]
+    slopes = np.stack([x * 255 / width, y * 255 / height, (x + y) * 255 / (height + width)], 2)
+    edges = ((x // 17 + y // 23) % 2)[..., None]
+    return np.where(edges, slopes, 255 - slopes).astype(np.uint8)
+
+
+@pytest.mark.parametrize("shape", [(90, 150), (150, 90)])
+@pytest.mark.parametrize("resize", ["shortest", "longest", "squash"])
+def test_a_picture_goes_through_the_models_own_preprocessing(tmp_path, resize, shape):
+    own = {"mean": [0.5] * 3, "std": [0.4] * 3, "interpolation": "bilinear", "resize_mode": resize}
+    name = write_clip(tmp_path / "clip", own)
+    peer, _, transform = open_clip.create_model_and_transforms(name)
+    model, spec = build_model(ModelConfig(preset=f"openclip:{name}", weights="pretrained"), None, 0)
+    assert preprocessing(spec) == {**own, "size": 32, "mode": "RGB"}
+    pixels = picture(*shape)
+    theirs = transform(Image.fromarray(pixels))[None]
+    square = EvalTransform(spec)(torch.from_numpy(pixels).permute(2, 0, 1))
+    ours = normalise(square[None], spec)
+    assert ((ours - theirs) * spec.std[0] * 255).abs().max() < 1.001
+    with torch.no_grad():
+        wanted = peer.eval().encode_image(theirs, normalize=True)
+        got = model.eval()("both", ours, *caption(spec))[0].unit
+    torch.testing.assert_close(got, wanted, atol=2e-3, rtol=0)
+
+
+def caption(spec) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.tensor(spec.tokenize(["a red circle"]))
+    return tokens, torch.ones_like(tokens, dtype=torch.bool)
+
+
+def test_pretrained_weights_bring_their_scale_and_bias(tmp_path):
+    name = write_clip(tmp_path / "clip", {}, init_logit_scale=3.5, init_logit_bias=-7.25)
+    words = {"preset": f"openclip:{name}", "embed_dim": 16, "logit_scale": {"bias": -10.0}}
+    for weights, bias in (("pretrained", -7.25), ("random", -10.0)):
+        model, _ = build_model(ModelConfig.model_validate({**words, "weights": weights}), None, 0)
+        assert float(model.scale("bias").detach()) == bias
+        assert (float(model.scale.log_scale.detach()) == 3.5) == (weights == "pretrained")
+    plain, _ = build_model(ModelConfig(preset=f"openclip:{name}", weights="pretrained"), None, 0)
+    assert plain.scale("bias") is None
+
+
+def test_a_scale_that_would_be_cut_off_is_refused(tmp_path):
+    name = write_clip(tmp_path / "clip", {}, init_logit_scale=4.75)
+    words = {"preset": f"openclip:{name}", "weights": "pretrained"}
+    with pytest.raises(ConfigError, match=r"scale of 115\.6, above model\.logit_scale\.max=100"):
+        build_model(ModelConfig.model_validate(words), None, 0)
+    words["logit_scale"] = {"max": 120}
+    model, _ = build_model(ModelConfig.model_validate(words), None, 0)
+    assert float(model.scale().detach()) == pytest.approx(115.58, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("own", "fault"),
+    [
+        ({"resize_mode": "longest", "fill_color": 128}, "fill_color=128"),
+        ({"resize_mode": "tallest"}, "resize_mode=tallest is none of"),
+    ],
+)
+def test_preprocessing_that_cannot_be_followed_is_refused(tmp_path, own, fault):
+    name = write_clip(tmp_path / "clip", own)
+    with pytest.raises(ConfigError, match=fault):
+        build_model(ModelConfig(preset=f"openclip:{name}"), None, 0)
+
+
+def test_a_decoder_that_is_left_out_is_told(tmp_path):
+    decoder = {"multimodal_cfg": {"width": 32, "heads": 2, "layers": 1, "context_length": 16}}
+    text = {**TEXT_CFG, "embed_cls": True, "output_tokens": True}
+    vision = {**VISION_CFG, "attentional_pool": True, "output_tokens": True}
+    content = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text, **decoder}
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": content, "preprocess_cfg": {}})
+    )
+    model, _ = build_model(ModelConfig(preset=f"openclip:local-dir:{tmp_path}"), None, 0)
+    assert "text decoder besides its towers" in str(model.text.left_out)
