@@ -91,7 +91,7 @@ def describe_members(found: TarSample, counted: int | None = None) -> Sample:
 
 def unfit(found: TarSample) -> str | None:
     """What is wrong with the members of a sample, whatever they say."""
-    if not found.members.keys() & set(IMAGE_SUFFIXES):
+    if not any(suffix in found.members for suffix in IMAGE_SUFFIXES):
         dotted = next((s for s in found.suffixes if s.rpartition(".")[2] in IMAGE_SUFFIXES), None)
         if dotted and "." in dotted:
             return (

@@ -21,8 +21,8 @@ from mmscale.data.damage import DamagedShardError
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 # A text or description longer than this is passed over unread.
 TEXT_BYTES = 16 * 2**20
-# A larger member is no photograph.
-_IMAGE_BYTES = 2**28
+# Bytes up to which a member is read, by its ending; a larger image is no photograph.
+_MOST_BYTES = {"txt": TEXT_BYTES, "json": TEXT_BYTES, **dict.fromkeys(IMAGE_SUFFIXES, 2**28)}
 # Of one sample; the rest of them is not looked at.
 _MOST_MEMBERS = 10_000
 _CHUNK = 2**20
@@ -50,13 +50,12 @@ class Member:
     @property
     def is_named_as_wanted(self) -> bool:
         """Whether it is an image, a text or a description by its name."""
-        return self.key is not None and self.suffix in ("txt", "json", *IMAGE_SUFFIXES)
+        return self.key is not None and self.suffix in _MOST_BYTES
 
     @property
     def is_wanted(self) -> bool:
         """Whether its content is read: it is one by its name, and not too large."""
-        limit = TEXT_BYTES if self.suffix in ("txt", "json") else _IMAGE_BYTES
-        return self.is_named_as_wanted and self.size <= limit
+        return self.key is not None and self.size <= _MOST_BYTES.get(self.suffix, -1)
 
 
 @dataclass
