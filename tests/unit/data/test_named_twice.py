@@ -73,5 +73,5 @@ def test_evaluation_on_other_shards_is_not(synthetic):
 def told(synthetic, where: Path) -> list[str]:
     config, lines = synthetic.config(f"data.eval={where}"), []
     shards = open_train(config.data)
-    encoded_sets(config, None, None, None, None, shards, lines.append)
+    encoded_sets(config, None, None, shards, lines.append)
     return lines
