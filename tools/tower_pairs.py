@@ -24,8 +24,8 @@ from mmscale.engine.accelerate import AccelerateEngine
 from mmscale.loss.objective import Objective
 from mmscale.model.build import build_model
 from mmscale.model.dual_encoder import Tokenizer
+from mmscale.model.outline import config_of
 from mmscale.model.registry import curated, curated_names, entries
-from mmscale.model.registry_measure import config_of
 from mmscale.parallel.device import choose
 from mmscale.parallel.peers import Alone
 from mmscale.training.part import Step

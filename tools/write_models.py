@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 from mmscale.model.presets import PRESETS
-from mmscale.model.registry import Entry, curated_names, entries
-from mmscale.model.registry_table import columns
+from mmscale.model.registry import Entry, columns, curated_names, entries
 from mmscale.parallel.device import FAILING_TOWERS
 from tools.tower_pairs import TrainedPair, all_pairs, train_pairs
 

@@ -84,8 +84,7 @@ def models(
     json_file: Json = None,
 ) -> int:
     """List the known towers by figure, or read one: width, input, size, licence, devices."""
-    from mmscale.model.registry import entries, find, unknown
-    from mmscale.model.registry_table import as_json, describe, overview
+    from mmscale.model.registry import as_json, describe, entries, find, overview, unknown
     from mmscale.parallel.device import FAILING_TOWERS
 
     if name is None:

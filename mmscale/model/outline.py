@@ -2,10 +2,12 @@
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, BertTokenizer
+from transformers import AutoConfig, BertTokenizer, PretrainedConfig
 
 from mmscale.config.model import ModelConfig, TowerConfig
 from mmscale.contracts import InputSpec
@@ -35,11 +37,34 @@ def outline(config: ModelConfig, image_size: int | None) -> tuple[TwoTower, Inpu
             for part in ("vision", "text")
         }
         model = filled.model_copy(update={"weights": "random", **towers})
-        try:
-            with torch.device("meta"):
-                return build_model(model, image_size, 0)
-        except (RuntimeError, NotImplementedError, ConfigError):
-            return build_model(model, image_size, 0)
+        built: tuple[TwoTower, InputSpec] = without_weights(
+            lambda: build_model(model, image_size, 0)
+        )
+        return built
+
+
+def without_weights(build: Callable[[], Any]) -> Any:
+    """What `build` builds, on the meta device; for real where that needs values."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except (RuntimeError, NotImplementedError, ConfigError):
+        return build()
+
+
+def config_of(values: dict[str, Any]) -> PretrainedConfig:
+    """A configuration of Hugging Face's from `curated.yaml`."""
+    rest = {key: value for key, value in values.items() if key != "model_type"}
+    return AutoConfig.for_model(values["model_type"], **rest)
+
+
+def write_description(facts: dict[str, Any], folder: Path) -> PretrainedConfig:
+    """Write a tower's files as `curated.yaml` describes them, weights and tokenizer excepted."""
+    config = config_of(facts["config"])
+    config.save_pretrained(folder)
+    if "preprocessor" in facts:
+        (folder / "preprocessor_config.json").write_text(json.dumps(facts["preprocessor"]))
+    return config
 
 
 def _described(tower: TowerConfig, part: str, folder: Path) -> TowerConfig:
@@ -49,11 +74,7 @@ def _described(tower: TowerConfig, part: str, folder: Path) -> TowerConfig:
     if not facts or "config" not in facts:
         return plain
     path = folder / part
-    values = {key: value for key, value in facts["config"].items() if key != "model_type"}
-    config = AutoConfig.for_model(facts["config"]["model_type"], **values)
-    config.save_pretrained(path)
-    if "preprocessor" in facts:
-        (path / "preprocessor_config.json").write_text(json.dumps(facts["preprocessor"]))
+    config = write_description(facts, path)
     if part == "text":
         others = (f"word{number}" for number in range(config.vocab_size - len(WORDS)))
         (path / "vocab.txt").write_text("\n".join((*WORDS, *others)))

@@ -1,8 +1,7 @@
 """Figures of any model, read from the model itself, which is built without its weights' memory."""
 
-import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, _build_text_tower, _build_vision_tower
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import MODEL_MAPPING, AutoConfig, PretrainedConfig
+from transformers import MODEL_MAPPING
 
 from mmscale.config.model import VisionConfig
 from mmscale.errors import ConfigError
@@ -33,6 +32,7 @@ from mmscale.model.openclip_towers import (
     openclip_config,
     openclip_pixels,
 )
+from mmscale.model.outline import config_of, without_weights, write_description
 from mmscale.model.presets import OPENCLIP
 from mmscale.model.registry import Entry, curated
 from mmscale.model.sources import constructing
@@ -64,10 +64,7 @@ def measure(name: str) -> list[Entry]:
         folder = model_folder(rest, "model.text")
         return [_with_fault(entry, folder) for entry in _hugging_face(name, folder, None)]
     with tempfile.TemporaryDirectory() as folder:
-        config_of(known["config"]).save_pretrained(folder)
-        if "preprocessor" in known:
-            facts = json.dumps(known["preprocessor"])
-            (Path(folder) / "preprocessor_config.json").write_text(facts)
+        write_description(known, Path(folder))
         return _hugging_face(name, folder, known["licence"])
 
 
@@ -75,7 +72,7 @@ def _timm(name: str, rest: str) -> Entry:
     def build() -> tuple[Tower, ImageInput]:
         return build_timm_vision(rest, VisionConfig(name=name, weights="random"), None)
 
-    tower, pixels = _built(build)
+    tower, pixels = without_weights(build)
     trunk: Any = tower.trunk
     licence = curated()["vision"].get(name) is not None and trunk.pretrained_cfg.get("license")
     return _vision(name, tower, pixels, _timm_pooling(trunk), licence or None)
@@ -113,12 +110,6 @@ def _with_fault(entry: Entry, folder: str) -> Entry:
     return entry
 
 
-def config_of(values: dict[str, Any]) -> PretrainedConfig:
-    """A configuration from `curated.yaml`."""
-    rest = {key: value for key, value in values.items() if key != "model_type"}
-    return AutoConfig.for_model(values["model_type"], **rest)
-
-
 def _hf_vision(name: str, config: Any, folder: str, licence: str | None) -> Entry:
     settings = VisionConfig(name=name, weights="random")
     pixels = image_input(folder, settings, getattr(config, "image_size", None))
@@ -128,7 +119,7 @@ def _hf_vision(name: str, config: Any, folder: str, licence: str | None) -> Entr
         return HfVisionTower(kind(config, **without_pooler(kind)), pixels.image_size)
 
     with constructing("model.vision", name):
-        tower = _built(build)
+        tower = without_weights(build)
     return _vision(name, tower, pixels, tower.unpooled.kind, licence)
 
 
@@ -139,7 +130,7 @@ def _hf_text(name: str, config: Any, folder: str, licence: str | None) -> Entry:
         return HfTextTower(kind(config, **without_pooler(kind)), pooling)
 
     with constructing("model.text", name):
-        tower = _built(build)
+        tower = without_weights(build)
     return _text(name, tower, pooling, max_positions(tower.trunk), licence)
 
 
@@ -159,7 +150,7 @@ def _pair(name: str) -> Entry:
             trunk = _build_text_tower(whole["embed_dim"], local, quick)
         return OpenClipText(trunk, 0)
 
-    images, captions = _built(build_vision), _built(build_text)
+    images, captions = without_weights(build_vision), without_weights(build_text)
     image = _vision(name, images, pixels, _openclip_pooling(images.trunk), None)
     caption = _text(name, captions, _openclip_pooling(captions.trunk), text.context_length, None)
     parts = {
@@ -222,15 +213,6 @@ def _local_text(text: CLIPTextCfg) -> Iterator[CLIPTextCfg]:
     with tempfile.TemporaryDirectory() as folder:
         config_of(values).save_pretrained(folder)
         yield replace(random, hf_model_name=folder)
-
-
-def _built(build: Callable[[], Any]) -> Any:
-    """Built on the meta device; for real where a constructor or forward needs values."""
-    try:
-        with torch.device("meta"):
-            return build()
-    except (RuntimeError, NotImplementedError, ConfigError):
-        return build()
 
 
 def _flops(tower: Tower, *inputs: Tensor) -> int:

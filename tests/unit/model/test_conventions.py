@@ -28,8 +28,8 @@ from mmscale.data.caption_text import unknown_words
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.model.build import build_model
 from mmscale.model.inputs import join_inputs
+from mmscale.model.registry import describe
 from mmscale.model.registry_measure import measure
-from mmscale.model.registry_table import describe
 from mmscale.model.towers import build_text, build_vision
 from mmscale.parallel.device import FAILING_TOWERS
 from mmscale.parallel.peers import Alone

@@ -10,9 +10,9 @@ import timm
 from transformers import BertConfig
 
 from mmscale.errors import ConfigError
-from mmscale.model.registry import curated, curated_names, entries, find
-from mmscale.model.registry_measure import config_of, measure
-from mmscale.model.registry_table import as_json, overview
+from mmscale.model.outline import config_of
+from mmscale.model.registry import as_json, curated, curated_names, entries, find, overview
+from mmscale.model.registry_measure import measure
 from mmscale.parallel.device import FAILING_TOWERS
 from tools.tower_pairs import all_pairs, train_pairs
 
