@@ -92,7 +92,9 @@ def page(rows: list[str]) -> str:
             DEVICES,
             PAIRS + HEADING + "\n".join(rows) + "\n\n",
             "## OpenCLIP's models\n\nAs `model.preset=openclip:NAME`. Parameters are those of both "
-            "towers with their projections;\nweights carry their own licence.\n\n",
+            "towers with their projections;\nweights carry their own licence. Pictures are resized "
+            "and normalised as `preprocess_cfg` says; the\nweights bring their scale, and their "
+            "bias where the loss has one (`siglip`).\n\n",
             markdown(pairs).rstrip() + "\n",
         ]
     )

@@ -26,7 +26,7 @@ def tower_files(model: ModelConfig) -> dict[str, bytes]:
     return {
         f"{part}/{name}": content
         for part in parts
-        for name, content in _files_of(getattr(model, part), part)
+        for name, content in _files_of(getattr(model, part), part, model.weights)
     }
 
 
@@ -96,7 +96,7 @@ def _kept_name(tower: TowerConfig, part: str, folder: Path, files: Collection[st
     return f"{scheme}{folder.resolve() / part}"
 
 
-def _files_of(tower: TowerConfig, part: str) -> Iterator[tuple[str, bytes]]:
+def _files_of(tower: TowerConfig, part: str, weights: str) -> Iterator[tuple[str, bytes]]:
     # Each library is imported for its own towers only.
     source, _, name = str(tower.name).partition(":")
     if source == "timm":
@@ -107,7 +107,7 @@ def _files_of(tower: TowerConfig, part: str) -> Iterator[tuple[str, bytes]]:
     elif source == "openclip":
         from mmscale.model.openclip_folder import openclip_files
 
-        for file, content in openclip_files(name):
+        for file, content in openclip_files(name, weights):
             yield file, content if isinstance(content, bytes) else _json(content)
     else:
         from mmscale.model.hf_models import model_folder, read_config, small_files

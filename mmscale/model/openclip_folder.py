@@ -8,7 +8,7 @@ from typing import Any
 
 import timm
 from open_clip.factory import get_model_config, parse_model_name
-from open_clip.pretrained import download_pretrained_from_hf
+from open_clip.pretrained import download_pretrained_from_hf, get_pretrained_cfg
 
 from mmscale.errors import ConfigError
 from mmscale.model.foreign import require_harmless, require_harmless_tokenizer
@@ -18,6 +18,7 @@ from mmscale.model.hf_models import read_json, small_files
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 # A path: that of the model's own folder, wherever it lies.
 OWN_FOLDER = "./"
+_PIXELS = ("mean", "std", "interpolation", "resize_mode")
 
 
 def is_on_hub(name: str) -> bool:
@@ -83,11 +84,12 @@ def _own(named: str, key: str, name: str, setting: str) -> str:
     return str(folder)
 
 
-def openclip_files(name: str) -> Iterator[tuple[str, Any]]:
+def openclip_files(name: str, weights: str) -> Iterator[tuple[str, Any]]:
     """What a model that OpenCLIP alone cannot build again needs besides weights, by file name.
 
     Args:
         name: As in `openclip:NAME`.
+        weights: `model.weights`; one of OpenCLIP's tags has a preprocessing of its own.
     """
     config = get_model_config(name)
     text = config["text_cfg"]
@@ -101,15 +103,17 @@ def openclip_files(name: str) -> Iterator[tuple[str, Any]]:
             kept = {**dict(small_files(source, is_text=True)), **kept}
     if tower:
         text["hf_model_name"] = OWN_FOLDER
-    yield "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": _preprocessing(name)}
+    facts = _preprocessing(name, weights)
+    yield "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": facts}
     yield from kept.items()
 
 
-def _preprocessing(name: str) -> dict[str, Any]:
-    """`preprocess_cfg` of a model's folder or page."""
+def _preprocessing(name: str, weights: str) -> dict[str, Any]:
+    """`preprocess_cfg` of a model's folder or page, or of the tag of one that is built in."""
     source, rest = parse_model_name(name)
     if source is None:
-        return {}
+        facts = get_pretrained_cfg(name, weights)
+        return {key: facts[key] for key in _PIXELS if key in facts}
     file = "open_clip_config.json"
     on_hub = source == "hf-hub"
     path = download_pretrained_from_hf(rest, filename=file) if on_hub else Path(rest, file)

@@ -7,6 +7,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save_file
 from transformers import BertConfig, ViTConfig, ViTImageProcessor, ViTModel
 
@@ -171,6 +172,24 @@ def test_pixels_of_a_tag_are_those_of_its_weights_without_them_too(tmp_path):
         tags["laion400m_e31"] = facts
     assert spec.mean == (0.5, 0.5, 0.5)
     assert spec.interpolation == "bilinear"
+
+
+def test_pixels_of_a_tag_are_kept_beside_a_tokenizer_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    page = tmp_path / "cache" / "models--timm--ViT-B-16-SigLIP"
+    (page / "refs").mkdir(parents=True)
+    (page / "refs" / "main").write_text("0" * 40)
+    (page / "snapshots").mkdir()
+    save_bert(page / "snapshots" / ("0" * 40))
+    config = ModelConfig(preset="openclip:ViT-B-16-SigLIP", weights="webli", embed_dim=768)
+    content = json.loads(tower_files(config)["vision/open_clip_config.json"])
+    assert content["preprocess_cfg"] == {
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "interpolation": "bicubic",
+        "resize_mode": "squash",
+    }
 
 
 def test_the_weights_of_an_openclip_folder_are_not_needed_again(tmp_path):
