@@ -11,7 +11,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -30,6 +29,7 @@ _WATCH_SECONDS = 0.5
 _GRACE_SECONDS = 2.0
 _LAST_WAIT_SECONDS = 15.0
 _LEAVE_SECONDS = 5.0
+_WORD_SECONDS = 1.0
 _LOST = (
     "rank {} lost its connection to another rank, which ended without a word ({}); look for a rank "
     "that was killed or ran out of memory"
@@ -50,6 +50,8 @@ _store: "dist.Store | None" = None
 # For threads: the main thread may wait in the connection above, and where rank 0 is gone a new one
 # would be tried for minutes.
 _spare: "dist.Store | None" = None
+# A rank whose process ended without a word, where this one holds the connection to it.
+_silent: int | None = None
 # What a rank may have to wait for when it is ended from here.
 _unfinished: Callable[[float], None] | None = None
 
@@ -115,15 +117,19 @@ def _first_cause(
     if notice is None or notice["rank"] == world.rank:
         if notice is not None and _store is not None:
             _wait_for_readers(_store, world)
-        if _lost_connection(error):
-            return LaunchError(_LOST.format(world.rank, gist(error)))
-        return error
+        return LaunchError(_lost(world, error)) if _lost_connection(error) else error
     _acknowledge()
     if told(error) is not None:
         return error
     return PeerFailedError(
         f"rank {notice['rank']} failed: {notice['message']}", notice["exit_code"]
     )
+
+
+def _lost(world: World, error: BaseException) -> str:
+    if _silent is not None:
+        return _GONE.format(_silent)
+    return _LOST.format(world.rank, gist(error))
 
 
 def _lost_connection(error: BaseException) -> bool:
@@ -159,6 +165,8 @@ def _watch(store: dist.Store, rank: int) -> None:
 
 def _gone(world: World, rank: int) -> None:
     """End this rank and all others, since the process of `rank` has ended without a word."""
+    global _silent
+    _silent = rank
     if _handled.wait(_GRACE_SECONDS):
         return
     code = LaunchError.exit_code
@@ -186,18 +194,23 @@ def _publish(world: World, error: BaseException) -> dict[str, Any] | None:
     failure = told(error)
     code = failure.exit_code if failure else 1
     text = str(failure or f"{type(error).__name__}: {error}")
-    if _lost_connection(error):
-        code, text = LaunchError.exit_code, _LOST.format(world.rank, gist(error))
-    mine = _notice(world, code, text)
     try:
         if failure is None:
-            # Perhaps only the echo of another rank's end: give its notice a moment to arrive.
-            with suppress(RuntimeError):
-                _store.wait([_NOTICE], timedelta(seconds=1.0))
+            # Perhaps only the echo of another rank's end: give word of that a moment to arrive.
+            _await_word(_store)
+        if _lost_connection(error):
+            code, text = LaunchError.exit_code, _lost(world, error)
+        mine = _notice(world, code, text)
         first = _store.compare_set(_NOTICE, "", mine)
         return dict(json.loads(first))
     except RuntimeError:
         return None
+
+
+def _await_word(store: "dist.Store") -> None:
+    deadline = time.monotonic() + _WORD_SECONDS
+    while time.monotonic() < deadline and _silent is None and not store.check([_NOTICE]):
+        time.sleep(0.05)
 
 
 def _notice(world: World, code: int, text: str, stacks: bool = False) -> str:
