@@ -124,8 +124,10 @@ def told(error: BaseException) -> MmscaleError | None:
     if isinstance(error, KeyboardInterrupt):
         return InterruptError("interrupted")
     if (killed := _LOST_WORKER.search(str(error))) and isinstance(error, RuntimeError):
+        # The signal is in the cause where the worker was missed in mid-wait.
+        end = _end_of(f"{error} {error.__cause__ or ''}")
         return LaunchError(
-            f"a decoding process (pid {killed[1]}) was ended from outside{_end_of(str(error))}; "
+            f"a decoding process (pid {killed[1]}) was ended from outside{end}; "
             "start the command again, a run goes on from its last checkpoint"
         )
     if (fault := storage_fault(error)) is None:

@@ -2,11 +2,11 @@
 
 import pytest
 
-from mmscale.errors import gist
+from mmscale.errors import gist, told
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "first"),
     [
         (
             "[/build/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.1]:1234",
@@ -20,5 +20,11 @@ from mmscale.errors import gist
         ("", "RuntimeError"),
     ],
 )
-def test_a_librarys_error_is_told_without_its_source(text, told):
-    assert gist(RuntimeError(text)) == told
+def test_gist_of_a_librarys_error_lacks_its_source(text, first):
+    assert gist(RuntimeError(text)) == first
+
+
+def test_told_names_the_signal_of_a_decoding_process_from_the_cause_of_the_error():
+    error = RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+    error.__cause__ = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    assert "a decoding process (pid 7) was ended from outside (Killed)" in str(told(error))
