@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from mmscale.model.presets import PRESETS
-from mmscale.model.registry import Entry, columns, curated_names, entries
+from mmscale.model.registry import TowerEntry, columns, curated_names, entries
 from mmscale.parallel.device import FAILING_TOWERS
 from tools.tower_pairs import TrainedPair, all_pairs, train_pairs
 
@@ -100,7 +100,7 @@ def page(rows: list[str]) -> str:
     )
 
 
-def markdown(chosen: list[Entry]) -> str:
+def markdown(chosen: list[TowerEntry]) -> str:
     """A table with a row a model."""
     rows = [columns(entry, FAILING_TOWERS) for entry in chosen]
     lines = [" | ".join(rows[0]), " | ".join("---" for _ in rows[0])]

@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 import open_clip
 
-from mmscale.model.registry import FIGURES, Entry, curated_names
+from mmscale.model.registry import FIGURES, TowerEntry, curated_names
 from mmscale.model.registry_measure import measure
 
 
@@ -20,7 +20,7 @@ def names() -> list[str]:
     return [*curated_names("vision"), *curated_names("text"), *pairs]
 
 
-def row(entry: Entry) -> str:
+def row(entry: TowerEntry) -> str:
     """One line: what is not known is left out."""
     known = {name: value for name, value in asdict(entry).items() if value not in (None, {})}
     return json.dumps(known)

@@ -100,10 +100,10 @@ def pack(
     """
     from mmscale.data.pack import PackSettings
     from mmscale.data.pack import pack as run
-    from mmscale.data.pack_folder import Part
+    from mmscale.data.pack_folder import PackPart
     from mmscale.report.console import progress_of
 
-    chosen = Part.parse(part)
+    chosen = PackPart.parse(part)
     settings = PackSettings(
         split, samples_per_shard, resize, quality, max_pixels, images, hold_out, max_left_out
     )

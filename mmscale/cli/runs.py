@@ -60,11 +60,11 @@ def plan(
     from mmscale.config.cluster import read_cluster
     from mmscale.config.load import load_config
     from mmscale.engine.forecast import forecast
-    from mmscale.report.forecast import as_json, tables
+    from mmscale.report.forecast import plan_json, tables
 
     planned = forecast(load_config(settings or []), world, read_cluster(cluster), samples, tokens)
     say(tables(planned))
-    write_json(json_file, as_json(planned))
+    write_json(json_file, plan_json(planned))
     if plot is not None:
         from mmscale.report.forecast_plot import draw_forecast
 
@@ -84,12 +84,12 @@ def models(
     json_file: Json = None,
 ) -> int:
     """List the known towers by figure, or read one: width, input, size, licence, devices."""
-    from mmscale.model.registry import as_json, describe, entries, find, overview, unknown
+    from mmscale.model.registry import describe_tower, entries, entry_json, find, overview, unknown
     from mmscale.parallel.device import FAILING_TOWERS
 
     if name is None:
         say(overview(FAILING_TOWERS))
-        write_json(json_file, [as_json(entry, FAILING_TOWERS) for entry in entries().values()])
+        write_json(json_file, [entry_json(entry, FAILING_TOWERS) for entry in entries().values()])
         return 0
     known = find(name)
     if known is None and name.partition(":")[0] not in ("timm", "hf", "openclip"):
@@ -100,8 +100,8 @@ def models(
         found = measure(name)
     else:
         found = [known]
-    say("\n\n".join(describe(entry, FAILING_TOWERS) for entry in found))
-    write_json(json_file, [as_json(entry, FAILING_TOWERS) for entry in found])
+    say("\n\n".join(describe_tower(entry, FAILING_TOWERS) for entry in found))
+    write_json(json_file, [entry_json(entry, FAILING_TOWERS) for entry in found])
     return 0
 
 
@@ -130,8 +130,8 @@ def sweep(
 
     The same command elsewhere, with the same folder, adds workers. Needs mmscale[sweep].
     """
-    from mmscale.sweep.page import table, write_page
-    from mmscale.sweep.workers import as_json, prepare, run_workers, trials_of
+    from mmscale.sweep.page import sweep_table, write_sweep_page
+    from mmscale.sweep.workers import prepare, run_workers, sweep_json, trials_of
 
     folder = out or Path("runs/sweep") / space.stem
     require_folder("--out", folder)
@@ -140,7 +140,7 @@ def sweep(
         if code := run_workers(folder, workers):
             return code
         trials = trials_of(search, folder)
-        say(table(search, trials))
-        write_json(json_file, as_json(search, trials))
-        say(f"page: {write_page(folder, search, trials)}")
+        say(sweep_table(search, trials))
+        write_json(json_file, sweep_json(search, trials))
+        say(f"page: {write_sweep_page(folder, search, trials)}")
     return 0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from mmscale.config.explain import shown
+from mmscale.config.explain import in_yaml
 from mmscale.config.model import HeadConfig
 from mmscale.config.rules import (
     expanded_stages,
@@ -80,7 +80,7 @@ def ineffective(
 
 
 def _sentence(path: str, value: Any, effect: Effect) -> str:
-    return f"{path}={shown(value)} has an effect only {effect.where}; make that so, or remove it"
+    return f"{path}={in_yaml(value)} has an effect only {effect.where}; make that so, or remove it"
 
 
 def value_at(config: Config, path: str) -> Any:

@@ -97,7 +97,7 @@ def _about_term(parts: list[str], fault: Any) -> tuple[str, str]:
         named = value.get("kind") if isinstance(value, dict) else value
         close = difflib.get_close_matches(str(named), KINDS, 1)
         hint = f"did you mean {close[0]}?" if close else "name one"
-        return path, f"{path}.kind={shown(named)} must be one of {', '.join(KINDS)}; {hint}"
+        return path, f"{path}.kind={in_yaml(named)} must be one of {', '.join(KINDS)}; {hint}"
     if fault["type"] == "extra_forbidden":
         options = [name for name in KINDS[parts[3]].model_fields if name != "kind"]
         close = difflib.get_close_matches(parts[4], options, 1)
@@ -106,15 +106,15 @@ def _about_term(parts: list[str], fault: Any) -> tuple[str, str]:
     if len(parts) < 5:
         return (
             path,
-            f"{path}={shown(value)} must be {_rule(fault)}; write for example {{kind: infonce}}",
+            f"{path}={in_yaml(value)} must be {_rule(fault)}; write for example {{kind: infonce}}",
         )
     field = KINDS[parts[3]].model_fields[parts[4]]
     about = (field.description or "").rstrip(".").replace(chr(10), " ")
     default = f"its default is {field.default}"
-    return path, f"{path}={shown(value)} must be {_rule(fault)} ({about}); {default}"
+    return path, f"{path}={in_yaml(value)} must be {_rule(fault)} ({about}); {default}"
 
 
-def shown(value: Any) -> str:
+def in_yaml(value: Any) -> str:
     """A value as it stands in YAML; text in quotes."""
     if isinstance(value, str):
         return repr(value)
@@ -162,7 +162,7 @@ def _sentence(path: str, value: Any, rules: list[str], known: dict[str, Any]) ->
         return f"{path} is not set: it has no default{about}; add {path}=VALUE"
     wanted = " or ".join(dict.fromkeys(rules))
     example = f"write for example {path}={_example(path, known)}"
-    return f"{path}={shown(value)} must be {wanted}{about}; {example}"
+    return f"{path}={in_yaml(value)} must be {wanted}{about}; {example}"
 
 
 def _example(path: str, known: dict[str, Any]) -> str:
@@ -171,7 +171,7 @@ def _example(path: str, known: dict[str, Any]) -> str:
     choices = [arg for arg in get_args(getattr(field, "annotation", None)) if isinstance(arg, str)]
     if isinstance(default, (int, float, str)) and not isinstance(default, bool):
         return str(default)
-    text = shown(default) if isinstance(default, tuple) else str(default)
+    text = in_yaml(default) if isinstance(default, tuple) else str(default)
     return f"'{text}'" if " " in text and "=" not in text else choices[0] if choices else "VALUE"
 
 

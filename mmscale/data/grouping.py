@@ -2,7 +2,7 @@
 
 Samples' traits are read where a manifest is made; joined over a whole folder they become the
 identities that the stream hands on. Tools number samples anew in every shard, and an id made from a
-key is then that of many images: `settle` tells them apart, for manifests and for what checks them.
+key is then that of many images: `tell_apart` tells them apart, for manifests and for their checks.
 """
 
 import hashlib
@@ -297,7 +297,7 @@ class Settled:
     renamed: int
 
 
-def settle(names: Sequence[str], shards: Sequence[Sequence[Trait]]) -> Settled:
+def tell_apart(names: Sequence[str], shards: Sequence[Sequence[Trait]]) -> Settled:
     """Tell apart what bears one id in several shards and is not one image.
 
     An id that samples bring counts in their source; one with the key of another image in another

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmscale.data.damage import MOST_LEFT_OUT, DamagedShardError, are_too_many
-from mmscale.data.grouping import Trait, copies_line, group_of, joints_of, settle
+from mmscale.data.grouping import Trait, copies_line, group_of, joints_of, tell_apart
 from mmscale.data.manifest import Manifest, Shard, read_manifest, with_identities, write_manifest
 from mmscale.data.members import Sample, describe_members, unfit
 from mmscale.data.pool import map_ordered
@@ -124,7 +124,7 @@ def _manifest_of(
 ) -> tuple[Manifest, list[str]]:
     """What described shards are together, and lines on how that was settled."""
     names = [described.shard.name for described in found]
-    settled = settle(names, [described.traits for described in found])
+    settled = tell_apart(names, [described.traits for described in found])
     own = [_without(*pair) for pair in zip(found, settled.repeats, strict=True)]
     faults = [fault for described in own for fault in described.faults]
     if skipped:

@@ -14,13 +14,13 @@ from mmscale.data.damage import MOST_LEFT_OUT, are_too_many
 from mmscale.data.manifest import Manifest, with_identities, write_manifest
 from mmscale.data.pack_folder import (
     REJECTED_NAME,
+    PackPart,
     PackResult,
-    Part,
+    clean_folder,
     finished_manifest,
     read_reasons,
     require_own_folder,
     settings_digest,
-    sweep,
     without_copies,
     write_rejected,
 )
@@ -60,7 +60,7 @@ class PackSettings:
     most_left_out: float = MOST_LEFT_OUT
 
 
-_DEFAULT, _ALL = PackSettings(), Part()
+_DEFAULT, _ALL = PackSettings(), PackPart()
 
 
 def pack(
@@ -69,7 +69,7 @@ def pack(
     settings: PackSettings = _DEFAULT,
     *,
     workers: int = 1,
-    part: Part = _ALL,
+    part: PackPart = _ALL,
     progress: Callable[[int, int], None] | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> list[PackResult]:
@@ -173,7 +173,7 @@ class _Plan:
     refused: list[tuple[str, str]]
     most_left_out: float
 
-    def of(self, part: Part) -> tuple[Task, ...]:
+    def of(self, part: PackPart) -> tuple[Task, ...]:
         """The shards that are a part's to write."""
         return self.tasks[part.index - 1 :: part.count]
 
@@ -203,7 +203,7 @@ def _plan(
 
 
 def _pack_split(
-    plan: _Plan, part: Part, workers: int, advance: Callable[[int], None]
+    plan: _Plan, part: PackPart, workers: int, advance: Callable[[int], None]
 ) -> PackResult:
     plan.folder.mkdir(parents=True, exist_ok=True)
     mine = plan.of(part)
@@ -223,7 +223,7 @@ def _pack_split(
         if manifest is None and None in everyone:
             return _unfinished(plan, list(written.values()), everyone.count(None))
         manifest = manifest or _finish(plan, [done for done in everyone if done])
-    sweep(plan.folder, plan.tasks)
+    clean_folder(plan.folder, plan.tasks)
     reasons = read_reasons(plan.folder)
     return PackResult(
         plan.split,
@@ -258,7 +258,7 @@ def _finish(plan: _Plan, everyone: list[Done]) -> Manifest:
     write_rejected(plan.folder, rejected)
     packed = [done for done in everyone if done.shard]
     if not packed:
-        sweep(plan.folder, plan.tasks)
+        clean_folder(plan.folder, plan.tasks)
         key, reason = rejected[0]
         raise DataError(
             f"{plan.folder}: nothing was packed: all {len(rejected)} images were rejected, "

@@ -95,7 +95,7 @@ def write_rejected(folder: Path, rejected: list[tuple[str, str]]) -> None:
         (folder / REJECTED_NAME).unlink(missing_ok=True)
 
 
-def sweep(folder: Path, tasks: Sequence[Task]) -> None:
+def clean_folder(folder: Path, tasks: Sequence[Task]) -> None:
     """Remove what a finished pack needs no more, and what killed processes left."""
     for task in tasks:
         task.note.unlink(missing_ok=True)
@@ -116,14 +116,14 @@ def read_reasons(folder: Path) -> Counter[str]:
 
 
 @dataclass(frozen=True)
-class Part:
+class PackPart:
     """Which shards of a pack this process writes: number `index` of `count`, from 1."""
 
     index: int = 1
     count: int = 1
 
     @classmethod
-    def parse(cls, text: str) -> "Part":
+    def parse(cls, text: str) -> "PackPart":
         """From `2/8`.
 
         Raises:

@@ -50,7 +50,7 @@ def is_remote(where: object) -> bool:
     return is_web(where) or is_pipe(where)
 
 
-def shown(url: object) -> str:
+def safe_url(url: object) -> str:
     """A URL as messages name it: without passwords and signatures."""
     if not is_web(url):
         return str(url)
@@ -127,7 +127,9 @@ class Web:
                     _check_complete(url, answer, at, end)
                     return
             except httpx.UnsupportedProtocol as error:
-                raise DataError(f"{shown(url)}: {error}; name an http or https server") from error
+                raise DataError(
+                    f"{safe_url(url)}: {error}; name an http or https server"
+                ) from error
             except (
                 httpx.TransportError,
                 httpx.TooManyRedirects,
@@ -139,8 +141,8 @@ class Web:
                 if failures >= ATTEMPTS or slow >= _SLOW_ATTEMPTS:
                     reason = f"{error or type(error).__name__}, {slow or failures} times in a row"
                     raise DataError(
-                        f"{shown(url)}: {reason}; mend the network or the server, then go on from "
-                        "the last checkpoint"
+                        f"{safe_url(url)}: {reason}; mend the network or the server, then go on "
+                        "from the last checkpoint"
                     ) from error
                 time.sleep(FIRST_PAUSE * 2 ** (failures - 1))
 
@@ -193,17 +195,17 @@ def _check_status(url: str, answer: httpx.Response, size: int | None) -> None:
     if answer.status_code == 416 and size is not None:
         raise _wrong_size(url, _length(answer), size)
     if answer.status_code in (404, 410):
-        raise NotThereError(f"{shown(url)}: the server answers {status}; check the address")
+        raise NotThereError(f"{safe_url(url)}: the server answers {status}; check the address")
     if answer.status_code not in (200, 206):
         raise DataError(
-            f"{shown(url)}: the server answers {status}; check the address and the access to it"
+            f"{safe_url(url)}: the server answers {status}; check the address and the access to it"
         )
     if answer.status_code == 206:
         wanted = answer.request.headers.get("Range", "bytes=0-").removeprefix("bytes=")
         got = answer.headers.get("Content-Range", "").removeprefix("bytes ")
         if got.split("-")[0] != wanted.split("-")[0]:
             raise DataError(
-                f"{shown(url)}: asked for bytes {wanted}, the server sends {got or 'others'}; "
+                f"{safe_url(url)}: asked for bytes {wanted}, the server sends {got or 'others'}; "
                 "serve the shards with a server that knows byte ranges"
             )
 
@@ -223,13 +225,13 @@ def _check_complete(url: str, answer: httpx.Response, at: int, end: int | None) 
         return
     if length is not None and at < length:
         raise _PassingError(f"the connection ended at byte {at}")
-    raise DataError(f"{shown(url)}: ends at byte {at}, before byte {wanted}; restore the shard")
+    raise DataError(f"{safe_url(url)}: ends at byte {at}, before byte {wanted}; restore the shard")
 
 
 def _wrong_size(url: str, actual: int | None, wanted: int) -> DataError:
     has = "fewer" if actual is None else f"{actual}"
     return DataError(
-        f"{shown(url)}: {has} bytes, its manifest says {wanted}; upload the shard and its "
+        f"{safe_url(url)}: {has} bytes, its manifest says {wanted}; upload the shard and its "
         "manifest again"
     )
 

@@ -28,7 +28,7 @@ from mmscale.data.damage import DamagedSampleError
 from mmscale.data.lanes import seeded
 from mmscale.data.members import Sample, image_id_of, sample_of
 from mmscale.data.reader import Drawn
-from mmscale.data.remote import CHUNK, Web, is_pipe, is_web, piped, shown
+from mmscale.data.remote import CHUNK, Web, is_pipe, is_web, piped, safe_url
 from mmscale.data.shard_set import Place, ShardSet
 from mmscale.data.shards import AT_ONCE, scopes_of
 from mmscale.data.tar import (
@@ -216,7 +216,7 @@ class SequentialLane:
                 yield Drawn(shard, sample, turn, turn, plan.identified(shard, content))
             if empty >= _MOST_EMPTY:
                 raise DataError(
-                    f"{shown(paths[shard])}: holds no sample, like {empty - 1} drawn before it; "
+                    f"{safe_url(paths[shard])}: holds no sample, like {empty - 1} drawn before it; "
                     "check data.train"
                 )
 
@@ -368,7 +368,7 @@ def _until_endless(members: Iterable[Member]) -> Iterator[Member]:
 
 
 def _short_name(where: Place) -> str:
-    return str(where) if is_pipe(where) else shown(where).rpartition("/")[2]
+    return str(where) if is_pipe(where) else safe_url(where).rpartition("/")[2]
 
 
 def _chunks(where: Place, web: Web, start: int) -> Generator[bytes, None, None]:

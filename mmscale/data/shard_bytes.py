@@ -20,7 +20,7 @@ from typing import IO
 
 from mmscale.data.lanes import Item
 from mmscale.data.manifest import Shard
-from mmscale.data.remote import Web, is_pipe, piped, shown
+from mmscale.data.remote import Web, is_pipe, piped, safe_url
 from mmscale.errors import DataError
 
 _OPEN_FILES = 64
@@ -287,7 +287,7 @@ class _Ranges:
             if written != size:
                 has = f"more than {size}" if written > size else f"{written}"
                 raise DataError(
-                    f"{shown(url)}: {has} bytes, its manifest says {size}; restore the shard or "
+                    f"{safe_url(url)}: {has} bytes, its manifest says {size}; restore the shard or "
                     "write its manifest again"
                 )
             self._spools[shard] = file

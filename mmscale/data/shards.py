@@ -22,7 +22,15 @@ from mmscale.data.manifest import (
     parse_manifest,
     read_manifest,
 )
-from mmscale.data.remote import NotThereError, Web, is_pipe, is_remote, is_web, piped, shown
+from mmscale.data.remote import (
+    NotThereError,
+    Web,
+    is_pipe,
+    is_remote,
+    is_web,
+    piped,
+    safe_url,
+)
 from mmscale.data.shard_set import Origin, Place, ShardSet, place_of, told_apart
 from mmscale.errors import ConfigError, DataError
 
@@ -134,8 +142,8 @@ class _Finder:
             shard = self._manifest(folder).get(name)
             if shard is None:
                 raise DataError(
-                    f"{shown(path)}: not in {shown(_beside(folder, MANIFEST_NAME))}; run mmscale "
-                    "index on the shards"
+                    f"{safe_url(path)}: not in {safe_url(_beside(folder, MANIFEST_NAME))}; run "
+                    "mmscale index on the shards"
                 )
             found.append((path, shard, self._origins[str(folder)]))
         return found
@@ -219,7 +227,7 @@ class _Finder:
         """The folder that a manifest names for its tars: one of this machine, by its path."""
         if not isinstance(folder, Path):
             raise DataError(
-                f"{self.setting}={shown(folder)}: its manifest names the folder "
+                f"{self.setting}={safe_url(folder)}: its manifest names the folder "
                 f"{manifest.shards_in} for its shards; one that is fetched must lie beside them"
             )
         place = manifest.beside(folder)
@@ -235,7 +243,7 @@ class _Finder:
         try:
             chunks = piped(where) if is_pipe(where) else self._web.chunks(where)
             with closing(chunks):
-                content = joined(shown(where), chunks)
+                content = joined(safe_url(where), chunks)
         except DataError as error:
             if is_web(where) and not isinstance(error, NotThereError):
                 raise
@@ -243,7 +251,7 @@ class _Finder:
                 f"{self.setting}: the shards have no manifest ({error}); write it with mmscale "
                 f"index and put {MANIFEST_NAME} beside them, or set data.resampled=true"
             ) from error
-        return parse_manifest(shown(where), content, lazily=True)
+        return parse_manifest(safe_url(where), content, lazily=True)
 
 
 def _beside(folder: Place, name: str) -> Place:
@@ -304,8 +312,8 @@ def _check_repeats(setting: str, paths: Sequence[Place]) -> None:
         first = seen.setdefault(place_of(path), path)
         if first is not path:
             raise ConfigError(
-                f"{setting}: {shown(path)} is named twice, first as {shown(first)}; name it once, "
-                "and give its source a weight if it is to come more often"
+                f"{setting}: {safe_url(path)} is named twice, first as {safe_url(first)}; name it "
+                "once, and give its source a weight if it is to come more often"
             )
 
 

@@ -170,7 +170,7 @@ def _render_pair(folder: Path, settings: SynthSettings, pair: _Pair) -> dict[str
     name = image_name(seed, pair.index)
     image = paint(scene, settings.size, settings.quality, (seed, pair.index))
     (folder / name).write_bytes(image)
-    captions = describe(told, f"{seed}/{pair.index}", settings.ambiguity)
+    captions = describe_scene(told, f"{seed}/{pair.index}", settings.ambiguity)
     sentids = list(range(pair.index * CAPTIONS, (pair.index + 1) * CAPTIONS))
     return {
         "filename": name,
@@ -206,7 +206,7 @@ CAPTIONS = 5
 _ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 
 
-def describe(scene: Scene, draw_from: str, ambiguity: float = 0.0) -> list[str]:
+def describe_scene(scene: Scene, draw_from: str, ambiguity: float = 0.0) -> list[str]:
     """Five different true captions, each with enough to know the scene among hundreds."""
     draw = random.Random(f"captions/{draw_from}")
     captions: list[str] = []

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from mmscale.data.damage import DamagedShardError, reason_of
-from mmscale.data.grouping import Identities, Trait, settle
+from mmscale.data.grouping import Identities, Trait, tell_apart
 from mmscale.data.index import digest_of, trait_of
 from mmscale.data.manifest import MANIFEST_NAME, Manifest, Shard, read_manifest, with_identities
 from mmscale.data.members import describe_members
@@ -82,7 +82,7 @@ def verify(
         traits.append(found.traits)
         if progress:
             progress(done, len(manifest.shards))
-    settled = settle([shard.name for shard in manifest.shards], traits)
+    settled = tell_apart([shard.name for shard in manifest.shards], traits)
     faults += [
         f"{folder / shard.name}: sample {found[place].key} is in {owner} too"
         for shard, found, repeats in zip(manifest.shards, traits, settled.repeats, strict=True)

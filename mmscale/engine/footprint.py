@@ -155,7 +155,7 @@ def _forget_values(model: nn.Module) -> None:
 
 
 def _work(model: nn.Module, dtype: torch.dtype, mode: str, *inputs: Tensor) -> Work:
-    kept = Kept([*model.parameters(), *model.buffers(), *inputs])
+    kept = Remembered([*model.parameters(), *model.buffers(), *inputs])
     with counting() as counter:
         with (
             saved_tensors_hooks(kept.pack, kept.unpack),
@@ -179,7 +179,7 @@ def _tensors(value: Any) -> list[Tensor]:
     return [tensor for part in parts for tensor in _tensors(part)]
 
 
-class Kept:
+class Remembered:
     """Hooks of `saved_tensors_hooks` that count each storage once, whatever looks at it."""
 
     def __init__(self, others: list[Tensor]):

@@ -14,7 +14,7 @@ from mmscale.engine.footprint import Footprint, footprint
 from mmscale.engine.memory import REPLICATED, Holding, Sharding, Workload, holdings
 from mmscale.engine.optimizer import optimizer_kind
 from mmscale.engine.plan import BatchPlan, plan_batch
-from mmscale.engine.wire import GPUS, Step, Transfer, predict, transfers
+from mmscale.engine.wire import GPUS, StepTime, Transfer, predict, transfers
 from mmscale.errors import ConfigError
 from mmscale.model.outline import outline
 
@@ -67,7 +67,7 @@ class Forecast:
     chosen: str
     memory: dict[str, list[Holding]]
     wire: dict[str, list[Transfer]]
-    steps: dict[str, list[Step]]
+    steps: dict[str, list[StepTime]]
     cluster: ClusterConfig
 
 

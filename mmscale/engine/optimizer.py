@@ -121,7 +121,7 @@ WHOLE = "treats each tensor as a whole"
 
 
 @dataclass(frozen=True)
-class Kept:
+class OptimizerState:
     """What an optimizer keeps from one update to the next.
 
     Attributes:
@@ -145,30 +145,30 @@ _RMS = ("square_avg", "momentum_buffer", "grad_avg")
 _MOMENTUM = ("momentum_buffer",)
 # timm's names. A cautious variant (c...) divides by a mean over the tensor.
 _FAMILIES = {
-    "adamw adam adamc adamwlegacy": Kept(_ADAMS, "tensor"),
-    "cadamw cadamc": Kept(_ADAMS, "tensor", unsharded=WHOLE),
-    "adopt adoptc adoptw nadamw nadamc radam radamw": Kept(_ADAM, "tensor"),
-    "cadopt cadoptc cadoptw cnadamw cnadamc": Kept(_ADAM, "tensor", unsharded=WHOLE),
-    "radamlegacy": Kept(_ADAM, "number"),
-    "adabelief radabelief": Kept(_BELIEF, "number"),
-    "adamp cadamp": Kept(_ADAM, "number", unsharded=WHOLE),
-    "adamax": Kept(("exp_avg", "exp_inf"), "tensor"),
-    "adadelta": Kept(("square_avg", "acc_delta"), "tensor"),
-    "adagrad": Kept(("sum",), "tensor", unsharded=EARLY),
-    "adan adanw cadan cadanw": Kept(_ADAN, group_counts="number", unsharded=COUNTS),
-    "lamb lambc lambcd lambcw lambw clamb clambw": Kept(
+    "adamw adam adamc adamwlegacy": OptimizerState(_ADAMS, "tensor"),
+    "cadamw cadamc": OptimizerState(_ADAMS, "tensor", unsharded=WHOLE),
+    "adopt adoptc adoptw nadamw nadamc radam radamw": OptimizerState(_ADAM, "tensor"),
+    "cadopt cadoptc cadoptw cnadamw cnadamc": OptimizerState(_ADAM, "tensor", unsharded=WHOLE),
+    "radamlegacy": OptimizerState(_ADAM, "number"),
+    "adabelief radabelief": OptimizerState(_BELIEF, "number"),
+    "adamp cadamp": OptimizerState(_ADAM, "number", unsharded=WHOLE),
+    "adamax": OptimizerState(("exp_avg", "exp_inf"), "tensor"),
+    "adadelta": OptimizerState(("square_avg", "acc_delta"), "tensor"),
+    "adagrad": OptimizerState(("sum",), "tensor", unsharded=EARLY),
+    "adan adanw cadan cadanw": OptimizerState(_ADAN, group_counts="number", unsharded=COUNTS),
+    "lamb lambc lambcd lambcw lambw clamb clambw": OptimizerState(
         _ADAM, group_counts="tensor", unsharded=WHOLE
     ),
-    "lars larc nlars nlarc": Kept(_MOMENTUM, unsharded=WHOLE),
-    "lion lionc": Kept(("exp_avg",)),
-    "clion clionc": Kept(("exp_avg",), unsharded=WHOLE),
-    "madgrad madgradw": Kept(("grad_sum_sq", "s", "x0"), "number"),
-    "mars cmars": Kept(("exp_avg", "last_grad", "exp_avg_sq"), "number", unsharded=WHOLE),
-    "rmsprop rmsproptf rmsproptfc rmsproptfw": Kept(_RMS, "tensor"),
-    "crmsproptf": Kept(_RMS, "tensor", unsharded=WHOLE),
-    "sgd momentum nesterov sgdw sgdc nesterovw": Kept(_MOMENTUM),
-    "csgdw csgdc": Kept(_MOMENTUM, unsharded=WHOLE),
-    "sgdp csgdp": Kept(("momentum",), unsharded=WHOLE),
+    "lars larc nlars nlarc": OptimizerState(_MOMENTUM, unsharded=WHOLE),
+    "lion lionc": OptimizerState(("exp_avg",)),
+    "clion clionc": OptimizerState(("exp_avg",), unsharded=WHOLE),
+    "madgrad madgradw": OptimizerState(("grad_sum_sq", "s", "x0"), "number"),
+    "mars cmars": OptimizerState(("exp_avg", "last_grad", "exp_avg_sq"), "number", unsharded=WHOLE),
+    "rmsprop rmsproptf rmsproptfc rmsproptfw": OptimizerState(_RMS, "tensor"),
+    "crmsproptf": OptimizerState(_RMS, "tensor", unsharded=WHOLE),
+    "sgd momentum nesterov sgdw sgdc nesterovw": OptimizerState(_MOMENTUM),
+    "csgdw csgdc": OptimizerState(_MOMENTUM, unsharded=WHOLE),
+    "sgdp csgdp": OptimizerState(("momentum",), unsharded=WHOLE),
 }
 KNOWN = {name: kept for names, kept in _FAMILIES.items() for name in names.split()}
 # Moments that are there only with an option, and its default.
@@ -194,7 +194,7 @@ class OptimizerKind:
 
     config: OptimConfig
     fused: bool
-    kept: Kept
+    kept: OptimizerState
 
     @property
     def moments(self) -> tuple[str, ...]:

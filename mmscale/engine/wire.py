@@ -138,7 +138,7 @@ def _sizes(dtype: torch.dtype) -> Callable[[list[Weight]], int]:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepTime:
     """One update at one number of GPUs.
 
     Attributes:
@@ -164,7 +164,7 @@ class Step:
         return self.global_rows / (self.compute + self.exposed)
 
 
-def predict(work: Workload, sharding: Sharding, precision: str, cluster: ClusterConfig) -> Step:
+def predict(work: Workload, sharding: Sharding, precision: str, cluster: ClusterConfig) -> StepTime:
     """One update on as many GPUs of the cluster as the batch has ranks."""
     plan = work.plan
     speed = 1e12 * getattr(cluster.peak_tflops, precision) * cluster.utilisation
@@ -176,7 +176,7 @@ def predict(work: Workload, sharding: Sharding, precision: str, cluster: Cluster
     backward = (both - forward) / speed
     exposed = open_ + max(0.0, hidden - backward)
     again = forward if plan.chunks > 1 else 0
-    return Step(plan.world, plan.global_rows, (both + again) / speed, exposed)
+    return StepTime(plan.world, plan.global_rows, (both + again) / speed, exposed)
 
 
 def rank_flops(seen: Footprint, config: Config, plan: BatchPlan) -> tuple[int, int]:

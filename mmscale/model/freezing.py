@@ -16,7 +16,7 @@ from mmscale.model.tower import Tower
 from mmscale.model.two_tower import TwoTower, component_of
 
 
-def settle(tower: Tower, config: TowerConfig, key: str) -> None:
+def apply_settings(tower: Tower, config: TowerConfig, key: str) -> None:
     """Apply a tower's settings that are the same for every library.
 
     Args:

@@ -54,7 +54,9 @@ class Head(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.Sequential(*_layers(width, embed_dim, config))
         self._starts_from_rows = config.init in FITTED and config.kind != "identity"
-        draw(self.layers, config.init if config.init not in FITTED else "normal", config.gain)
+        draw_weights(
+            self.layers, config.init if config.init not in FITTED else "normal", config.gain
+        )
         self.fit_rows = max(
             config.standardize, config.fit_rows if whitens or self._starts_from_rows else 0
         )
@@ -133,7 +135,7 @@ AUTOENCODER_RATE = 3e-3
 FITTED = ("pca", "autoencoder", "cca")
 
 
-def draw(layers: nn.Module, kind: str, gain: float) -> None:
+def draw_weights(layers: nn.Module, kind: str, gain: float) -> None:
     """Random weights; biases are zero.
 
     `normal`: deviation gain x width^-0.5, so that unit variance stays so. `orthogonal`: rows or

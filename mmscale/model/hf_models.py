@@ -142,7 +142,7 @@ def override(config: PretrainedConfig, options: Mapping[str, Any], key: str, nam
         setattr(config, option, value)
 
 
-def build_model(
+def build_hf_model(
     model_class: type[PreTrainedModel],
     config: PretrainedConfig,
     name: str,

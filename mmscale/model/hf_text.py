@@ -20,7 +20,7 @@ from mmscale.errors import ConfigError
 from mmscale.model.freezing import chain
 from mmscale.model.hf_models import (
     BRING,
-    build_model,
+    build_hf_model,
     checkpoint_hf,
     class_for,
     file_of,
@@ -81,7 +81,7 @@ def build_hf_text(name: str, config: TextConfig) -> tuple[Tower, TextInput]:
     whole = read_config(folder, KEY)
     model_config = part_of(whole, "text_config")
     override(model_config, config.options, KEY, name)
-    trunk = build_model(text_class(model_config, name), model_config, folder, config, KEY)
+    trunk = build_hf_model(text_class(model_config, name), model_config, folder, config, KEY)
     with constructing(KEY, f"hf:{name}"):
         pooling = pooling_of(folder, model_config, config.pooling)
         tower = HfTextTower(trunk, pooling)

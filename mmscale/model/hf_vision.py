@@ -12,7 +12,7 @@ from mmscale.config.model import VisionConfig
 from mmscale.errors import ConfigError
 from mmscale.model.freezing import chain
 from mmscale.model.hf_models import (
-    build_model,
+    build_hf_model,
     checkpoint_hf,
     class_for,
     left_out_line,
@@ -87,7 +87,7 @@ def build_hf_vision(
         model_config.image_size = size
     model_class = class_for(model_config, MODEL_MAPPING, name, KEY)
     with at_size(size, own, f"hf:{name}"):
-        trunk = build_model(model_class, model_config, folder, config, KEY)
+        trunk = build_hf_model(model_class, model_config, folder, config, KEY)
     pixels = image_input(folder, config, size or getattr(model_config, "image_size", None))
     with constructing(KEY, f"hf:{name} at {pixels.image_size} pixels"):
         tower = HfVisionTower(trunk, pixels.image_size, config.pooling)

@@ -20,7 +20,7 @@ from torch import nn
 
 from mmscale.config.model import ModelConfig
 from mmscale.errors import CheckpointError, ConfigError
-from mmscale.model.freezing import settle
+from mmscale.model.freezing import apply_settings
 from mmscale.model.hub import hub_call
 from mmscale.model.inputs import ImageInput, TextInput
 from mmscale.model.openclip_folder import folder_of, is_on_hub
@@ -72,8 +72,8 @@ def build_whole_openclip(
             f"warning: model.preset=openclip:{name} has a text decoder besides its towers: it is "
             f"left out, and no caption is generated"
         )
-    settle(vision, config.vision, "model.vision")
-    settle(text, config.text, "model.text")
+    apply_settings(vision, config.vision, "model.vision")
+    apply_settings(text, config.text, "model.text")
     frozen = frozenset(part for part in ("vision", "text") if getattr(config, part).frozen is True)
     two_tower = TwoTower(
         vision,

@@ -23,7 +23,7 @@ BYTES_OF_FP32 = 4
 
 
 @dataclass(frozen=True)
-class Entry:
+class TowerEntry:
     """A tower, or a whole OpenCLIP model.
 
     Attributes:
@@ -86,16 +86,16 @@ class Entry:
 
 
 @cache
-def entries() -> dict[str, Entry]:
+def entries() -> dict[str, TowerEntry]:
     """Every registered model by name."""
     rows = json.loads(FIGURES.read_text("utf-8"))
     return {row["name"]: entry_of(row) for row in rows}
 
 
-def entry_of(row: dict[str, Any]) -> Entry:
+def entry_of(row: dict[str, Any]) -> TowerEntry:
     """An entry from its line in `registry.json`."""
     lists = {name: tuple(row[name]) for name in ("mean", "std") if row.get(name) is not None}
-    return Entry(**{**row, **lists})
+    return TowerEntry(**{**row, **lists})
 
 
 @cache
@@ -109,7 +109,7 @@ def curated_names(part: str) -> list[str]:
     return list(curated()[part])
 
 
-def find(name: str) -> Entry | None:
+def find(name: str) -> TowerEntry | None:
     """A registered model by its full name, or by its name alone where only one is called so."""
     known = entries()
     if name in known:
@@ -147,10 +147,10 @@ def overview(failing: dict[str, dict[str, str]]) -> str:
     pairs = [entry for entry in known.values() if entry.part == "pair"]
     return "\n\n".join(
         [
-            "Image towers (model.vision.name)\n" + table(vision, failing),
-            "Text towers (model.text.name)\n" + table(text, failing),
+            "Image towers (model.vision.name)\n" + tower_table(vision, failing),
+            "Text towers (model.text.name)\n" + tower_table(text, failing),
             "Presets (model.preset)\n" + presets(),
-            "OpenCLIP's models (model.preset)\n" + table(pairs, failing),
+            "OpenCLIP's models (model.preset)\n" + tower_table(pairs, failing),
             "FLOPs: one sample forward, two for each multiply-add; a caption of 77 tokens, or of "
             "the tower's own length if\nthat is shorter. Memory: the weights in fp32. Any other "
             "model is read: mmscale models timm:NAME or hf:NAME_OR_PATH",
@@ -158,13 +158,13 @@ def overview(failing: dict[str, dict[str, str]]) -> str:
     )
 
 
-def table(chosen: Sequence[Entry], failing: dict[str, dict[str, str]]) -> str:
+def tower_table(chosen: Sequence[TowerEntry], failing: dict[str, dict[str, str]]) -> str:
     """One line a model."""
     rows = [columns(entry, failing) for entry in chosen]
     return aligned([list(rows[0]), *(list(row.values()) for row in rows)])
 
 
-def columns(entry: Entry, failing: dict[str, dict[str, str]]) -> dict[str, str]:
+def columns(entry: TowerEntry, failing: dict[str, dict[str, str]]) -> dict[str, str]:
     """Heading -> cell of one model."""
     cells = {"name": entry.name, "width": str(entry.width)}
     if entry.image_size is not None:
@@ -191,23 +191,23 @@ def triple(values: Sequence[float] | None) -> str:
     return shown[0] if len(set(shown)) == 1 else "/".join(shown)
 
 
-def licence(entry: Entry) -> str:
+def licence(entry: TowerEntry) -> str:
     """As the model card states it."""
     return entry.licence or ("by weights" if entry.part == "pair" else "none stated")
 
 
-def good_on(entry: Entry) -> list[str]:
+def good_on(entry: TowerEntry) -> list[str]:
     """Kinds of device on which it was trained in a test."""
     tried = {*curated_names("vision"), *curated_names("text")}
     return [GOOD_ON] if entry.name in tried else []
 
 
-def fails_on(entry: Entry, failing: dict[str, dict[str, str]]) -> list[str]:
+def fails_on(entry: TowerEntry, failing: dict[str, dict[str, str]]) -> list[str]:
     """Kinds of device on which it is known to fail."""
     return [device for device, towers in failing.items() if entry.name in towers]
 
 
-def describe(entry: Entry, failing: dict[str, dict[str, str]]) -> str:
+def describe_tower(entry: TowerEntry, failing: dict[str, dict[str, str]]) -> str:
     """Everything that is known of one model, a line each."""
     rows = [["adapter", entry.adapter], ["part", entry.part]]
     rows += [[heading, cell] for heading, cell in columns(entry, failing).items()]
@@ -230,7 +230,7 @@ def describe(entry: Entry, failing: dict[str, dict[str, str]]) -> str:
     return aligned(rows)
 
 
-def as_json(entry: Entry, failing: dict[str, dict[str, str]]) -> dict[str, Any]:
+def entry_json(entry: TowerEntry, failing: dict[str, dict[str, str]]) -> dict[str, Any]:
     """The entry with its devices."""
     devices = {"good_on": good_on(entry), "fails_on": fails_on(entry, failing)}
     return {**entry.to_json(), **devices}

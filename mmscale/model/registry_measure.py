@@ -34,7 +34,7 @@ from mmscale.model.openclip_towers import (
 )
 from mmscale.model.outline import config_of, without_weights, write_description
 from mmscale.model.presets import OPENCLIP
-from mmscale.model.registry import Entry, curated
+from mmscale.model.registry import TowerEntry, curated
 from mmscale.model.sources import constructing
 from mmscale.model.timm_vision import build_timm_vision
 from mmscale.model.tower import Tower, without_values
@@ -44,7 +44,7 @@ POOLINGS = {"token": "cls", "tok": "cls", "avg": "mean", "argmax": "eos", "": "n
 IMAGE_KEYS = ("image_size", "patch_size", "num_channels", "depths")
 
 
-def measure(name: str) -> list[Entry]:
+def measure(name: str) -> list[TowerEntry]:
     """Read a model's figures; of a Hugging Face model of two parts, those of both.
 
     Args:
@@ -68,7 +68,7 @@ def measure(name: str) -> list[Entry]:
         return _hugging_face(name, folder, known["licence"])
 
 
-def _timm(name: str, rest: str) -> Entry:
+def _timm(name: str, rest: str) -> TowerEntry:
     def build() -> tuple[Tower, ImageInput]:
         return build_timm_vision(rest, VisionConfig(name=name, weights="random"), None)
 
@@ -87,7 +87,7 @@ def _timm_pooling(trunk: Any) -> str:
     return "mean"
 
 
-def _hugging_face(name: str, folder: str, licence: str | None) -> list[Entry]:
+def _hugging_face(name: str, folder: str, licence: str | None) -> list[TowerEntry]:
     whole = read_config(folder, "model.text")
     vision = getattr(whole, "vision_config", whole)
     text = getattr(whole, "text_config", whole)
@@ -99,7 +99,7 @@ def _hugging_face(name: str, folder: str, licence: str | None) -> list[Entry]:
     return found
 
 
-def _with_fault(entry: Entry, folder: str) -> Entry:
+def _with_fault(entry: TowerEntry, folder: str) -> TowerEntry:
     """A text tower in a folder, with what is wrong with its tokenizer."""
     if entry.part != "text" or not Path(folder).is_dir():
         return entry
@@ -110,7 +110,7 @@ def _with_fault(entry: Entry, folder: str) -> Entry:
     return entry
 
 
-def _hf_vision(name: str, config: Any, folder: str, licence: str | None) -> Entry:
+def _hf_vision(name: str, config: Any, folder: str, licence: str | None) -> TowerEntry:
     settings = VisionConfig(name=name, weights="random")
     pixels = image_input(folder, settings, getattr(config, "image_size", None))
     kind = class_for(config, MODEL_MAPPING, name, "model.vision")
@@ -123,7 +123,7 @@ def _hf_vision(name: str, config: Any, folder: str, licence: str | None) -> Entr
     return _vision(name, tower, pixels, tower.unpooled.kind, licence)
 
 
-def _hf_text(name: str, config: Any, folder: str, licence: str | None) -> Entry:
+def _hf_text(name: str, config: Any, folder: str, licence: str | None) -> TowerEntry:
     kind, pooling = text_class(config, name), pooling_of(folder, config, "auto")
 
     def build() -> HfTextTower:
@@ -134,7 +134,7 @@ def _hf_text(name: str, config: Any, folder: str, licence: str | None) -> Entry:
     return _text(name, tower, pooling, max_positions(tower.trunk), licence)
 
 
-def _pair(name: str) -> Entry:
+def _pair(name: str) -> TowerEntry:
     rest = name.removeprefix(OPENCLIP)
     whole = openclip_config(rest, "mmscale models")
     quick = whole.get("quick_gelu", False)
@@ -160,7 +160,7 @@ def _pair(name: str) -> Entry:
         }
         for part, entry in {"vision": image, "text": caption}.items()
     }
-    return Entry(
+    return TowerEntry(
         name=name,
         part="pair",
         width=image.width,
@@ -236,12 +236,12 @@ def _parameters(tower: Tower) -> int:
 
 def _vision(
     name: str, tower: Tower, pixels: ImageInput, pooling: str, licence: str | None
-) -> Entry:
+) -> TowerEntry:
     row = torch.zeros(1, 3, pixels.image_size, pixels.image_size)
     device = next(tower.parameters()).device
     with without_values(tower), torch.no_grad():
         image_tokens = tower.eval().forward_sequence(row.to(device))[1].shape[1]
-    return Entry(
+    return TowerEntry(
         name=name,
         part="vision",
         width=tower.width,
@@ -259,7 +259,7 @@ def _vision(
     )
 
 
-def _text(name: str, tower: Tower, pooling: str, longest: int, licence: str | None) -> Entry:
+def _text(name: str, tower: Tower, pooling: str, longest: int, licence: str | None) -> TowerEntry:
     tokens = min(longest, DEFAULT_CONTEXT)
     row = torch.ones(1, tokens, dtype=torch.int64)
     trunk: Any = tower.trunk
@@ -267,7 +267,7 @@ def _text(name: str, tower: Tower, pooling: str, longest: int, licence: str | No
         vocabulary = trunk.get_input_embeddings().num_embeddings
     else:
         vocabulary = trunk.vocab_size
-    return Entry(
+    return TowerEntry(
         name=name,
         part="text",
         width=tower.width,

@@ -7,7 +7,7 @@ Image towers: pixels [b c h w] -> features [b f]; text towers: tokens [b t], mas
 from collections.abc import Callable
 
 from mmscale.config.model import TextConfig, VisionConfig
-from mmscale.model.freezing import settle
+from mmscale.model.freezing import apply_settings
 from mmscale.model.hf_text import build_hf_text
 from mmscale.model.hf_vision import build_hf_vision
 from mmscale.model.inputs import ImageInput, TextInput
@@ -47,7 +47,7 @@ def build_vision(config: VisionConfig, image_size: int | None) -> tuple[Tower, I
     """
     source, name = parse_source(config, "model.vision", IMAGE_BUILDERS)
     tower, pixels = IMAGE_BUILDERS[source](name, config, image_size)
-    settle(tower, config, "model.vision")
+    apply_settings(tower, config, "model.vision")
     return tower, pixels.override(config)
 
 
@@ -73,5 +73,5 @@ def build_text(config: TextConfig) -> tuple[Tower, TextInput]:
     """
     source, name = parse_source(config, "model.text", TEXT_BUILDERS)
     tower, tokens = TEXT_BUILDERS[source](name, config)
-    settle(tower, config, "model.text")
+    apply_settings(tower, config, "model.text")
     return tower, tokens

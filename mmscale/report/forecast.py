@@ -6,7 +6,7 @@ from typing import Any
 
 from mmscale.engine.forecast import Forecast, device_bytes
 from mmscale.engine.memory import Holding
-from mmscale.engine.wire import FORMULA, Step, Transfer
+from mmscale.engine.wire import FORMULA, StepTime, Transfer
 from mmscale.report.metrics import in_columns
 
 UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
@@ -55,13 +55,15 @@ def _memory_rows(plan: Forecast) -> Iterator[list[str]]:
     held = {name: {h.name: h for h in plan.memory[name]} for name in names}
     for kind in _kinds(plan.memory):
         yield [kind, *(_held(held[name].get(kind)) for name in names)]
-    yield ["on the device", *(shown(device_bytes(plan.memory[name])) for name in names)]
+    yield ["on the device", *(bytes_as_text(device_bytes(plan.memory[name])) for name in names)]
 
 
 def _held(holding: Holding | None) -> str:
     if holding is None:
         return "-"
-    return f"({shown(holding.bytes)} host)" if holding.host else shown(holding.bytes)
+    return (
+        f"({bytes_as_text(holding.bytes)} host)" if holding.host else bytes_as_text(holding.bytes)
+    )
 
 
 def _wire_rows(plan: Forecast) -> Iterator[list[str]]:
@@ -73,14 +75,14 @@ def _wire_rows(plan: Forecast) -> Iterator[list[str]]:
         collectives = {transfer.collective: None for transfer in found if transfer}
         yield [kind, " or ".join(collectives), *(_sent(t, plan.batch.world) for t in found)]
     totals = (sum(t.sent(plan.batch.world) for t in plan.wire[name]) for name in names)
-    yield ["in all", "", *map(shown, totals)]
+    yield ["in all", "", *map(bytes_as_text, totals)]
 
 
 def _sent(transfer: Transfer | None, world: int) -> str:
     if transfer is None:
         return "-"
     times = f"{transfer.times} x " if transfer.times > 1 else ""
-    return times + shown(transfer.sent(world) // transfer.times)
+    return times + bytes_as_text(transfer.sent(world) // transfer.times)
 
 
 def _kinds(groups: dict[str, Any]) -> list[str]:
@@ -123,7 +125,7 @@ def _efficiency(plan: Forecast) -> Iterator[str]:
     yield f"  {FORMULA}"
 
 
-def shown(size: float) -> str:
+def bytes_as_text(size: float) -> str:
     """Bytes as a reader takes them in."""
     for unit, name in UNITS:
         if size >= unit:
@@ -131,7 +133,7 @@ def shown(size: float) -> str:
     return f"{size:.0f} B"
 
 
-def as_json(plan: Forecast) -> dict[str, Any]:
+def plan_json(plan: Forecast) -> dict[str, Any]:
     """Everything as `--json` writes it."""
     return {
         "predicted": True,
@@ -188,7 +190,7 @@ def _transfer(transfer: Transfer, world: int) -> dict[str, Any]:
     }
 
 
-def _step(step: Step) -> dict[str, Any]:
+def _step(step: StepTime) -> dict[str, Any]:
     return {
         "gpus": step.gpus,
         "global_rows": step.global_rows,

@@ -40,7 +40,7 @@ def rows(space: Space, trials: Sequence[Trial]) -> list[list[str]]:
     return [heads, *(_row(space, trial) for trial in order)]
 
 
-def table(space: Space, trials: Sequence[Trial]) -> str:
+def sweep_table(space: Space, trials: Sequence[Trial]) -> str:
     """The rows as aligned text, and the best trial's words."""
     lines = [in_columns(rows(space, trials), left={1})]
     if (top := best(space, trials)) is not None:
@@ -49,7 +49,7 @@ def table(space: Space, trials: Sequence[Trial]) -> str:
     return "\n".join(lines)
 
 
-def write_page(out: Path, space: Space, trials: Sequence[Trial]) -> Path:
+def write_sweep_page(out: Path, space: Space, trials: Sequence[Trial]) -> Path:
     """Write `sweep.html` into the sweep's folder."""
     path, top = out / PAGE, best(space, trials)
     write_html(
@@ -62,12 +62,12 @@ def write_page(out: Path, space: Space, trials: Sequence[Trial]) -> Path:
         best=top.number + 1 if top else None,
         words=shlex.join(space.words(top.parameters)) if top else "",
         failed=[(trial.number + 1, trial.why) for trial in trials if trial.why],
-        picture=draw(space, trials),
+        picture=draw_sweep(space, trials),
     )
     return path
 
 
-def draw(space: Space, trials: Sequence[Trial]) -> str:
+def draw_sweep(space: Space, trials: Sequence[Trial]) -> str:
     """Values in the order of the trials, their evaluations, and values over each parameter.
 
     Returns:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
-from mmscale.config.explain import shown
+from mmscale.config.explain import in_yaml
 from mmscale.config.load import effective, load_config, read_yaml
 from mmscale.config.values import Positive, PositiveFloat, Section
 from mmscale.errors import ConfigError
@@ -107,7 +107,7 @@ class Space(Section):
         return (*self.base, *(word for word in own if word in kept))
 
 
-def read_space(path: Path) -> Space:
+def read_search_space(path: Path) -> Space:
     """A search whose every setting is known to exist.
 
     Raises:
@@ -162,4 +162,4 @@ def _explain(path: Path, error: ValidationError) -> Iterator[str]:
             yield f"{where} must say its kind, one of {', '.join(KINDS)}; add kind: uniform"
         else:
             rule = str(fault["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-            yield f"{where}={shown(fault['input'])}: {rule}; mend it"
+            yield f"{where}={in_yaml(fault['input'])}: {rule}; mend it"

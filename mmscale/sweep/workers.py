@@ -20,7 +20,7 @@ from mmscale.config.load import flatten
 from mmscale.errors import ConfigError, HaltError, TerminatedError, explained, printable
 from mmscale.outputs import replace_file
 from mmscale.parallel.signals import StopSignal
-from mmscale.sweep.space import Space, read_space
+from mmscale.sweep.space import Space, read_search_space
 from mmscale.sweep.study import Attempt, Study, Trial, require_optuna, trial_folder
 from mmscale.sweep.trial import train_trial
 
@@ -36,9 +36,9 @@ def prepare(space_path: Path, out: Path) -> Space:
         ConfigError: The search is wrong, or `out` holds another one.
     """
     require_optuna()
-    space, kept = read_space(space_path), out / SPACE
+    space, kept = read_search_space(space_path), out / SPACE
     if kept.exists():
-        before, now = flatten(read_space(kept)), flatten(space)
+        before, now = flatten(read_search_space(kept)), flatten(space)
         faults = [
             f"{space_path}: {key}={now.get(key)} differs from the {before.get(key)} that {out} was "
             "begun with; put it back, or name another folder with --out"
@@ -97,7 +97,7 @@ def work(out: Path) -> int:
         TerminatedError: SIGTERM came; the training in hand has written a checkpoint.
     """
     stop = StopSignal()
-    space = read_space(out / SPACE)
+    space = read_search_space(out / SPACE)
     study = Study(space, out)
     while (attempt := study.next()) is not None:
         with contextlib.closing(attempt):
@@ -123,7 +123,7 @@ def best(space: Space, trials: Sequence[Trial]) -> Trial | None:
     return choose(found, key=lambda trial: trial.value or 0.0, default=None)
 
 
-def as_json(space: Space, trials: Sequence[Trial]) -> dict[str, Any]:
+def sweep_json(space: Space, trials: Sequence[Trial]) -> dict[str, Any]:
     """A sweep as `--json` writes it."""
     top = best(space, trials)
     return {

@@ -18,7 +18,7 @@ from PIL import Image
 from mmscale.data.manifest import read_manifest
 from mmscale.data.pack import PackSettings, pack
 from mmscale.data.scenes import draw_scene, paint
-from mmscale.data.synth import describe
+from mmscale.data.synth import describe_scene
 from mmscale.errors import LaunchError
 from tools.bench.results import Result, peers_folder
 
@@ -78,7 +78,9 @@ def render(folder: Path, images: int) -> None:
         square = Image.open(io.BytesIO(paint(scene, WIDTH, 95, (0, index))))
         picture = square.crop((0, 0, WIDTH, HEIGHT))
         picture.save(folder / f"{index:06d}.jpg", quality=QUALITY)
-        rows += [(f"{index:06d}.jpg", text, "train") for text in describe(scene, f"0/{index}", 0.0)]
+        rows += [
+            (f"{index:06d}.jpg", text, "train") for text in describe_scene(scene, f"0/{index}", 0.0)
+        ]
     with (folder / "captions.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
 

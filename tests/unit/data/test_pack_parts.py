@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from mmscale.data.pack import PackSettings, pack
-from mmscale.data.pack_folder import Part
+from mmscale.data.pack_folder import PackPart
 from mmscale.data.synth import SynthSettings, render
 from mmscale.data.verify import verify
 from mmscale.errors import ConfigError, DataError
@@ -35,16 +35,18 @@ def contents(folder):
 
 def test_parts_one_after_the_other_make_the_whole(scenes, straight, tmp_path):
     for number in (2, 3):
-        results = pack(scenes, tmp_path, PackSettings(samples_per_shard=5), part=Part(number, 3))
+        results = pack(
+            scenes, tmp_path, PackSettings(samples_per_shard=5), part=PackPart(number, 3)
+        )
         assert not list(tmp_path.rglob("manifest.json"))
     assert "other parts have 4 shards to write" in str(results[0])
-    results = pack(scenes, tmp_path, PackSettings(samples_per_shard=5), part=Part(1, 3))
+    results = pack(scenes, tmp_path, PackSettings(samples_per_shard=5), part=PackPart(1, 3))
     assert [result.missing for result in results] == [0, 0, 0]
     assert contents(tmp_path) == straight
 
 
 def test_a_part_that_failed_may_be_left_to_a_whole_pack(scenes, straight, tmp_path):
-    pack(scenes, tmp_path, PackSettings(samples_per_shard=5), part=Part(2, 5))
+    pack(scenes, tmp_path, PackSettings(samples_per_shard=5), part=PackPart(2, 5))
     results = pack(scenes, tmp_path, PackSettings(samples_per_shard=5))
     assert sum(result.kept for result in results) == 2
     assert contents(tmp_path) == straight
@@ -52,7 +54,12 @@ def test_a_part_that_failed_may_be_left_to_a_whole_pack(scenes, straight, tmp_pa
 
 def test_more_parts_than_shards(scenes, tmp_path):
     for number in range(1, 6):
-        pack(scenes, tmp_path, PackSettings(split="val", samples_per_shard=5), part=Part(number, 5))
+        pack(
+            scenes,
+            tmp_path,
+            PackSettings(split="val", samples_per_shard=5),
+            part=PackPart(number, 5),
+        )
     assert verify(tmp_path) == []
 
 
@@ -136,8 +143,8 @@ def test_two_processes_never_write_one_shard_and_a_killed_one_leaves_no_claim(sc
 @pytest.mark.parametrize("text", ["", "1", "0/2", "3/2", "1/0", "-1/2", "1/2/3", "a/b", "1.5/2"])
 def test_what_is_no_part_is_refused(text):
     with pytest.raises(ConfigError, match="is not a part of a whole"):
-        Part.parse(text)
+        PackPart.parse(text)
 
 
 def test_a_part_is_read_from_its_text():
-    assert Part.parse("2/8") == Part(2, 8)
+    assert PackPart.parse("2/8") == PackPart(2, 8)

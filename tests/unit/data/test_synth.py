@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from mmscale.data.scenes import COLOURS, SHAPES, draw_scene
-from mmscale.data.synth import SynthSettings, describe, image_name, render
+from mmscale.data.synth import SynthSettings, describe_scene, image_name, render
 from mmscale.errors import ConfigError
 
 
@@ -62,7 +62,7 @@ def things_named(caption):
 def test_five_differing_captions_name_every_thing_and_nothing_else():
     for index in range(300):
         scene = draw_scene(0, index)
-        captions = describe(scene, f"0/{index}")
+        captions = describe_scene(scene, f"0/{index}")
         assert len(set(captions)) == 5
         for caption in captions:
             assert things_named(caption) == {(t.colour, t.shape) for t in scene.things}, caption
@@ -73,7 +73,7 @@ def test_relations_are_true():
     for index in range(300):
         scene = draw_scene(1, index)
         where = {(t.colour, t.shape): t for t in scene.things}
-        for caption in describe(scene, f"1/{index}"):
+        for caption in describe_scene(scene, f"1/{index}"):
             if " is " not in caption or ";" in caption or "The" in caption:
                 continue
             first, rest = caption.lower().split(" is ", 1)
@@ -124,7 +124,7 @@ def test_captions_are_true_and_tell_their_scene_among_five_hundred():
     scenes = [draw_scene(0, index) for index in range(500)]
     alone = []
     for index, scene in enumerate(scenes):
-        captions = describe(scene, f"0/{index}")
+        captions = describe_scene(scene, f"0/{index}")
         assert all(fits(caption, scene) for caption in captions), captions
         alone.append(sum(fits(captions[0], other) for other in scenes) == 1)
     assert sum(alone) >= 0.98 * len(alone)
@@ -133,7 +133,7 @@ def test_captions_are_true_and_tell_their_scene_among_five_hundred():
 def test_ambiguous_captions_still_hold_for_their_scene():
     for index in range(100):
         scene = draw_scene(0, index)
-        captions = describe(scene, f"0/{index}", ambiguity=1.0)
+        captions = describe_scene(scene, f"0/{index}", ambiguity=1.0)
         assert len(set(captions)) == 5
         for caption in captions:
             words = set(re.findall("[a-z]+", caption.lower()))

@@ -28,7 +28,7 @@ from mmscale.data.caption_text import unknown_words
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.model.build import build_model
 from mmscale.model.inputs import join_inputs
-from mmscale.model.registry import describe
+from mmscale.model.registry import describe_tower
 from mmscale.model.registry_measure import measure
 from mmscale.model.towers import build_text, build_vision
 from mmscale.parallel.device import FAILING_TOWERS
@@ -210,6 +210,6 @@ def test_the_figures_of_a_folder_say_that_it_lacks_its_tokenizer(bert_folder):
     [found] = measure(f"hf:{bert_folder}")
     assert found.width == whole.width
     assert "lacks the files of its tokenizer" in found.fault
-    assert "cannot be trained" in describe(found, FAILING_TOWERS)
+    assert "cannot be trained" in describe_tower(found, FAILING_TOWERS)
     assert "fault" in found.to_json()
     assert "fault" not in whole.to_json()

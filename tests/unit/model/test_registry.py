@@ -11,7 +11,7 @@ from transformers import BertConfig
 
 from mmscale.errors import ConfigError
 from mmscale.model.outline import config_of
-from mmscale.model.registry import as_json, curated, curated_names, entries, find, overview
+from mmscale.model.registry import curated, curated_names, entries, entry_json, find, overview
 from mmscale.model.registry_measure import measure
 from mmscale.parallel.device import FAILING_TOWERS
 from tools.tower_pairs import all_pairs, train_pairs
@@ -139,10 +139,10 @@ def test_names_are_found_with_and_without_their_source():
 
 
 def test_the_overview_and_the_figures_say_where_a_tower_fails():
-    bert = as_json(entries()["hf:google-bert/bert-base-uncased"], FAILING_TOWERS)
+    bert = entry_json(entries()["hf:google-bert/bert-base-uncased"], FAILING_TOWERS)
     assert bert["fails_on"] == ["mps"]
     assert bert["memory_bytes"] == 4 * bert["parameters"]
-    assert as_json(entries()["hf:albert/albert-base-v2"], FAILING_TOWERS)["fails_on"] == []
+    assert entry_json(entries()["hf:albert/albert-base-v2"], FAILING_TOWERS)["fails_on"] == []
     text = overview(FAILING_TOWERS)
     for name in ("beit_large_patch16_512", "medium-mobilebert", "openclip:ViT-bigG-14"):
         assert name in text

@@ -2,7 +2,7 @@ import pytest
 import yaml
 
 from mmscale.errors import ConfigError
-from mmscale.sweep.space import read_space
+from mmscale.sweep.space import read_search_space
 
 SPACE = {
     "base": ["demo", "data.train=somewhere"],
@@ -24,7 +24,7 @@ def refused(tmp_path):
         path = tmp_path / "space.yaml"
         path.write_text(yaml.safe_dump({**SPACE, **changes}))
         with pytest.raises(ConfigError) as caught:
-            read_space(path)
+            read_search_space(path)
         return str(caught.value)
 
     return say
@@ -33,7 +33,7 @@ def refused(tmp_path):
 def test_a_search_is_read_and_its_values_become_words(tmp_path):
     path = tmp_path / "space.yaml"
     path.write_text(yaml.safe_dump(SPACE))
-    space = read_space(path)
+    space = read_search_space(path)
     assert (space.metric, space.direction) == ("eval/mean", "maximize")
     choices = space.parameters["loss.preset"].texts
     words = space.words({"optim.lr": 1e-3, "loss.preset": choices[1]})
@@ -49,7 +49,7 @@ KINDS_OF_HEAD = {
 def test_a_trial_is_spared_what_its_other_values_leave_without_effect(tmp_path):
     path = tmp_path / "space.yaml"
     path.write_text(yaml.safe_dump({**SPACE, "parameters": KINDS_OF_HEAD}))
-    space = read_space(path)
+    space = read_search_space(path)
     deep = space.words({"model.head.kind": "mlp", "model.head.hidden": 32})
     flat = space.words({"model.head.kind": "linear", "model.head.hidden": 32})
     assert deep == (*SPACE["base"], "model.head.kind=mlp", "model.head.hidden=32")

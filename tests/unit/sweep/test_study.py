@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from mmscale.sweep.page import draw, rows, table, write_page
+from mmscale.sweep.page import draw_sweep, rows, sweep_table, write_sweep_page
 from mmscale.sweep.space import Space
 from mmscale.sweep.study import Study, trial_folder
 from mmscale.sweep.trial import Outcome, claim
-from mmscale.sweep.workers import as_json, best
+from mmscale.sweep.workers import best, sweep_json
 
 pytest.importorskip("optuna")
 
@@ -123,12 +123,12 @@ def test_a_trial_below_the_median_stops_and_a_failed_one_says_why(space, tmp_pat
     assert trials[3].why == "optim.lr=7 is too much"
     assert best(space, trials) == trials[1]
     assert best(space.model_copy(update={"direction": "minimize"}), trials) == trials[0]
-    found = as_json(space, trials)
+    found = sweep_json(space, trials)
     assert found["best"] == 1
     assert found["words"][0] == "demo"
     assert [row[0] for row in rows(space, trials)[1:]] == ["2", "1", "3", "4"]
-    assert "best: trial 2, eval/mean 21" in table(space, trials)
-    page = write_page(tmp_path, space, trials).read_text("utf-8")
+    assert "best: trial 2, eval/mean 21" in sweep_table(space, trials)
+    page = write_sweep_page(tmp_path, space, trials).read_text("utf-8")
     assert "Trial 4 failed: optim.lr=7 is too much" in page
     assert "mmscale train demo" in page
 
@@ -146,4 +146,4 @@ def test_the_end_of_a_trial_does_not_depend_on_when_it_was_looked_at(space, tmp_
 def test_a_search_without_a_value_still_has_a_picture(space, tmp_path):
     study = Study(space, tmp_path)
     assert study.next() is not None
-    assert draw(space, study.trials()).startswith("data:image/png;base64,")
+    assert draw_sweep(space, study.trials()).startswith("data:image/png;base64,")
