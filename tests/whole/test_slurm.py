@@ -148,7 +148,7 @@ def test_a_job_one_of_whose_ranks_is_killed_goes_on_from_its_last_checkpoint(
     (resumed,) = slurm.resumed(number)
     assert resumed == last - last % 10 or resumed == last - last % 10 - 10, "of the last two saves"
     assert "a rank was killed" in slurm.logs(number)
-    assert "lost its connection" in slurm.rank_logs(number)["rank-0.log"].read_text("utf-8")
+    assert "rank 1 ended without a word" in slurm.rank_logs(number)["rank-0.log"].read_text("utf-8")
     _assert_nothing_lost_or_repeated(ours.run_dir, uninterrupted, last + 7)
 
 
