@@ -4,7 +4,7 @@ A query is found at K if any candidate with its id is among the first K. Ties co
 model, so embeddings that are all the same find nothing at all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,23 +73,40 @@ def recall_counts(
         ks: Lengths of the list that is looked at.
         chunk: Queries compared at once; the counts do not depend on it.
     """
-    columns = on_grid(candidates).T
     limits = torch.tensor(ks, device=queries.device)
     counts = torch.zeros(len(ks), dtype=torch.int64, device=queries.device)
-    for rows, ids in zip(torch.split(queries, chunk), torch.split(query_ids, chunk), strict=True):
-        similarity = on_grid(rows) @ columns
-        right = ids[:, None] == candidate_ids[None, :]
+    for similarity, right in _compared(queries, candidates, query_ids, candidate_ids, chunk):
         counts += _found(similarity, right, limits).sum(dim=0)
     return counts
+
+
+def _compared(
+    queries: Float[Tensor, "q d"],
+    candidates: Float[Tensor, "c d"],
+    query_ids: Int64[Tensor, " q"],
+    candidate_ids: Int64[Tensor, " c"],
+    chunk: int,
+) -> Iterator[tuple[Float[Tensor, "k c"], Bool[Tensor, "k c"]]]:
+    """Similarities of so many queries at once to all candidates, and which of these are right."""
+    columns = on_grid(candidates).T
+    for rows, ids in zip(torch.split(queries, chunk), torch.split(query_ids, chunk), strict=True):
+        yield on_grid(rows) @ columns, ids[:, None] == candidate_ids[None, :]
+
+
+def _best_and_ahead(
+    values: Float[Tensor, "q c"], right: Bool[Tensor, "q c"]
+) -> tuple[Float[Tensor, "q 1"], Int64[Tensor, "q 1"]]:
+    """The best right candidate's value, and how many wrong ones are at least as high."""
+    best = values.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+    # Not "at least as high", so that a NaN counts against the model too.
+    return best, (~(values < best) & ~right).sum(dim=1, keepdim=True)
 
 
 def _found(
     values: Float[Tensor, "q c"], right: Bool[Tensor, "q c"], limits: Int64[Tensor, " ks"]
 ) -> Bool[Tensor, "q ks"]:
     """Whether fewer wrong candidates than each limit are at least as high as the best right one."""
-    best = values.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-    # Not "at least as high", so that a NaN counts against the model too.
-    ahead = (~(values < best) & ~right).sum(dim=1, keepdim=True)
+    _, ahead = _best_and_ahead(values, right)
     return (ahead < limits) & right.any(dim=1, keepdim=True)
 
 
@@ -172,12 +189,12 @@ def _first(
     k: int,
     chunk: int,
 ) -> Int64[Tensor, "q k"]:
-    columns, found = on_grid(candidates).T, []
-    for rows, ids in zip(queries.split(chunk), query_ids.split(chunk), strict=True):
-        right = ids[:, None] == candidate_ids[None, :]
-        similarity = on_grid(rows) @ columns - HALF_A_TIE * right
-        found.append(similarity.topk(min(k, len(candidates)), dim=1).indices)
-    return torch.cat(found)
+    return torch.cat(
+        [
+            (similarity - HALF_A_TIE * right).topk(min(k, len(candidates)), dim=1).indices
+            for similarity, right in _compared(queries, candidates, query_ids, candidate_ids, chunk)
+        ]
+    )
 
 
 def _right(pairs: Pairs, images: Tensor, captions: Tensor) -> Tensor:
@@ -230,13 +247,10 @@ def best_and_worst(
     """
     columns = on_grid(candidates).T
     ranks, leads = [], []
-    for rows, ids in zip(torch.split(queries, _CHUNK), torch.split(query_ids, _CHUNK), strict=True):
-        similarity = on_grid(rows) @ columns
-        right = ids[:, None] == candidate_ids[None, :]
-        best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-        rivals = similarity.masked_fill(right, -torch.inf)
-        ranks.append(1 + (rivals >= best).sum(dim=1))
-        leads.append(best[:, 0] - rivals.amax(dim=1))
+    for similarity, right in _compared(queries, candidates, query_ids, candidate_ids, _CHUNK):
+        best, ahead = _best_and_ahead(similarity, right)
+        ranks.append(1 + ahead[:, 0])
+        leads.append(best[:, 0] - similarity.masked_fill(right, -torch.inf).amax(dim=1))
     rank, lead = torch.cat(ranks), torch.cat(leads)
     order = sorted(range(len(rank)), key=lambda row: (int(rank[row]), -float(lead[row])))
     chosen = (

@@ -118,7 +118,8 @@ def _first_cause(
         if notice is not None and _store is not None:
             _wait_for_readers(_store, world)
         return LaunchError(_lost(world, error)) if _lost_connection(error) else error
-    _acknowledge()
+    assert _store is not None, "a notice was read from the store"
+    _acknowledge(_store)
     if told(error) is not None:
         return error
     return PeerFailedError(
@@ -158,8 +159,7 @@ def _watch(store: dist.Store, rank: int) -> None:
             tell_stacks(rank)
         if _handled.wait(_GRACE_SECONDS):
             return
-        with suppress(RuntimeError):
-            store.add(_READ, 1)
+        _acknowledge(store)
         _end(f"rank {notice['rank']} failed: {notice['message']}", notice["exit_code"])
 
 
@@ -200,9 +200,7 @@ def _publish(world: World, error: BaseException) -> dict[str, Any] | None:
             _await_word(_store)
         if _lost_connection(error):
             code, text = LaunchError.exit_code, _lost(world, error)
-        mine = _notice(world, code, text)
-        first = _store.compare_set(_NOTICE, "", mine)
-        return dict(json.loads(first))
+        return _post(_store, world, code, text)
     except RuntimeError:
         return None
 
@@ -213,9 +211,16 @@ def _await_word(store: "dist.Store") -> None:
         time.sleep(0.05)
 
 
-def _notice(world: World, code: int, text: str, stacks: bool = False) -> str:
-    found = {"rank": world.rank, "exit_code": code, "message": text[:2000], "stacks": stacks}
-    return json.dumps(found)
+def _post(
+    store: "dist.Store", world: World, code: int, text: str, stacks: bool = False
+) -> dict[str, Any]:
+    """Post a notice of this rank's unless one is there; the first.
+
+    Raises:
+        RuntimeError: The store is gone.
+    """
+    mine = {"rank": world.rank, "exit_code": code, "message": text[:2000], "stacks": stacks}
+    return dict(json.loads(store.compare_set(_NOTICE, "", json.dumps(mine))))
 
 
 def first_failure(world: World, code: int, message: str, stacks: bool = False) -> str:
@@ -235,9 +240,9 @@ def first_failure(world: World, code: int, message: str, stacks: bool = False) -
     if store is None or world.size == 1:
         return message
     with suppress(RuntimeError):
-        first = json.loads(store.compare_set(_NOTICE, "", _notice(world, code, message, stacks)))
+        first = _post(store, world, code, message, stacks)
         if first["rank"] != world.rank:
-            store.add(_READ, 1)
+            _acknowledge(store)
             return f"rank {first['rank']} failed: {first['message']}"
         _wait_for_readers(store, world)
     return message
@@ -250,10 +255,9 @@ def tell_stacks(rank: int) -> None:
     faulthandler.dump_traceback(sys.stderr, all_threads=True)
 
 
-def _acknowledge() -> None:
-    assert _store is not None, "a notice was read from the store"
+def _acknowledge(store: "dist.Store") -> None:
     with suppress(RuntimeError):
-        _store.add(_READ, 1)
+        store.add(_READ, 1)
 
 
 def _wait_for_readers(store: "dist.Store", world: World) -> None:

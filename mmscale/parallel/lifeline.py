@@ -20,6 +20,7 @@ _CONNECT_SECONDS = 30.0
 # Lost after 5 + 4 * 3 seconds without an answer.
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPALIVE": 5, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 4}
 
+# What others learn this process's end from.
 _sockets: list[socket.socket] = []
 # No fork comes between a connection and its place in the list.
 _listing = threading.Lock()
@@ -76,7 +77,6 @@ def _watch(store: "dist.Store", follows: int, gone: Callable[[int], None]) -> No
             "others notice only when an exchange with it fails\n"
         )
         return
-    _sockets.append(line)
     line.settimeout(None)
     line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in _KEEP_ALIVE.items():

@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import pickle
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
@@ -11,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[2]
 # How long the other ranks may take to end by themselves once one has failed, so that all are heard.
 GRACE_SECONDS = 10.0
 
@@ -71,6 +74,31 @@ def run_on_ranks(
                     process.kill()
                     process.join()
         return _collect(Path(folder), processes, late, timeout)
+
+
+def start_ranks(
+    program: str, world: int, address: str = "127.0.0.1"
+) -> list[subprocess.Popen[str]]:
+    """Start a program for each rank, as a launcher would that does nothing else; rank 0 first.
+
+    Args:
+        program: Python code.
+        world: Processes to start.
+        address: Where they meet.
+    """
+    meeting = {"MASTER_ADDR": address, "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            env={**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for rank in range(world)
+    ]
 
 
 def free_port() -> int:

@@ -2,10 +2,8 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -18,10 +16,9 @@ from mmscale.parallel.peers import connect
 from mmscale.parallel.world import join_ranks
 from mmscale.training.part import Step
 from mmscale.training.step import Learner, train_step
-from tests.ranks.launch import free_port
+from tests.ranks.launch import start_ranks
 from tests.ranks.tiny import ROWS, build_engine, joint_batch, share, tiny_config
 
-ROOT = Path(__file__).resolve().parents[2]
 CAUSE = "shard-000003.tar: cannot be read; restore the shard"
 SECONDS = 30.0
 # Engine, ZeRO stage, the rank that fails; each costs the start of two processes.
@@ -74,27 +71,9 @@ def _fail(how: str) -> None:
 
 def _ends(kind: str, stage: int | None, failing: int, how: str) -> list[tuple[int, str]]:
     """Exit code and stderr of two ranks started by hand, within the time that they have."""
-    port = str(free_port())
     call = f"main({kind!r}, {stage!r}, {failing}, {how!r})"
     program = f"from tests.ranks.test_failing_together import main; {call}"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", program],
-            cwd=ROOT,
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    ranks = start_ranks(program, 2)
     try:
         ranks[failing].stdout.readline()
         deadline = time.monotonic() + SECONDS

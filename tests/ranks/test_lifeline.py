@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
@@ -14,9 +13,8 @@ from mmscale.contracts import World
 from mmscale.errors import explained
 from mmscale.parallel.failure import failing_together
 from mmscale.parallel.world import join_ranks, leave
-from tests.ranks.launch import free_port
+from tests.ranks.launch import ROOT, start_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 30.0
 
 
@@ -42,25 +40,7 @@ def _live(lives: float, parent: int | None) -> int:
 
 def _start(size: int, lives: float = 600.0, parent: int | None = None) -> list[subprocess.Popen]:
     program = f"from tests.ranks.test_lifeline import main; main({lives}, {parent})"
-    meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", program],
-            cwd=ROOT,
-            env={
-                **os.environ,
-                **meeting,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(size),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        for rank in range(size)
-    ]
+    return start_ranks(program, size, address="localhost")
 
 
 def _ends(ranks: list[subprocess.Popen], seconds: float) -> list[tuple[int, str]]:
