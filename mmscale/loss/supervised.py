@@ -64,12 +64,16 @@ def _classification(settings: ClassificationTerm, given: Given) -> TermValue:
     classes = logits.shape[1]
     if given.rows.step == 0:
         _require_label(labels, given.peers)
-    if (labels >= classes).any():
+    # An accelerator would have to be waited for: between logged updates it tells by a loss of NaN,
+    # which is never trained on.
+    if (given.rows.is_logged or labels.device.type == "cpu") and (labels >= classes).any():
         raise ConfigError(
             f"a label of the data is {int(labels.max())}, but must be below "
             f"model.fusion.classes={classes}; raise it"
         )
-    loss = classification(logits, labels, given.peers)
+    known = labels < classes
+    loss = classification(logits, labels.where(known, NO_LABEL), given.peers)
+    loss = loss.where(known.all(), torch.nan)
     return TermValue(loss, lambda counts: Bounds(0.0, math.log(classes)))
 
 

@@ -176,14 +176,18 @@ class _SumsAndPositives(torch.autograd.Function):
         ctx: Any, rows: Tensor, columns: Tensor, scale: Tensor, column_ids: Tensor, first: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, y, s = _like(rows, columns, scale)
-        ctx.shift, ctx.kept = shift_for(x, y, s), []
-        sums = shifted_sums(x, y, s, ctx.shift, ctx.kept)
-        if sums is None:
-            ctx.shift, ctx.kept = None, []
+        ctx.shift, ctx.kept = None, []
+        # Which shift suits is known to the host alone, for which an accelerator would have to wait.
+        if x.device.type == "cpu":
+            ctx.shift = shift_for(x, y, s)
+            sums = shifted_sums(x, y, s, ctx.shift, ctx.kept)
+            if sums is None:
+                ctx.shift, ctx.kept = None, []
+        if ctx.shift is None:
             sums = logs = running_sums(x, y, s)
         else:
             logs = sums[0].log() + ctx.shift, sums[1].log() + ctx.shift
-        _, slots, counts = column_ids.unique(return_inverse=True, return_counts=True)
+        slots, counts = _slots(column_ids)
         row_slots = slots[first : first + len(x)]
         partners = _summed(y, slots, len(counts))[row_slots]
         positive = partners.mul_(x).sum(1) * s / counts[row_slots]
@@ -265,6 +269,17 @@ class _BankSum(torch.autograd.Function):
 
 def _hidden(ids: Int64[Tensor, " b"], bank_ids: Int64[Tensor, " k"]) -> Bool[Tensor, "b k"]:
     return (ids[:, None] == bank_ids) | (bank_ids < 0)
+
+
+def _slots(ids: Int64[Tensor, " n"]) -> tuple[Int64[Tensor, " n"], Int64[Tensor, " n"]]:
+    """A number below n for each different id, and how many rows have it; of as many as rows.
+
+    `unique` would give fewer numbers, but how many only the device knows.
+    """
+    ordered, order = ids.sort()
+    begins = (ordered.diff() != 0).cumsum(0)
+    slots = torch.zeros_like(ids).scatter_(0, order[1:], begins)
+    return slots, torch.zeros_like(ids).scatter_add_(0, slots, torch.ones_like(ids))
 
 
 def _summed(
