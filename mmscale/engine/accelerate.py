@@ -49,6 +49,12 @@ class AccelerateEngine:
         groups = parameter_groups(model, config.optim)
         self._kind = optimizer_kind(config.optim, policy.fused_optimizer, sharded=False)
         optimizer = self._kind.build(groups)
+        # torch's fused optimizers read a divisor and a flag from the device.
+        self.decides_on_device = (
+            policy.runs_ahead
+            and self._accelerator.scaler is None
+            and getattr(optimizer, "_step_supports_amp_scaling", False)
+        )
         self._optimizer = self._accelerator.prepare_optimizer(optimizer)
         # accelerate loads the optimizer's state anew: these are the groups that it goes by.
         self.groups: list[dict[str, Any]] = self._optimizer.param_groups
@@ -79,21 +85,34 @@ class AccelerateEngine:
     def part_norms(self) -> Float[Tensor, " parts"]:
         if self._accelerator.scaler is not None:
             self._accelerator.unscale_gradients(self._optimizer)
+        zero = torch.zeros((), device=self.device)
         squares = [
-            sum((_square(p.grad) for p in part if p.grad is not None), torch.zeros(()))
+            torch.as_tensor(sum((_square(p.grad) for p in part if p.grad is not None), zero))
             for part in self._parts.values()
         ]
         # Every rank holds the averaged gradient, and the ranks' shares are going to be summed.
-        return torch.stack([torch.as_tensor(s).cpu() for s in squares]) / self._world.size
+        return torch.stack(squares) / self._world.size
 
-    def apply(self, factor: float, total_norm: float) -> None:
+    def apply(
+        self, factor: float, total_norm: float | Tensor, applied: Tensor | None = None
+    ) -> None:
         set_rates(self._optimizer.param_groups, factor)
-        if self._clip is not None and total_norm > self._clip:
+        if applied is not None:
+            inner: Any = self._optimizer.optimizer
+            inner.grad_scale = self._divisor(torch.as_tensor(total_norm))
+            inner.found_inf = applied.logical_not().float()
+        elif self._clip is not None and total_norm > self._clip:
             gradients = [
                 p.grad for part in self._parts.values() for p in part if p.grad is not None
             ]
             torch._foreach_mul_(gradients, self._clip / (total_norm + 1e-6))
         self._optimizer.step()
+
+    def _divisor(self, total_norm: Tensor) -> Tensor:
+        """What a gradient is divided by so that it is clipped."""
+        if self._clip is None:
+            return torch.ones_like(total_norm, dtype=torch.float32)
+        return ((total_norm + 1e-6) / self._clip).clamp(min=1).float()
 
     def skip_update(self) -> None:
         if self._accelerator.scaler is not None:

@@ -38,6 +38,8 @@ _PATIENCE = 2000  # applied updates after which a larger factor is tried
 class DeepSpeedEngine:
     """The model sharded over all ranks by ZeRO."""
 
+    decides_on_device = False
+
     def __init__(
         self, model: nn.Module, config: Config, plan: BatchPlan, policy: DevicePolicy, world: World
     ):
@@ -96,7 +98,10 @@ class DeepSpeedEngine:
                 squares[index] = torch.stack(pieces).sum().cpu()
         return squares
 
-    def apply(self, factor: float, total_norm: float) -> None:
+    def apply(
+        self, factor: float, total_norm: float | Tensor, applied: Tensor | None = None
+    ) -> None:
+        assert applied is None, "DeepSpeed's own update asks the host"
         set_rates(self._zero.param_groups, factor)
         self._engine.step()
         self._updates += 1
@@ -244,7 +249,7 @@ class _ShardedShadow:
         self._statistics = {n: (own[n], other[n]) for n in other if n not in self._parameters}
 
     @torch.no_grad()
-    def follow(self, share: float) -> None:
+    def follow(self, share: float | Tensor) -> None:
         for own, trained in self._parameters.values():
             own.ds_tensor.data.lerp_(trained.ds_tensor.data.to(own.ds_tensor), share)
         for mean, latest in self._statistics.values():

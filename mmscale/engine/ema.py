@@ -33,7 +33,11 @@ class Replica:
         self._names = list(theirs)
 
     @torch.no_grad()
-    def follow(self, share: float) -> None:
+    def follow(self, share: float | Tensor) -> None:
+        if isinstance(share, Tensor):
+            for own, trained in self._pairs:
+                own.lerp_(trained.to(own.dtype), share.to(own.dtype))
+            return
         torch._foreach_lerp_([a for a, _ in self._pairs], [b for _, b in self._pairs], share)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

@@ -16,18 +16,22 @@ class Engine(Protocol):
 
     One update is `begin_update`, any number of `call`s and `backward`s of which the last
     says so, then `part_norms`, then `apply` or `skip_update`. Gradients are averaged over ranks.
+    Where the host runs ahead of the device, `apply` alone ends it.
 
     Attributes:
         label: Name for the log.
         device: Where this rank computes.
         module: The model; sharded weights are only whole inside `call`.
         groups: Optimizer groups with their base rates.
+        decides_on_device: `apply` takes the norm, and whether the update is applied, from the
+            device: nothing of an update is waited for.
     """
 
     label: str
     device: torch.device
     module: nn.Module
     groups: list[dict[str, Any]]
+    decides_on_device: bool
 
     def call(self, mode: str, *inputs: Any) -> Any:
         """Forward through the engine in its precision; `mode` as in the model's forward."""
@@ -44,8 +48,17 @@ class Engine(Protocol):
     def part_norms(self) -> Float[Tensor, " parts"]:
         """This rank's share of the squared gradient norm of each of `PARTS`; ranks add up."""
 
-    def apply(self, factor: float, total_norm: float) -> None:
-        """Clip a gradient of norm `total_norm`; update, each rate `factor` times its base."""
+    def apply(
+        self, factor: float, total_norm: float | Tensor, applied: Tensor | None = None
+    ) -> None:
+        """Clip a gradient of norm `total_norm`; update, each rate `factor` times its base.
+
+        Args:
+            factor: Of every rate.
+            total_norm: Of the whole gradient; on the device where `applied` is.
+            applied: A flag on the device, with `decides_on_device`: where it is false, no weight,
+                moment or count changes.
+        """
 
     def skip_update(self) -> None:
         """End the update without changing a weight."""
@@ -90,8 +103,8 @@ class Shadow(Protocol):
 
     module: nn.Module
 
-    def follow(self, share: float) -> None:
-        """Move every averaged tensor this share of the way to the engine's."""
+    def follow(self, share: float | Tensor) -> None:
+        """Move every averaged tensor this share, which may lie on the device, to the engine's."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every averaged tensor, whole, in an order equal on all ranks. Collective."""

@@ -57,6 +57,7 @@ class DevicePolicy:
         failing_towers: Preset towers that fail here, and their stand-ins.
         has_gaps: Torch lacks some operations here.
         peak_flops: What the device computes at most in this precision; None where unknown.
+        runs_ahead: The host goes on while the device computes.
     """
 
     device: torch.device
@@ -69,6 +70,7 @@ class DevicePolicy:
     failing_towers: Mapping[str, str] = field(default_factory=dict)
     has_gaps: bool = False
     peak_flops: float | None = None
+    runs_ahead: bool = False
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -171,6 +173,7 @@ def plan_device(config: EngineConfig, local_rank: int, machine: Machine) -> Devi
         failing_towers=FAILING_TOWERS.get(kind, {}),
         has_gaps=kind == "mps",
         peak_flops=_peak(gpu, dtype, config.precision),
+        runs_ahead=gpu is not None,
     )
 
 
@@ -237,6 +240,35 @@ def send(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type != "cuda":
         return rows.to(device)
     return rows.pin_memory().to(device, non_blocking=True)
+
+
+def exact_device(device: torch.device) -> torch.device:
+    """Where sums in float64 are made that belong to what is on `device`: MPS has none."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+class Arriving:
+    """Numbers on their way from a device to this process.
+
+    Args:
+        numbers: A vector.
+    """
+
+    def __init__(self, numbers: torch.Tensor):
+        self._event: torch.Event | None = None
+        self._numbers = numbers
+        if numbers.device.type == "cuda":
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._event = torch.Event(device=numbers.device)
+            self._event.record()
+
+    def read(self) -> list[float]:
+        """The numbers; waits for the device to have come to them."""
+        if self._event is not None:
+            self._event.synchronize()
+        found: list[float] = self._numbers.tolist()
+        return found
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:

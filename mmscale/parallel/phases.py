@@ -20,30 +20,24 @@ _running: "PhaseClock | None" = None
 
 
 class PhaseClock:
-    """Seconds by phase of the updates that are timed.
-
-    Attributes:
-        seconds: Of the last update that was timed; what no phase claims is left out.
-    """
+    """Seconds by phase of one update."""
 
     def __init__(self, device: torch.device):
         self._device = device
         self._stamps: list[tuple[Any, str | None]] = []
-        self.seconds: dict[str, float] = {}
 
     @contextmanager
     def timing(self, wanted: bool) -> Iterator[None]:
-        """Time what happens within, if `wanted`; what is then read waits for the device."""
+        """Time what happens within, if `wanted`."""
         global _running
         if not wanted:
             yield
             return
-        self._stamps, _running = [], self
+        _running = self
         try:
             yield
         finally:
             _running = None
-        self.seconds = self._read()
 
     def enter(self, name: str | None) -> str | None:
         """From here on it is phase `name`; returns what it was."""
@@ -58,7 +52,8 @@ class PhaseClock:
         event.record()
         return event
 
-    def _read(self) -> dict[str, float]:
+    def seconds(self) -> dict[str, float]:
+        """By phase; what none claims is left out. Waits for the device."""
         seconds = dict.fromkeys(PHASES, 0.0)
         if self._stamps and self._device.type != "cpu":
             self._stamps[-1][0].synchronize()

@@ -20,7 +20,7 @@ from mmscale.engine.optimizer import rate_factor
 from mmscale.errors import HaltError
 from mmscale.outputs import write_output
 from mmscale.parallel.failure import Watchdog, wait_for
-from mmscale.parallel.phases import PhaseClock, Trace
+from mmscale.parallel.phases import Trace
 from mmscale.parallel.signals import StopSignal
 from mmscale.report.console import early_line
 from mmscale.report.report import Report
@@ -33,12 +33,12 @@ from mmscale.training.lines import (
     rows_of,
     training_line,
 )
-from mmscale.training.part import Event, Halt, Part, Rollback, StageOver, Step, StepResult
+from mmscale.training.part import Event, Halt, Part, Rollback, StageOver, Step
 from mmscale.training.parts.checkpoints import Checkpoints
 from mmscale.training.parts.evaluation import Evaluation
 from mmscale.training.prepare import prepare
 from mmscale.training.stage import Job, Services, Stage, Start
-from mmscale.training.step import train_step
+from mmscale.training.step import Arrival, Flights
 
 Batches: TypeAlias = Generator[tuple[Batch, Position, float], None, None]
 
@@ -74,27 +74,26 @@ def train_stage(stage: Stage, services: Services) -> Start | None:
     parts, report = build_parts(stage, services), services.report
     for line in opening_lines(stage):
         report.say(line)
-    phases = PhaseClock(stage.job.policy.device)
     # Closed, so that decoding processes end here and not when their loader is collected.
     with closing(_batches(stage, services)) as batches, _trace(stage) as trace, services.watchdog:
         state, event = _asked([part.begin for part in parts], stage.start.state)
-        clock = time.perf_counter()
+        flights = Flights(stage.learner, state)
         for batch, position, waited in () if state.over or event else batches:
-            if state.step == stage.start.state.step:
+            if flights.ahead.step == stage.start.state.step:
                 _tell_first_batch(stage, services, batch)
-            is_logged = stage.timetable.is_due(stage.config.log.every, state.step + 1)
-            step = _next_step(stage, services, parts, state, is_logged)
-            with phases.timing(is_logged):
-                result = train_step(stage.learner, batch, step, parts)
+            step = _next_step(stage, services, parts, flights.ahead)
+            flights.launch(batch, step, parts, position, waited)
             trace.step()
-            state = _advanced(state, position, result, stage.plan.global_rows)
-            if is_logged:
-                spent = {"data": waited, "step": time.perf_counter() - clock, **phases.seconds}
-                report.training(training_line(stage, parts, result, state, spent))
-            state, event = _asked([partial(part.observe, result) for part in parts], state)
+            for arrival in flights.arrived():
+                result = arrival.result
+                state = _advanced(state, arrival, stage.plan.global_rows)
+                if arrival.step.is_logged:
+                    report.training(training_line(stage, parts, result, state, arrival.spent))
+                state, event = _asked([partial(part.observe, result) for part in parts], state)
+                if event is not None:
+                    break
             if event is not None:
                 break
-            clock = time.perf_counter()
     return _end_stage(stage, services, parts, state, event)
 
 
@@ -104,18 +103,24 @@ def _trace(stage: Stage) -> Trace:
     return Trace(folder, None if length is None else stage.timetable.steps(length))
 
 
-def _next_step(
-    stage: Stage, services: Services, parts: Sequence[Part], state: RunState, is_logged: bool
-) -> Step:
+def _next_step(stage: Stage, services: Services, parts: Sequence[Part], state: RunState) -> Step:
     """The coming update: its rate, and what it has to agree on and to measure."""
+    is_logged = stage.timetable.is_due(stage.config.log.every, state.step + 1)
     optim, length = stage.config.optim, stage.end - state.stage_start
     warmup = stage.timetable.steps(optim.warmup)
     factor = rate_factor(state.step - state.stage_start, length, warmup, optim.schedule)
     for part in parts:
         factor *= part.rate()
-    is_measured = is_logged or any(part.measures(state) for part in parts)
-    stop, written = services.stop.wanted, services.saver.written
-    return Step(state, optim.lr * factor, factor, stop, written, is_measured)
+    return Step(
+        state,
+        lr=optim.lr * factor,
+        factor=factor,
+        stop=services.stop.wanted,
+        written=services.saver.written,
+        is_measured=is_logged or any(part.measures(state) for part in parts),
+        is_logged=is_logged,
+        waits=state.step + 1 == stage.end or any(part.waits(state) for part in parts),
+    )
 
 
 def _end_stage(
@@ -173,14 +178,14 @@ def _batches(stage: Stage, services: Services) -> Batches:
         yield batch, position, time.perf_counter() - start
 
 
-def _advanced(state: RunState, position: Position, result: StepResult, rows: int) -> RunState:
+def _advanced(state: RunState, arrival: Arrival, rows: int) -> RunState:
     before = state.damaged if state.position.rows else 0
     return replace(
         state,
         step=state.step + 1,
-        updates=state.updates + result.record.applied,
-        position=position,
-        damaged=before + result.record.damaged,
+        updates=state.updates + arrival.result.record.applied,
+        position=arrival.position,
+        damaged=before + arrival.result.record.damaged,
         samples=state.samples + rows,
     )
 

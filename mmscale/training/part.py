@@ -29,6 +29,8 @@ class Step:
         stop: This rank was told to stop.
         written: This rank has done its part of the checkpoint in flight.
         is_measured: Floors and chance values of the terms are wanted.
+        is_logged: It has a line in the log.
+        waits: A part acts right after it: the next update is not begun before its record is here.
     """
 
     state: RunState
@@ -37,6 +39,8 @@ class Step:
     stop: bool = False
     written: bool = False
     is_measured: bool = True
+    is_logged: bool = False
+    waits: bool = False
 
     @property
     def number(self) -> int:
@@ -51,12 +55,15 @@ class StepResult:
     Attributes:
         record: Figures of the global batch, equal on every rank.
         rows: What the objective saw of this rank's rows, without a graph.
-        batch: This rank's rows.
+        batch: This rank's rows, without pixels.
+        overtaken: The update after it was launched before its record arrived: the weights are no
+            longer those that it left. Never where a part said that it `waits` for the update.
     """
 
     record: StepRecord
     rows: LossInput
     batch: Batch
+    overtaken: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,12 +98,21 @@ class Part:
         lasts: Whether what it remembers outlives a stage.
         has_tensors: It takes tensors back from a checkpoint.
         reads_tokens: `inputs` wants both towers' token sequences.
+        follows_on_device: `follow` takes a third argument: a flag on the device that says whether
+            the update was applied, or None where it was. Where a part follows without it, every
+            update waits until the host knows.
     """
 
     name: ClassVar[str]
     lasts: ClassVar[Literal["stage", "run"]] = "stage"
     has_tensors: ClassVar[bool] = False
     reads_tokens: ClassVar[bool] = False
+    follows_on_device: bool = False
+
+    @property
+    def may_follow_unasked(self) -> bool:
+        """Whether an update can go on to the next before the host knows if it was applied."""
+        return self.follows_on_device or type(self).follow is Part.follow
 
     def begin(self, state: RunState) -> Event | None:
         """Before the first update of a stage that begins or resumes. Collective.
@@ -114,6 +130,10 @@ class Part:
         """Whether it looks at the floors and chance values of the coming update."""
         return False
 
+    def waits(self, state: RunState) -> bool:
+        """Whether it looks at the weights, or acts, right after the coming update."""
+        return False
+
     def before(self, step: Step, batch: Batch) -> None:
         """Before an update's forward. Collective."""
 
@@ -127,12 +147,13 @@ class Part:
         """
         return rows
 
-    def follow(self, rows: LossInput, batch: Batch) -> None:
+    def follow(self, rows: LossInput, batch: Batch, applied: Tensor | None = None) -> None:
         """After an update was applied: work on the device, without waiting for it. Collective.
 
         Args:
-            rows: As the objective saw them, without a graph.
+            rows: As the objective saw them, without a graph and without the bank.
             batch: This rank's rows.
+            applied: With `follows_on_device`: whether it was, where only the device knows.
         """
 
     def observe(self, result: StepResult, state: RunState) -> Event | None:

@@ -1,30 +1,31 @@
-"""One update: rows to loss to gradient to weights, agreed on in one small reduction."""
+"""One update: rows to loss to gradient to weights, agreed on in one small reduction.
 
-import hashlib
-import math
-from collections.abc import Callable, Iterable, Sequence
+Where the host runs ahead of the device, the reduction, the clip and the decision to skip are made
+on the device. The record of an update is then looked at when the one after it is on its way, unless
+a part acts right after it; elsewhere every record is there at once.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from mmscale.checkpoint.state import RunState
 from mmscale.contracts import (
-    COMPONENTS,
-    KINDS,
-    PARTS,
     Batch,
     Embeddings,
     Features,
     LossInput,
-    LossOutput,
     Peers,
+    Position,
     StepRecord,
 )
 from mmscale.engine.gradient_cache import StepOutput, encode_rows, forward_backward
 from mmscale.engine.protocol import Engine
 from mmscale.loss.objective import Objective
-from mmscale.parallel.phases import phase
+from mmscale.parallel.phases import PhaseClock, phase
+from mmscale.training.agreement import Outcome, agree
 from mmscale.training.part import Part, Step, StepResult
 
 
@@ -45,10 +46,44 @@ class Learner:
     micro_rows: int
 
 
+@dataclass(frozen=True)
+class Launched:
+    """An update that the device may still be at.
+
+    Attributes:
+        outcome: Its figures, or the way to them.
+        rows: What the objective saw, without a graph.
+        batch: This rank's rows, without pixels: they are not held any longer.
+    """
+
+    outcome: StepRecord | Outcome
+    rows: LossInput
+    batch: Batch
+
+    @property
+    def is_known(self) -> bool:
+        """Whether `result` need not wait."""
+        return isinstance(self.outcome, StepRecord)
+
+    def result(self, overtaken: bool = False) -> StepResult:
+        """What the update gave; waits for the device.
+
+        Args:
+            overtaken: The update after it has been launched.
+        """
+        record = self.outcome if isinstance(self.outcome, StepRecord) else self.outcome.record()
+        return StepResult(record, self.rows, self.batch, overtaken)
+
+
 def train_step(
     learner: Learner, batch: Batch, step: Step, parts: Sequence[Part] = ()
 ) -> StepResult:
-    """Train on one batch. Collective.
+    """Train on one batch, and wait for what it gave: `launch` has the arguments. Collective."""
+    return launch(learner, batch, step, parts).result()
+
+
+def launch(learner: Learner, batch: Batch, step: Step, parts: Sequence[Part] = ()) -> Launched:
+    """Train on one batch; waits for it only where the engine or a part must. Collective.
 
     Args:
         learner: Model, objective and ranks.
@@ -81,8 +116,12 @@ def train_step(
 
     sequences = any(part.reads_tokens for part in parts)
     output = _gradients(engine, batch, learner.micro_rows, sequences, compute_loss)
-    record = _agree(learner, batch, output, step)
+    outcome = agree(engine, learner.peers, batch, output, step)
     rows = _detached(output.rows)
+    if engine.decides_on_device and all(part.may_follow_unasked for part in parts):
+        _update_unasked(engine, outcome, step, parts, rows, batch)
+        return Launched(outcome, rows, _without_pixels(batch))
+    record = outcome.record()
     if record.applied:
         with phase("optimizer"):
             engine.apply(step.factor, record.grad_norm["total"])
@@ -90,7 +129,24 @@ def train_step(
             part.follow(rows, batch)
     else:
         engine.skip_update()
-    return StepResult(record, rows, batch)
+    return Launched(record, rows, _without_pixels(batch))
+
+
+def _update_unasked(
+    engine: Engine,
+    outcome: Outcome,
+    step: Step,
+    parts: Sequence[Part],
+    rows: LossInput,
+    batch: Batch,
+) -> None:
+    """Update where what is on the device says so, without asking it."""
+    applied = outcome.applied()
+    with phase("optimizer"):
+        engine.apply(step.factor, outcome.total_norm(), applied)
+    for part in parts:
+        if part.follows_on_device:
+            part.follow(rows, batch, applied)
 
 
 def _gradients(
@@ -115,86 +171,94 @@ def _gradients(
     return output
 
 
-def _agree(learner: Learner, batch: Batch, output: StepOutput, step: Step) -> StepRecord:
-    """The one small reduction: losses, norms, keys, damage, and what this rank says.
-
-    That is its wish to stop, and that it has written its part of a checkpoint.
-    """
-    loss, peers = output.loss, learner.peers
-    scale = float(output.rows.scale.detach())
-    names = list(loss.terms)
-    said = (len(batch.damaged), batch.cut, _tokens(batch), step.stop, step.written)
-    numbers = torch.cat(
-        [
-            _stacked(loss) / peers.size,
-            _part_norms(learner.engine),
-            torch.tensor(_digest_parts(batch.keys), dtype=torch.float64),
-            torch.tensor([float(value) for value in said], dtype=torch.float64),
-        ]
-    )
-    total, *rest = peers.total(numbers).tolist()
-    terms, rest = dict(zip(names, rest, strict=False)), rest[len(names) :]
-    squares, rest = dict(zip(PARTS, rest, strict=False)), rest[len(PARTS) :]
-    parts, (damaged, cut, tokens, stops, written) = rest[:4], rest[4:]
-    whole = {name: _norm(squares[f"{name}_{kind}"] for kind in KINDS) for name in COMPONENTS} | {
-        "total": _norm(squares.values())
-    }
-    return StepRecord(
-        loss=total,
-        terms=terms,
-        lr=step.lr,
-        logit_scale=scale,
-        grad_norm=whole,
-        grad_norm_parts={name: _norm([square]) for name, square in squares.items()},
-        keys_digest=_digest(parts),
-        applied=math.isfinite(whole["total"]) and math.isfinite(total),
-        damaged=int(damaged),
-        cut=int(cut),
-        tokens=int(tokens),
-        stop=stops > 0,
-        written=written == peers.size,
-    )
-
-
-def _stacked(loss: LossOutput) -> Tensor:
-    values = [loss.total.detach(), *loss.terms.values()]
-    return torch.stack([value.double().cpu() for value in values])
-
-
-def _part_norms(engine: Engine) -> Tensor:
-    with phase("optimizer"):
-        return engine.part_norms().double().cpu()
-
-
-def _tokens(batch: Batch) -> int:
-    """Real tokens that go through the text tower."""
-    return 0 if batch.mask is None else int(batch.mask.sum())
-
-
-def _norm(squares: Iterable[float]) -> float:
-    """NaN where a gradient is not finite."""
-    total = sum(squares)
-    return math.sqrt(total) if math.isfinite(total) else math.nan
-
-
-def _digest_parts(keys: list[str]) -> list[float]:
-    """Sum of the keys' 64-bit hashes, cut into four so that float64 adds it exactly over ranks."""
-    total = sum(
-        int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") for key in keys
-    )
-    total %= 2**64
-    return [float(total >> (16 * part) & 0xFFFF) for part in range(4)]
-
-
-def _digest(parts: list[float]) -> str:
-    total = sum(int(part) << (16 * index) for index, part in enumerate(parts)) % 2**64
-    return f"{total:016x}"
-
-
 def _detached(rows: LossInput) -> LossInput:
     """What parts may keep: the loss has its graph no longer."""
-    return replace(rows, image=_without_graph(rows.image), text=_without_graph(rows.text))
+    image, text = _without_graph(rows.image), _without_graph(rows.text)
+    return replace(rows, image=image, text=text, bank=None)
+
+
+def _without_pixels(batch: Batch) -> Batch:
+    """The batch with one zero in the place of all its pixels."""
+    return replace(batch, image=batch.image.new_zeros(()).expand(batch.image.shape))
 
 
 def _without_graph(rows: Embeddings) -> Embeddings:
     return Embeddings(rows.raw.detach(), rows.projected.detach(), rows.unit.detach())
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """An update on its way.
+
+    Attributes:
+        position: Of the data after it.
+        waited: Seconds for its batch.
+        phases: Where its time went, where it is logged.
+    """
+
+    launched: Launched
+    step: Step
+    position: Position
+    waited: float
+    phases: PhaseClock
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """An update whose record has arrived.
+
+    Attributes:
+        step: What it was.
+        result: What it gave.
+        position: Of the data after it.
+        spent: Seconds by phase where it is logged; `data`: waiting for its batch, `step`: since
+            the record before it was done with.
+    """
+
+    step: Step
+    result: StepResult
+    position: Position
+    spent: dict[str, float]
+
+
+class Flights:
+    """The updates of a stage in their order, at most two of them under way.
+
+    Attributes:
+        ahead: What the run is at after the newest launch; how many updates were applied and how
+            many rows damaged is known only of those that have arrived.
+    """
+
+    def __init__(self, learner: Learner, state: RunState):
+        self._learner = learner
+        self._flying: deque[_Flight] = deque()
+        self._clock = time.perf_counter()
+        self.ahead = state
+
+    def launch(
+        self, batch: Batch, step: Step, parts: Sequence[Part], position: Position, waited: float
+    ) -> None:
+        """Train on a batch. Collective."""
+        phases = PhaseClock(self._learner.engine.device)
+        with phases.timing(step.is_logged):
+            launched = launch(self._learner, batch, step, parts)
+        self._flying.append(_Flight(launched, step, position, waited, phases))
+        self.ahead = replace(self.ahead, step=self.ahead.step + 1, position=position)
+
+    def arrived(self) -> Iterator[Arrival]:
+        """Those whose records are to be looked at now, which waits for them."""
+        newest = self._flying[-1]
+        awaited = newest.launched.is_known or newest.step.waits
+        while self._flying and (awaited or len(self._flying) > 1):
+            flight = self._flying.popleft()
+            result = flight.launched.result(overtaken=bool(self._flying))
+            yield Arrival(flight.step, result, flight.position, self._spent(flight))
+            # Every rank leaves after the same update, and all that was launched belongs to it.
+            awaited = awaited or result.record.stop
+            self._clock = time.perf_counter()
+
+    def _spent(self, flight: _Flight) -> dict[str, float]:
+        if not flight.step.is_logged:
+            return {}
+        seconds = flight.phases.seconds()
+        return {"data": flight.waited, "step": time.perf_counter() - self._clock, **seconds}

@@ -12,6 +12,9 @@ Source: Peng et al. 2022, "Balanced Multimodal Learning via On-the-fly Gradient 
 import math
 from collections.abc import Mapping
 
+from torch import Tensor
+
+from mmscale.checkpoint.state import RunState
 from mmscale.config.training import BalanceConfig
 from mmscale.contracts import Batch, LossInput, Peers
 from mmscale.engine.movement import Movement, trained_names
@@ -36,6 +39,7 @@ class ModalityBalancer(Part):
     """
 
     name = "balance"
+    follows_on_device = True
 
     def __init__(self, config: BalanceConfig, engine: Engine, peers: Peers):
         """Begin without a tilt.
@@ -51,13 +55,16 @@ class ModalityBalancer(Part):
         self._set_factors()
 
     def before(self, step: Step, batch: Batch) -> None:
-        is_measured = self._config.band is not None and step.number % self._config.every == 0
-        self._movement = Movement(self._engine) if is_measured else None
+        self._movement = Movement(self._engine) if self._measures(step.number) else None
 
-    def follow(self, rows: LossInput, batch: Batch) -> None:
+    def waits(self, state: RunState) -> bool:
+        return self._measures(state.step - state.stage_start)
+
+    def follow(self, rows: LossInput, batch: Batch, applied: Tensor | None = None) -> None:
         movement, self._movement = self._movement, None
         if movement is None:
             return
+        # A skipped update has moved nothing.
         shares = movement.since(trained_names(self._engine), self._peers).shares
         if shares.get("vision") and shares.get("text"):
             self._adjust(shares["vision"], shares["text"])
@@ -72,6 +79,9 @@ class ModalityBalancer(Part):
     def load(self, state: Mapping[str, float]) -> None:
         self._state = dict(state)
         self._set_factors()
+
+    def _measures(self, number: int) -> bool:
+        return self._config.band is not None and number % self._config.every == 0
 
     def _adjust(self, vision: float, text: float) -> None:
         assert self._config.band is not None, "only a band is measured for"

@@ -37,11 +37,15 @@ class Checkpoints(Part):
         if self._evaluation.is_fresh:
             self._save_if_due(state)
 
+    def waits(self, state: RunState) -> bool:
+        return self._is_due(state.step + 1)
+
     def observe(self, result: StepResult, state: RunState) -> None:
         """Raises TerminatedError where the run was told to stop; the checkpoint is written."""
         if result.record.written:
             self._saver.settle()
-        if state.step == self._stage.timetable.total_steps:
+        # The record after one that was overtaken says so too: a rank's wish to stop stays.
+        if state.step == self._stage.timetable.total_steps or result.overtaken:
             return
         if result.record.stop or self._evaluation.was_stopped:
             self.save(state)
@@ -68,7 +72,10 @@ class Checkpoints(Part):
         self._saver.save(snapshot, partial(stage.timetable.is_kept, every))
 
     def _save_if_due(self, state: RunState) -> None:
-        stage, best = self._stage, self._evaluation.best
+        best = self._evaluation.best
         is_best = best is not None and best.step == state.step
-        if is_best or stage.timetable.is_due(stage.config.checkpoint.every, state.step):
+        if is_best or self._is_due(state.step):
             self.save(state)
+
+    def _is_due(self, step: int) -> bool:
+        return self._stage.timetable.is_due(self._stage.config.checkpoint.every, step)

@@ -48,9 +48,11 @@ class Evaluation(Part):
             self.evaluate(state)
             self._is_owed = False
 
+    def waits(self, state: RunState) -> bool:
+        return self._is_due(state.step + 1)
+
     def observe(self, result: StepResult, state: RunState) -> None:
-        stage = self._stage
-        is_due = stage.timetable.is_due(stage.config.eval.every, state.step)
+        stage, is_due = self._stage, self._is_due(state.step)
         self.is_fresh = False
         if not is_due or state.step == stage.timetable.total_steps:
             # After the last batch the run's end evaluates.
@@ -96,6 +98,9 @@ class Evaluation(Part):
         services.report.evaluation({"step": state.step, **figures}, pairs)
         self.metrics, self.best = figures, _best(stage.config.checkpoint, self.best, figures, state)
         return pairs
+
+    def _is_due(self, step: int) -> bool:
+        return self._stage.timetable.is_due(self._stage.config.eval.every, step)
 
     def state(self) -> dict[str, Any]:
         return {"metrics": self.metrics, "is_owed": self._is_owed}

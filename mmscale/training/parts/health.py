@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mmscale.checkpoint.state import RunState
 from mmscale.config.training import GuardConfig
@@ -61,6 +62,7 @@ class Health(Part):
     """Measures every so many updates, and warns or halts where a verdict lasts."""
 
     name = "health"
+    follows_on_device = True
 
     def __init__(self, stage: Stage, services: Services):
         self._stage, self._report = stage, services.report
@@ -94,12 +96,15 @@ class Health(Part):
     def measures(self, state: RunState) -> bool:
         return (state.step + 1) % self._every == 0
 
+    def waits(self, state: RunState) -> bool:
+        return self.measures(state)
+
     def before(self, step: Step, batch: Batch) -> None:
         is_probed = self.measures(step.state)
         self._movement = Movement(self._learner.engine) if is_probed else None
         self._moved = None
 
-    def follow(self, rows: LossInput, batch: Batch) -> None:
+    def follow(self, rows: LossInput, batch: Batch, applied: Tensor | None = None) -> None:
         if self._movement is not None:
             self._moved = self._movement.since(self._names, self._learner.peers)
 
@@ -116,7 +121,7 @@ class Health(Part):
             **loss_figures(record),
         }
         seen = _Seen({})
-        if self._moved is not None:
+        if self._moved is not None and record.applied:
             self._still &= self._moved.still
             line |= update_figures(record, self._moved)
             line[f"{PREFIX}never_moved"] = len(self._still)

@@ -24,6 +24,7 @@ class Momentum(Part):
     """
 
     name = "momentum"
+    follows_on_device = True
 
     def __init__(
         self, shadow: Shadow, policy: DevicePolicy, decay: float, micro_rows: int, encodes: bool
@@ -71,8 +72,9 @@ class Momentum(Part):
         embedded = self._inference.call("heads", image, text)
         return embedded[0].unit, embedded[1].unit
 
-    def follow(self, rows: LossInput, batch: Batch) -> None:
-        self._shadow.follow(1 - self._decay)
+    def follow(self, rows: LossInput, batch: Batch, applied: Tensor | None = None) -> None:
+        share = 1 - self._decay
+        self._shadow.follow(share if applied is None else share * applied.float())
 
     def tensors(self) -> Iterator[NamedTensor]:
         for name, value in self._shadow.tensors():

@@ -80,7 +80,7 @@ class EpochClusters(Part):
     def inputs(self, rows: LossInput, features: Features, batch: Batch) -> LossInput:
         return replace(rows, prototypes=self.of(batch.match_ids))
 
-    def follow(self, rows: LossInput, batch: Batch) -> None:
+    def follow(self, rows: LossInput, batch: Batch, applied: Tensor | None = None) -> None:
         if rows.momentum_image is not None:
             columns = self._peers.columns
             self.add(columns(rows.momentum_image), columns(batch.match_ids))

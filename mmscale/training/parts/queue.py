@@ -49,8 +49,9 @@ class RowBank:
             text=torch.zeros(size, width, device=device, dtype=dtype),
             ids=torch.full((size,), EMPTY, device=device),
         )
-        self._unique = unique
-        self._next = 0
+        self.unique = unique
+        # On the device: where an update is skipped there, the place stays, and the host goes on.
+        self._next = torch.zeros((), dtype=torch.long, device=device)
 
     def __len__(self) -> int:
         return len(self._rows.ids)
@@ -76,39 +77,55 @@ class RowBank:
         image: Float[Tensor, "n d"],
         text: Float[Tensor, "n d"],
         ids: Int64[Tensor, " n"],
+        applied: Tensor | None = None,
     ) -> None:
-        """Keep the rows of a global batch in place of the oldest; a batch may exceed the bank."""
-        rows, slots = self._own_slots(ids) if self._unique else self._next_slots(len(ids))
-        rows, slots = rows.to(ids.device), slots.to(ids.device)
-        self._rows.image[slots] = image[rows].to(self._rows.image.dtype)
-        self._rows.text[slots] = text[rows].to(self._rows.text.dtype)
-        self._rows.ids[slots] = ids[rows]
+        """Keep the rows of a global batch in place of the oldest; a batch may exceed the bank.
+
+        Args:
+            image: Unit rows.
+            text: Unit rows.
+            ids: Match ids.
+            applied: A flag on the device: where it is false, the bank stays as it is. Not with a
+                slot an image.
+        """
+        if self.unique:
+            assert applied is None, "slots of images are found on the host"
+            chosen, slots = self._own_slots(ids)
+        else:
+            chosen, slots = self._next_slots(len(ids), applied)
+        for held, rows in zip(
+            (self._rows.image, self._rows.text, self._rows.ids), (image, text, ids), strict=True
+        ):
+            new = rows[chosen].to(held.dtype)
+            held[slots] = new if applied is None else torch.where(applied, new, held[slots])
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps."""
-        rows, place = self._rows, torch.tensor([self._next])
+        rows, place = self._rows, self._next.reshape(1)
         return {"image": rows.image, "text": rows.text, "ids": rows.ids, "next": place}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take what `tensors` gave; a bank of another size keeps the latest rows that fit."""
-        before = RowBank(0, 0, self._unique, self._rows.ids.device)
+        before = RowBank(0, 0, self.unique, tensors["ids"].device)
         before._rows = Bank(tensors["image"], tensors["text"], tensors["ids"])
-        before._next = int(tensors["next"])
+        before._next.copy_(tensors["next"][0])
         if len(before) == len(self):
             for name in ("image", "text", "ids"):
                 getattr(self._rows, name).copy_(tensors[name])
-            self._next = before._next
+            self._next.copy_(before._next)
             return
         rows = before.latest(min(len(self), len(before)))
-        full = rows.ids.flip(0) != EMPTY
-        self.add(rows.image.flip(0)[full], rows.text.flip(0)[full], rows.ids.flip(0)[full])
+        full, device = rows.ids.flip(0) != EMPTY, self._rows.ids.device
+        self.add(*(held.flip(0)[full].to(device) for held in (rows.image, rows.text, rows.ids)))
 
-    def _next_slots(self, count: int) -> tuple[Tensor, Tensor]:
+    def _next_slots(self, count: int, applied: Tensor | None) -> tuple[Tensor, Tensor]:
         """The last rows of a batch and the slots that they take in turn."""
-        kept = min(count, len(self))
-        slots = (self._next + torch.arange(kept)) % len(self)
-        self._next = (self._next + kept) % len(self)
-        return torch.arange(count - kept, count), slots
+        kept, size = min(count, len(self)), len(self)
+        turn = torch.arange(kept, device=self._next.device)
+        slots = (self._next + turn) % size
+        step = kept if applied is None else kept * applied.long()
+        self._next = (self._next + step) % size
+        return count - kept + turn, slots
 
     def _own_slots(self, ids: Int64[Tensor, " n"]) -> tuple[Tensor, Tensor]:
         """The last row of each id, and the slot of that id or the next one that is not in use."""
@@ -116,17 +133,18 @@ class RowBank:
         last = dict(list(last.items())[-len(self) :])
         held = {identity: slot for slot, identity in enumerate(self._rows.ids.tolist())}
         slots = {identity: held[identity] for identity in last if identity in held}
-        used = set(slots.values())
+        used, place = set(slots.values()), int(self._next)
         for identity in last:
             if identity in slots:
                 continue
-            while self._next in used:
-                self._next = (self._next + 1) % len(self)
-            slots[identity] = self._next
-            used.add(self._next)
-            self._next = (self._next + 1) % len(self)
-        rows = torch.tensor(list(last.values()))
-        return rows, torch.tensor([slots[identity] for identity in last])
+            while place in used:
+                place = (place + 1) % len(self)
+            slots[identity] = place
+            used.add(place)
+            place = (place + 1) % len(self)
+        self._next.fill_(place)
+        chosen = torch.tensor(list(last.values()), device=ids.device)
+        return chosen, torch.tensor([slots[identity] for identity in last], device=ids.device)
 
 
 class Queue(Part):
@@ -150,20 +168,21 @@ class Queue(Part):
             of_momentum: It keeps rows of the momentum encoder.
         """
         self._bank, self._peers = bank, peers
+        self.follows_on_device = not bank.unique
         self._share, self._of_momentum = share, of_momentum
 
     def inputs(self, rows: LossInput, features: Features, batch: Batch) -> LossInput:
         length = round(self._share(rows.step) * len(self._bank))
         return replace(rows, bank=self._bank.latest(length)) if length else rows
 
-    def follow(self, rows: LossInput, batch: Batch) -> None:
+    def follow(self, rows: LossInput, batch: Batch, applied: Tensor | None = None) -> None:
         image, text = rows.image.unit, rows.text.unit
         if self._of_momentum:
             assert rows.momentum_image is not None, "a queue of momentum rows has its encoder"
             assert rows.momentum_text is not None, "a queue of momentum rows has its encoder"
             image, text = rows.momentum_image, rows.momentum_text
         columns = self._peers.columns
-        self._bank.add(columns(image.detach()), columns(text.detach()), columns(rows.ids))
+        self._bank.add(columns(image.detach()), columns(text.detach()), columns(rows.ids), applied)
 
     def tensors(self) -> Iterator[NamedTensor]:
         for name, tensor in self._bank.tensors().items():

@@ -2,7 +2,7 @@
 
 import random
 
-from mmscale.training.step import _digest, _digest_parts
+from mmscale.training.agreement import _digest, _digest_parts
 
 
 def test_the_digest_is_a_sum_over_ranks():
