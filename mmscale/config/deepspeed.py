@@ -12,7 +12,7 @@ from mmscale.errors import ConfigError
 # In a checkout a link to the folder at its top; in a wheel the files themselves.
 SHIPPED = Path(__file__).with_name("ds_configs")
 # What DeepSpeed's own launcher gets when no file is named.
-DEFAULT: dict[str, Any] = {"zero_optimization": {"stage": 1}}
+DEFAULT = "zero1"
 
 
 def read_deepspeed(name: str | None) -> dict[str, Any]:
@@ -20,13 +20,12 @@ def read_deepspeed(name: str | None) -> dict[str, Any]:
 
     Args:
         name: A file, or one of those that come with mmscale: `zero2`, or `ds_configs/zero2.json`
-            in any working folder; None: ZeRO-1.
+            in any working folder; None: `zero1`.
 
     Raises:
         ConfigError: No such file, not JSON, or a stage that is not 1, 2 or 3.
     """
-    if name is None:
-        return dict(DEFAULT)
+    name = name or DEFAULT
     shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.json"))}
     path = Path(name)
     if not path.is_file():

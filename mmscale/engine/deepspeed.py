@@ -8,16 +8,17 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mmscale.config.deepspeed import fill, read_deepspeed
 from mmscale.config.schema import Config
 from mmscale.contracts import NamedTensor, World
 from mmscale.engine.ema import Replica, averaged
+from mmscale.engine.loss_scale import LossScale
 from mmscale.engine.optimizer import (
     optimizer_kind,
     parameter_groups,
@@ -27,12 +28,11 @@ from mmscale.engine.optimizer import (
 )
 from mmscale.engine.plan import BatchPlan
 from mmscale.engine.protocol import Shadow
-from mmscale.errors import LaunchError
+from mmscale.engine.zero_settings import deepspeed_settings
+from mmscale.errors import ConfigError, LaunchError
+from mmscale.model.blocks import blocks
 from mmscale.parallel.device import DevicePolicy
 from mmscale.parallel.world import check_world
-
-_FIRST_SCALE = 2.0**16
-_PATIENCE = 2000  # applied updates after which a larger factor is tried
 
 
 class DeepSpeedEngine:
@@ -58,6 +58,8 @@ class DeepSpeedEngine:
         groups = parameter_groups(model, config.optim)
         self._kind = optimizer_kind(config.optim, policy.fused_optimizer, sharded=True)
         optimizer = self._kind.build(groups)
+        if self._stage == 3:
+            _gather_by_block(deepspeed, model)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
@@ -65,6 +67,9 @@ class DeepSpeedEngine:
         # DeepSpeed's own for torch_autocast clips and measures gradients before they are unscaled,
         # and never lowers the scale after an overflow (0.19.8).
         self._zero.torch_autocast_gradscaler = None
+        if self._stage != 3:
+            # DeepSpeed's own waits for the device once a group to ask what it has asked before.
+            self._zero.unscale_and_clip_grads = partial(_clip, config.optim.clip_norm)
         self._scale = LossScale() if policy.dtype == torch.float16 else None
         self.groups: list[dict[str, Any]] = self._zero.param_groups
         self._updates = 0
@@ -82,6 +87,8 @@ class DeepSpeedEngine:
     def backward(self, loss: Tensor, last: bool, scaled: bool = False) -> None:
         # ZeRO-3 with offload hands a gradient to the host only in a boundary backward (0.19.8).
         self._engine.set_gradient_accumulation_boundary(last or self._stage == 3)
+        lossless = last or self._stage != 1 or not self._zero.overlap_comm
+        assert lossless, "ds_file was told of one chunk, and this is one of several"
         if self._scale is not None and not scaled:
             loss = loss * self._scale.value
         self._engine.backward(loss, scale_wrt_gas=False)
@@ -89,10 +96,10 @@ class DeepSpeedEngine:
     def part_norms(self) -> Float[Tensor, " parts"]:
         squares = torch.zeros(len(self._parts))
         for index, part in enumerate(self._parts.values()):
-            gradients = [gradient for p in part for gradient in self._gradient(p)]
             if self._scale is not None:
-                for gradient in gradients:
-                    gradient.div_(self._scale.value)
+                for parameter in part:
+                    self._unscale(parameter, self._scale.value)
+            gradients = [gradient for p in part for gradient in self._gradient(p)]
             pieces = [gradient.float().pow(2).sum() for gradient in gradients]
             if pieces:
                 squares[index] = torch.stack(pieces).sum().cpu()
@@ -111,8 +118,8 @@ class DeepSpeedEngine:
     def skip_update(self) -> None:
         # DeepSpeed skips a step by itself, on all ranks, where a gradient is not finite.
         for part in self._parts.values():
-            for piece in (piece for p in part for piece in self._gradient(p)):
-                piece.fill_(math.nan)
+            for parameter in part:
+                self._unscale(parameter, math.nan)
         self._engine.step()
         assert not self._engine.was_step_applied(), "DeepSpeed updated with a non-finite gradient"
         if self._scale is not None:
@@ -187,14 +194,25 @@ class DeepSpeedEngine:
             self._zero._lazy_init_hp_params_optimizer_state()
 
     def _gradient(self, parameter: Any) -> list[Tensor]:
-        """This rank's piece of a parameter's averaged gradient; empty where it holds none."""
+        """This rank's piece of a parameter's averaged gradient, itself; empty without one."""
         if self._stage == 3:
-            piece = parameter._z3_optimizer.get_local_fp32_grad_for_param(parameter)
-            return [] if piece is None else [piece]
+            # get_local_fp32_grad_for_param gives a copy where the piece lies in the host's memory.
+            piece, _ = self._zero._get_fp32_grad_state_partition(
+                parameter, release_swap_buffers=True
+            )
+            return [piece]
         mapping = parameter._hp_mapping
         if mapping is None:
             return []
         return [mapping.get_lp_grad_fragment(parameter._index_in_param_group)]
+
+    def _unscale(self, parameter: Any, scale: float) -> None:
+        """Divide this rank's piece of a parameter's gradient."""
+        for piece in self._gradient(parameter):
+            piece.div_(scale)
+            if self._stage == 3 and self._zero.offload_optimizer:
+                # DeepSpeed keeps the norm that it took on the way to the host.
+                parameter._z3_optimizer.set_local_grad_for_param(piece, parameter)
 
     def _master(self, parameter: Any) -> Tensor | None:
         """This rank's piece of a parameter in fp32; None where it holds none."""
@@ -266,41 +284,6 @@ class _ShardedShadow:
         _destroy(self._engine)
 
 
-class LossScale:
-    """A factor that keeps the small gradients of fp16 above its smallest number.
-
-    Halved when a gradient overflowed, doubled after `_PATIENCE` applied updates.
-
-    Source: Micikevicius et al. 2018, "Mixed Precision Training" (arXiv 1710.03740), section 3.2.
-    """
-
-    def __init__(self) -> None:
-        self.value = _FIRST_SCALE
-        self._applied = 0
-
-    def update(self, applied: bool) -> None:
-        """Take the outcome of an update."""
-        self._applied = self._applied + 1 if applied else 0
-        if not applied:
-            self.value /= 2
-        elif self._applied == _PATIENCE:
-            self.value, self._applied = 2 * self.value, 0
-
-    def state(self) -> dict[str, float]:
-        """What a checkpoint keeps, as torch's scaler has it: the next engine may use that one."""
-        return {
-            "scale": self.value,
-            "growth_factor": 2.0,
-            "backoff_factor": 0.5,
-            "growth_interval": _PATIENCE,
-            "_growth_tracker": self._applied,
-        }
-
-    def restore(self, state: dict[str, float]) -> None:
-        """Take what `state` gave, or torch's scaler."""
-        self.value, self._applied = float(state["scale"]), int(state["_growth_tracker"])
-
-
 def _destroy(engine: Any) -> None:
     root = engine.module
     engine.destroy()
@@ -311,28 +294,38 @@ def _destroy(engine: Any) -> None:
     stack[:] = [module for module in stack if module is not root]
 
 
-def deepspeed_settings(config: Config, plan: BatchPlan, dtype: torch.dtype) -> dict[str, Any]:
-    """The file's ZeRO choices with the run's batch, clipping and precision.
+def _gather_by_block(deepspeed: Any, model: nn.Module) -> None:
+    """Let ZeRO-3 gather and reduce a transformer block at a time, not a layer.
 
-    Raises:
-        ConfigError: The file contradicts the run.
+    A block's gradients are taken when that of its input is there, so it must have one: what lies
+    before a tower's first block is trained, or nothing of the tower is.
     """
-    name = config.engine.deepspeed
-    decided: dict[str, Any] = {
-        "train_batch_size": plan.global_rows,
-        "train_micro_batch_size_per_gpu": plan.rank_rows,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.optim.clip_norm or 0.0,
-        "zero_allow_untested_optimizer": True,
-        "fp16.enabled": False,
-        "bf16.enabled": False,
-    }
-    if dtype != torch.float32:
-        decided |= {
-            "torch_autocast.enabled": True,
-            "torch_autocast.dtype": str(dtype).removeprefix("torch."),
-        }
-    return fill(read_deepspeed(name), decided, name)
+    for tower in (model.get_submodule(name) for name in ("vision", "text")):
+        if len({parameter.requires_grad for parameter in tower.parameters()}) == 1:
+            for block in blocks(tower):
+                deepspeed.utils.set_z3_leaf_module(block, True)
+                block.register_forward_pre_hook(_require_input)
+
+
+def _require_input(block: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Refuse a block that DeepSpeed would take the gradients of before they are there."""
+    if not torch.is_grad_enabled() or not any(p.requires_grad for p in block.parameters()):
+        return
+    if not any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
+        raise ConfigError(
+            f"engine.deepspeed with ZeRO-3: {type(block).__name__} is not called with its tokens "
+            "as first argument, so that its gradients would be lost; take zero2, or "
+            "engine.kind=accelerate"
+        )
+
+
+def _clip(limit: float | None, gradients: list[Tensor], norm: Tensor) -> None:
+    """DeepSpeed's `unscale_and_clip_grads` of ZeRO 1 and 2, of a norm known to be finite."""
+    if limit is None:
+        return
+    factor = 1.0 / ((norm + 1e-6) / limit).clamp(min=1.0)
+    for gradient in gradients:
+        gradient.data.mul_(factor)
 
 
 def _import(policy: DevicePolicy) -> Any:

@@ -16,11 +16,10 @@ from mmscale.config.training import OptimConfig
 from mmscale.contracts import InputSpec
 from mmscale.engine.optimizer import parameter_groups
 from mmscale.engine.plan import BatchPlan
+from mmscale.engine.zero_settings import LOWER_PRECISION_SAFE
 from mmscale.model.two_tower import TwoTower
 
 SHORT = 8  # tokens of the shorter caption that FLOPs are counted on
-# DeepSpeed sends gradients and weights of these in autocast's dtype (its torch_autocast default).
-_SENT_LOW = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def _weights(model: nn.Module, optim: OptimConfig) -> Iterator[Weight]:
         id(parameter)
         for module in model.modules()
         # As DeepSpeed compares: a subclass is another class.
-        if type(module) in _SENT_LOW
+        if type(module) in LOWER_PRECISION_SAFE
         for parameter in module.parameters(recurse=False)
     }
     for name, parameter in model.named_parameters():

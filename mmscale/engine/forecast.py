@@ -5,16 +5,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from mmscale.config.cluster import ClusterConfig
-from mmscale.config.deepspeed import read_deepspeed
 from mmscale.config.schema import Config
 from mmscale.data.schedule import plan_schedule
 from mmscale.data.shards import open_train
-from mmscale.engine.deepspeed import deepspeed_settings
 from mmscale.engine.footprint import Footprint, footprint
 from mmscale.engine.memory import REPLICATED, Holding, Sharding, Workload, holdings
 from mmscale.engine.optimizer import optimizer_kind
 from mmscale.engine.plan import BatchPlan, plan_batch
 from mmscale.engine.wire import GPUS, StepTime, Transfer, predict, transfers
+from mmscale.engine.zero_settings import deepspeed_settings, ds_file
 from mmscale.errors import ConfigError
 from mmscale.model.outline import outline
 
@@ -118,7 +117,7 @@ def _shardings(config: Config, batch: BatchPlan, dtype: torch.dtype) -> tuple[li
     """The shipped ways, and the configured one if it is none of them; its name."""
     found = [REPLICATED]
     for name, file in FILES.items():
-        zero = read_deepspeed(file)["zero_optimization"]
+        zero = ds_file(file, batch.chunks)["zero_optimization"]
         found.append(Sharding(name, zero["stage"], zero))
     own = config.engine.deepspeed
     sharded = own is not None or config.engine.kind == "deepspeed"

@@ -32,6 +32,22 @@ STEPS = 3
 SOUND, TOO_LARGE = 2.0**10, 2.0**24
 
 
+OFFLOAD = "3_offload"
+
+
+def _read_as_on_a_gpu():
+    """Let DeepSpeed's accessors give copies, as they do where the host's memory is another's."""
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
+
+    for name in ("get_local_fp32_grad_for_param", "get_local_fp32_param"):
+        accessor = getattr(Stage3, name)
+
+        def copied(self, *args, accessor=accessor, **words):
+            return accessor(self, *args, **words).clone()
+
+        setattr(Stage3, name, copied)
+
+
 def _accelerate(model, config, policy, world) -> Any:
     """accelerate's engine; it refuses fp16 without a GPU, so its parts for that are put in."""
     engine = AccelerateEngine(model, config, replace(policy, dtype=torch.float32), world)
@@ -47,7 +63,7 @@ def trained(stage, dtype, first_scale, micro=ROWS // 2):
     """Records and weights after some updates; with `first_scale`, the scale after each.
 
     Args:
-        stage: Of ZeRO; 0: accelerate.
+        stage: Of ZeRO, or `OFFLOAD`; 0: accelerate.
         dtype: Of products.
         first_scale: Factor of the loss to begin with.
         micro: Rows of a chunk, of the six that each of the two ranks has.
@@ -56,7 +72,9 @@ def trained(stage, dtype, first_scale, micro=ROWS // 2):
     world = World(rank, 2, rank, "test")
     # AdamW's first steps follow signs: at a high rate they blow rounding up, whatever scales it.
     zero = {"engine__deepspeed": f"ds_configs/zero{stage}.json"} if stage else {}
-    config = tiny_config(optim__lr=1e-3, **zero)
+    if stage == OFFLOAD:
+        _read_as_on_a_gpu()
+    config = tiny_config(optim__lr=1e-3, train__micro_batch_size=micro, **zero)
     policy = replace(choose(config.engine), dtype=dtype)
     model, _ = build_model(config.model, None, 0)
     engine: Any = (
@@ -97,6 +115,7 @@ def unscaled():
         pytest.param(1, 4, marks=pytest.mark.slow),
         pytest.param(3, ROWS // 2, marks=pytest.mark.slow),
         pytest.param(3, 2, marks=pytest.mark.slow),
+        (OFFLOAD, 2),
     ],
 )
 def test_fp16_trains_as_fp32_does(unscaled, stage, micro):
@@ -116,7 +135,7 @@ def test_fp16_trains_as_fp32_does(unscaled, stage, micro):
 
 
 @pytest.mark.parametrize(
-    "stage", [2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 3))]
+    "stage", [2, OFFLOAD, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 3))]
 )
 def test_an_overflow_lowers_the_scale_and_training_goes_on(stage):
     for records, scales, _ in run_on_ranks(2, trained, stage, torch.float16, TOO_LARGE):

@@ -86,6 +86,7 @@ WIDE = [(name, n, None, torch.float64) for name in OBJECTIVES for n in CHUNKS]
 # InfoNCE alone, at every stage and number of chunks: test_one_global_batch.py.
 ZERO = [
     ("infonce", 3, 3, torch.float32),
+    ("mixture", 1, 1, torch.float32),
     ("mixture", 1, 3, torch.float32),
     ("mixture and queue", 3, 3, torch.float32),
     *(("mixture", 3, stage, torch.float32) for stage in (1, 2, 3)),

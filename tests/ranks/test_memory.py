@@ -11,12 +11,12 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from mmscale.checkpoint.state import RunState
-from mmscale.config.deepspeed import read_deepspeed
 from mmscale.contracts import World
 from mmscale.engine.footprint import footprint
 from mmscale.engine.memory import Sharding, Workload, holdings
 from mmscale.engine.plan import plan_batch
 from mmscale.engine.wire import transfers
+from mmscale.engine.zero_settings import ds_file
 from mmscale.loss.objective import Objective
 from mmscale.model.outline import outline
 from mmscale.parallel.peers import connect
@@ -150,7 +150,7 @@ def persistent(engine, stage, live, bank):
 def predicted(stage, words, queue):
     config = tiny_config(**words)
     plan = plan_batch(config, WORLD)
-    zero = read_deepspeed(FILES[stage])["zero_optimization"] if stage else {}
+    zero = ds_file(FILES[stage], plan.chunks)["zero_optimization"] if stage else {}
     sharding = Sharding(str(stage), zero.get("stage", 0), zero)
     seen = footprint(*outline(config.model, None), config, plan, TOKENS, torch.float32)
     work = Workload(seen, config, plan, queue, torch.float32)

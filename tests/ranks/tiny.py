@@ -117,7 +117,7 @@ def train(
 ) -> dict[str, Any]:
     """Some updates; returns losses, gradients before the last update, and the weights after it."""
     torch.set_num_threads(1)
-    config = tiny_config(**settings)
+    config = tiny_config(**settings, train__micro_batch_size=micro)
     world = World(rank, world_size, rank, "test")
     engine = build_engine(config, world, kind, dtype)
     peers = connect(world)
