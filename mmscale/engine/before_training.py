@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mmscale.config.schema import Config
 from mmscale.contracts import Batch, InputSpec, Peers, Position
-from mmscale.engine.inference import Inference, images_on
+from mmscale.engine.feed import images_on
+from mmscale.engine.inference import Inference
 from mmscale.model.build import build_model
 from mmscale.model.dual_encoder import Tokenizer
 from mmscale.model.heads import Head

@@ -19,7 +19,7 @@ from mmscale.data.features import EncodedBatch, FeatureTable, KeptParts, SampleB
 from mmscale.data.lanes import sections
 from mmscale.data.shards import ShardSet
 from mmscale.data.stream import pad
-from mmscale.engine.inference import images_on
+from mmscale.engine.feed import images_on
 from mmscale.errors import DataError
 from mmscale.parallel.peers import gather_objects
 

@@ -13,7 +13,7 @@ from mmscale.data.lanes import sections
 from mmscale.data.shards import ShardSet
 from mmscale.data.stream import pad
 from mmscale.engine.encode import Encoder
-from mmscale.engine.inference import images_on
+from mmscale.engine.feed import images_on
 from mmscale.parallel.peers import gather_objects
 
 

@@ -110,7 +110,12 @@ def agree(engine: Engine, peers: Peers, batch: Batch, output: StepOutput, step: 
 
 def _stacked(loss: LossOutput, where: torch.device) -> Tensor:
     values = [loss.total.detach(), *loss.terms.values()]
-    return torch.stack([value.to(where, torch.float64) for value in values])
+    return torch.stack([_at(value, where).double() for value in values])
+
+
+def _at(value: Tensor, where: torch.device) -> Tensor:
+    """Some terms' floors are numbers of the host."""
+    return send(value, where) if value.device.type == "cpu" else value.to(where)
 
 
 def _tokens(batch: Batch, where: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ from mmscale.data.features import SampleBatches
 from mmscale.data.stream import pad
 from mmscale.diagnostics.pairs import Pairs
 from mmscale.encoding import HeldOut
-from mmscale.engine.inference import images_on
+from mmscale.engine.feed import images_on
 from mmscale.errors import DataError
 from mmscale.evaluation import require_sound_model
 from mmscale.training.step import Learner

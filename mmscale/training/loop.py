@@ -15,7 +15,7 @@ from mmscale.config.load import as_yaml
 from mmscale.config.schema import Config
 from mmscale.contracts import Batch, Position, World
 from mmscale.data.caption_text import unknown_words
-from mmscale.engine.inference import on_device
+from mmscale.engine.feed import feed
 from mmscale.engine.optimizer import rate_factor
 from mmscale.errors import HaltError
 from mmscale.outputs import write_output
@@ -167,15 +167,15 @@ def _batches(stage: Stage, services: Services) -> Batches:
     """The stage's batches on the device, the position after each, and the seconds waited."""
     state, watchdog = stage.start.state, services.watchdog
     stream = stage.stream.batches(state.position)
-    for step in range(state.step + 1, stage.end + 1):
-        watchdog.alive(f"the wait for the batch of step {step}")
-        start = time.perf_counter()
-        batch, position = next(stream)
-        # What is trained from here on is lost without a checkpoint.
-        services.stop.note_from_now()
-        batch = on_device(batch, stage.job.policy.device, stage.spec)
-        watchdog.alive(f"the update of step {step}", in_exchange=True)
-        yield batch, position, time.perf_counter() - start
+    with closing(feed(stream, stage.job.policy, stage.spec)) as batches:
+        for step in range(state.step + 1, stage.end + 1):
+            watchdog.alive(f"the wait for the batch of step {step}")
+            start = time.perf_counter()
+            batch, position = next(batches)
+            # What is trained from here on is lost without a checkpoint.
+            services.stop.note_from_now()
+            watchdog.alive(f"the update of step {step}", in_exchange=True)
+            yield batch, position, time.perf_counter() - start
 
 
 def _advanced(state: RunState, arrival: Arrival, rows: int) -> RunState:

@@ -261,4 +261,7 @@ class Flights:
         if not flight.step.is_logged:
             return {}
         seconds = flight.phases.seconds()
-        return {"data": flight.waited, "step": time.perf_counter() - self._clock, **seconds}
+        # A batch that came while the device was at the update before kept nothing waiting.
+        computed = sum(seconds.values())
+        step = max(time.perf_counter() - self._clock, computed)
+        return {"data": min(flight.waited, step - computed), "step": step, **seconds}

@@ -5,8 +5,8 @@ import signal
 from collections.abc import Callable
 
 from mmscale.contracts import Batch
+from mmscale.engine import feed
 from mmscale.train import main
-from mmscale.training import loop
 
 
 def live_until(
@@ -24,7 +24,7 @@ def live_until(
             checkpoint of that step is the last thing the life does.
         altered: What becomes of the batch of a step.
     """
-    place, step = loop.on_device, first
+    place, step = feed.on_device, first
 
     def on_device(batch: Batch, *where) -> Batch:
         nonlocal step
@@ -33,5 +33,5 @@ def live_until(
             os.kill(os.getpid(), signal.SIGTERM)
         return place(altered(batch, step), *where)
 
-    loop.on_device = on_device
+    feed.on_device = on_device
     return main(words)

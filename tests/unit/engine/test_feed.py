@@ -7,7 +7,7 @@ import torch
 
 from mmscale.contracts import Batch, InputSpec
 from mmscale.data.pixels import normalise
-from mmscale.engine.inference import images_on, on_device
+from mmscale.engine.feed import images_on, on_device
 
 SPEC = InputSpec(8, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), "bicubic", lambda texts: [], 0, 8)
 

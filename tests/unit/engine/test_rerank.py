@@ -7,7 +7,8 @@ from mmscale.data.features import SampleBatches
 from mmscale.data.shards import open_shards
 from mmscale.data.stream import pad
 from mmscale.engine.encode import Encoder, encode
-from mmscale.engine.inference import Inference, images_on
+from mmscale.engine.feed import images_on
+from mmscale.engine.inference import Inference
 from mmscale.engine.rerank import match_scores
 from mmscale.model.build import build_model
 from mmscale.parallel.device import choose
