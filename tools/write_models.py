@@ -37,6 +37,12 @@ state. *Good on*: trained there by a test. Nothing here was tried on a GPU.
   anew, so the tower must not be frozen as a whole. OpenCLIP's towers pool by their options.
 - `frozen`: `true`; `N`: what comes before the blocks, and the first N blocks; `-N`: all but the
   last N. Frozen parts are in evaluation mode and have no gradient. Blocks are counted below.
+- `adapter`: `{kind: lora, rank: 8}`: the tower keeps its weights and learns small matrices beside
+  its linear layers and its attention, through peft (`pip install 'mmscale[adapters]'`). Heads and
+  scale are trained as ever. With a number in `frozen`, the blocks that it keeps have the adapter
+  and the others are trained themselves. `targets` names layers by the ends of their names
+  (`[qkv, proj]`), convolutions too. A run may begin on the weights of one without adapters
+  (`model.weights=RUN`). `mmscale export` merges them; `--to adapter` writes peft's own folders.
 - `checkpointing`: blocks keep no activations and compute them again in the backward pass, which
   gives the same gradient with less memory.
 - `width`: checked; a wrong one ends with exit 2 and names the true one.

@@ -17,6 +17,7 @@ from mmscale.config.model import HeadConfig
 from mmscale.config.schema import Config
 from mmscale.contracts import InputSpec
 from mmscale.errors import ConfigError
+from mmscale.model.adapters import adapted, merge_adapter
 from mmscale.model.dual_encoder import DualEncoder, Tokenizer
 from mmscale.model.presets import is_whole_openclip
 from mmscale.outputs import publish
@@ -61,7 +62,7 @@ def export(what: Exported, to: str) -> None:
 
     Args:
         what: The model.
-        to: `open_clip`, `hf` or `onnx`.
+        to: One of `FORMATS`.
 
     Raises:
         ConfigError: The format is unknown or cannot express the model, or the folder holds files.
@@ -72,6 +73,8 @@ def export(what: Exported, to: str) -> None:
     aside.mkdir(parents=True)
     try:
         with torch.no_grad():
+            if to != "adapter":
+                _merge(what)
             _write(what, to, aside)
         with suppress(FileNotFoundError):
             what.out.rmdir()
@@ -94,6 +97,24 @@ def require_exportable(config: Config, to: str, out: Path) -> None:
         raise ConfigError(f"{reason}; {advice(config, to)}")
 
 
+def _merge(what: Exported) -> None:
+    """Make adapters part of the weights that they stand beside.
+
+    Raises:
+        ConfigError: The embeddings change.
+    """
+    model = what.encoder.model
+    towers = [tower for tower in (model.vision, model.text) if adapted(tower)]
+    if not towers:
+        return
+    pixels, tokens = what.sample()
+    image, text = what.encoder.encode_image(pixels), what.encoder.encode_text(tokens)
+    for tower in towers:
+        merge_adapter(tower)
+    require_equal(image, what.encoder.encode_image(pixels), "the image tower's merged adapter")
+    require_equal(text, what.encoder.encode_text(tokens), "the text tower's merged adapter")
+
+
 def _write(what: Exported, to: str, folder: Path) -> None:
     try:
         _writers()[to](what, folder)
@@ -103,11 +124,17 @@ def _write(what: Exported, to: str, folder: Path) -> None:
 
 def _writers() -> dict[str, Writer]:
     # Each brings its own library.
+    from mmscale.checkpoint.export_adapter import write_adapters
     from mmscale.checkpoint.export_hf import write_hf
     from mmscale.checkpoint.export_onnx import write_onnx
     from mmscale.checkpoint.export_openclip import write_openclip
 
-    return {"open_clip": write_openclip, "hf": write_hf, "onnx": write_onnx}
+    return {
+        "open_clip": write_openclip,
+        "hf": write_hf,
+        "onnx": write_onnx,
+        "adapter": write_adapters,
+    }
 
 
 def linear_map(
@@ -267,6 +294,12 @@ def _onnx(config: Config) -> str | None:
     return missing and f"--to onnx needs {missing} (pip install 'mmscale[onnx]')"
 
 
+def _adapter(config: Config) -> str | None:
+    if any(tower.adapter.kind != "none" for tower in (config.model.vision, config.model.text)):
+        return None
+    return "model.vision.adapter.kind and model.text.adapter.kind are none: no adapter was trained"
+
+
 def _head(config: Config, without_offset: dict[str, bool]) -> str | None:
     """What a projection by one matrix, on some sides without an offset, cannot be."""
     for modality, no_offset in without_offset.items():
@@ -298,5 +331,6 @@ _REFUSALS: dict[str, Callable[[Config], str | None]] = {
     "open_clip": _open_clip,
     "hf": _hf,
     "onnx": _onnx,
+    "adapter": _adapter,
 }
 FORMATS = tuple(_REFUSALS)

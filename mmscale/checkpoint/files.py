@@ -21,6 +21,7 @@ from mmscale.config.rules import expanded_stages
 from mmscale.config.schema import Config
 from mmscale.contracts import World
 from mmscale.errors import CheckpointError, ConfigError
+from mmscale.model.adapters import below_adapter, is_adapters
 from mmscale.parallel.peers import broadcast_object, gather_objects
 
 # Tensors that are not the model's: those of the data's order, and each part's under its name.
@@ -158,12 +159,17 @@ class Checkpoint:
     def load_weights(self, model: nn.Module) -> None:
         """Fill the model's parameters and buffers.
 
+        Of a model with adapters only what is below them, where the checkpoint has none.
+
         Raises:
             CheckpointError: The model is another; names the first differing tensors.
         """
         others = (_OF_THE_ORDER, *(f"{part}." for part in self.parts))
         theirs = [name for name in self.tensors if not name.startswith(others)]
-        self._fill(model.state_dict(), theirs, "")
+        own = model.state_dict()
+        if not any(is_adapters(name) for name in theirs):
+            own = {below_adapter(name): own[name] for name in own if not is_adapters(name)}
+        self._fill(own, theirs, "")
 
     def load_momentum(self, own: Mapping[str, Tensor]) -> None:
         """Fill what the momentum encoder averages, by the names that the model has for it.

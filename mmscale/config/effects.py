@@ -180,6 +180,19 @@ def _trains(component: str) -> Effect:
     return Effect(f"where {component} is trained", lambda s: component in s.trained)
 
 
+def _adapter(part: str) -> dict[str, Effect | None]:
+    kind = f"model.{part}.adapter.kind"
+
+    def there(stretch: Stretch) -> bool:
+        return getattr(stretch.config.model, part).adapter.kind != "none"
+
+    details = dict.fromkeys(
+        (f"model.{part}.adapter.{name}" for name in ("rank", "alpha", "dropout", "targets")),
+        Effect(f"with an adapter ({kind})", there),
+    )
+    return {kind: _trains(part), **details}
+
+
 _EVALUATED = Effect(
     "with held-out pairs (data.eval)", lambda stretch: stretch.config.data.eval is not None
 )
@@ -251,6 +264,8 @@ EFFECTS: dict[str, Effect | None] = {
     **_always("model.vision.", "pooling", "mean", "std"),
     **_always("model.text.", "name", "weights", "options", "frozen", "width"),
     **_always("model.text.", "pooling", "context_length"),
+    **_adapter("vision"),
+    **_adapter("text"),
     "model.vision.checkpointing": _trains("vision"),
     "model.text.checkpointing": _trains("text"),
     **_heads("model.head."),

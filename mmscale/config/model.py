@@ -111,6 +111,21 @@ class FusionConfig(Section):
     """Classes of the classification head; null: none."""
 
 
+class AdapterConfig(Section):
+    """Small matrices beside a tower's weights, learnt in their place (LoRA, through peft)."""
+
+    kind: Literal["none", "lora", "rslora"] = "none"
+    """`lora`: rank `rank`, scaled by alpha / rank; `rslora`: by alpha / sqrt(rank)."""
+    rank: Positive = 8
+    """Width of the matrices."""
+    alpha: PositiveFloat = 16.0
+    """Factor of what they add, divided by `rank`, or by its root."""
+    dropout: Dropout = 0.0
+    """Share of their input that a training step leaves out."""
+    targets: Literal["auto"] | Annotated[tuple[str, ...], Field(min_length=1)] = "auto"
+    """Layers beside which they stand, by the ends of their names; `auto`: each linear one."""
+
+
 class TowerConfig(Section):
     """One of the two encoders."""
 
@@ -122,6 +137,8 @@ class TowerConfig(Section):
     """Passed to the tower's constructor, such as `pad_type: same`."""
     frozen: bool | int = False
     """Keep weights, in evaluation mode: all (`true`), the first N blocks, all but the last (-N)."""
+    adapter: AdapterConfig = AdapterConfig()
+    """Learns beside the weights that are kept: all, or those of the blocks that `frozen` counts."""
     checkpointing: bool = False
     """Compute each block's activations again in the backward pass instead of keeping them."""
     width: Positive | None = None

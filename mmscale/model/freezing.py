@@ -12,6 +12,7 @@ from mmscale.config.rules import blocks_of, expanded_stages
 from mmscale.config.schema import Config
 from mmscale.contracts import COMPONENTS
 from mmscale.errors import ConfigError
+from mmscale.model.adapters import attach_adapter
 from mmscale.model.tower import Tower
 from mmscale.model.two_tower import TwoTower, component_of
 
@@ -43,6 +44,10 @@ def apply_settings(tower: Tower, config: TowerConfig, key: str) -> None:
         tower.get_parameter(name).requires_grad_(False)
     if config.frozen is not False and config.frozen is not True:
         freeze_blocks(tower, config.frozen, f"{key}.frozen={config.frozen}", str(config.name))
+    if config.adapter.kind != "none":
+        attach_adapter(tower, config, key)
+    if config.frozen is not False and config.frozen is not True:
+        tower.rest([module for module in tower.modules() if _frozen(module)])
     if config.checkpointing and not tower.checkpoint_blocks():
         raise ConfigError(
             f"{key}.checkpointing=true, but the library of {config.name} has no checkpointing for "
@@ -72,7 +77,6 @@ def freeze_blocks(tower: Tower, count: int, setting: str, name: str) -> None:
     for group in groups[: 1 + count] if count > 0 else groups[:count]:
         for parameter in group:
             tower.trunk.get_parameter(parameter).requires_grad_(False)
-    tower.rest([module for module in tower.modules() if _frozen(module)])
 
 
 def chain(trunk: nn.Module, late: tuple[str, ...] = ()) -> list[list[str]]:
@@ -195,7 +199,7 @@ def select(model: TwoTower, config: Config, number: int) -> list[str]:
     model.freeze(idle)
     for name in set(TOWERS) - idle:
         tower = _tower(model, name)
-        tower.rest([module for module in tower.modules() if _rests(module)])
+        tower.rest([module for module in tower.modules() if _frozen(module)])
     return lines
 
 
@@ -233,8 +237,3 @@ def _components(names: Sequence[str]) -> list[str]:
 
 def _example(names: Sequence[str]) -> str:
     return f"{names[0].rsplit('.', 1)[0]}.*" if names else "head.*"
-
-
-def _rests(module: nn.Module) -> bool:
-    parameters = list(module.parameters())
-    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)

@@ -20,13 +20,16 @@ class Tower(nn.Module):
         trunk: The library's model.
         width: Features of a pooled row.
         sequence_width: Features of each token.
-        inert: Names of parameters that the pooled features do not depend on; never trained.
+        inert: Names of parameters that are never trained: the pooled features do not depend on
+            them, or an adapter stands beside them.
+        row: One row of inputs, of the shapes that it takes.
         left_out: What to tell of a part of the model that the tower does not take; mostly None.
     """
 
     width: int
     sequence_width: int
     inert: frozenset[str]
+    row: tuple[Tensor, ...]
     left_out: str | None = None
 
     def __init__(self, trunk: nn.Module):
@@ -85,6 +88,7 @@ def look(tower: Tower, *inputs: Tensor) -> None:
             seen = _look_on_meta(tower, inputs) or _look_here(tower, inputs)
     finally:
         tower.train(was_training)
+    tower.row = inputs
     tower.width, tower.sequence_width, tower.inert = seen.width, seen.sequence_width, seen.inert
 
 
@@ -128,7 +132,10 @@ def _seen(outputs: tuple[Tensor, Tensor], parameters: dict[str, Tensor]) -> Seen
     pooled, sequence = outputs
     assert pooled.ndim == 2, f"a tower must give [b f], this one gives {list(pooled.shape)}"
     assert sequence.ndim == 3, f"tokens must be [b s e], these are {list(sequence.shape)}"
-    reached = torch.autograd.grad(pooled.sum(), list(parameters.values()), allow_unused=True)
+    trained = list(parameters.values())
+    reached: Sequence[Tensor | None] = [None] * len(trained)
+    if pooled.requires_grad:
+        reached = torch.autograd.grad(pooled.sum(), trained, allow_unused=True)
     inert = frozenset(name for name, g in zip(parameters, reached, strict=True) if g is None)
     return Seen(pooled.shape[1], sequence.shape[2], inert)
 

@@ -1,6 +1,7 @@
 """One checkpoint format: what two sharded ranks save, every other engine goes on from exactly."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -188,3 +189,44 @@ def test_other_optimizers_moments_go_on_exactly_under_another_stage(tmp_path):
             assert set(got_state) == set(state)
             assert [key for key in state if not torch.equal(got_state[key], state[key])] == []
             assert got_loss == pytest.approx(loss, rel=1e-5)
+
+
+LORA = {"kind": "lora", "rank": 2}
+ADAPTERS = {"model__vision__adapter": LORA, "model__text__adapter": LORA, "optim__lr": 1e-3}
+
+
+def _with_adapters(folder, save):
+    """Two ranks of ZeRO-3 save and go on under ZeRO-1; or one device goes on from that."""
+    world, config = _world(), partial(_config, **ADAPTERS)
+    saved = _train_and_save(folder, config(3), 3, world) if save else None
+    after = 1 if save else 0
+    return saved, _go_on(folder, config(after), after, world)
+
+
+def test_a_run_with_adapters_goes_on_exactly_under_another_stage_and_alone(tmp_path):
+    wanted, sharded = run_on_ranks(2, _with_adapters, tmp_path, True)[1]
+    _, alone = run_on_ranks(1, _with_adapters, tmp_path, False)[0]
+    for got in (sharded, alone):
+        (state, loss, after), (got_state, got_loss, got_after) = wanted, got
+        moments = {name for name in state if name.startswith("exp_avg/")}
+        assert any(".lora_A." in name for name in moments)
+        assert not any(".base_layer." in name and ".lora_" not in name for name in moments)
+        assert [name for name in state if not torch.equal(got_state[name], state[name])] == []
+        assert got_loss == pytest.approx(loss, rel=1e-5)
+        whole = torch.stack([value.double().norm() for value in after.values()]).norm()
+        for name, value in after.items():
+            assert (got_after[name].double() - value.double()).norm() / whole < 1e-5, name
+
+
+def test_adapters_begin_on_the_weights_of_a_run_without(tmp_path):
+    run_on_ranks(1, _save_each, tmp_path, [0])
+    checkpoint = Checkpoint(tmp_path / "0" / "checkpoints" / f"step-{UPDATES:08d}")
+    model, _ = build_model(_config(0, **ADAPTERS).model, None, 1)
+    fresh = {name: t.clone() for name, t in model.state_dict().items()}
+    checkpoint.load_weights(model)
+    for name, tensor in model.state_dict().items():
+        if ".lora_" in name:
+            assert torch.equal(tensor, fresh[name]), name
+        else:
+            theirs = checkpoint.read("value", name.replace(".base_layer", ""))
+            assert torch.equal(tensor, theirs), name

@@ -68,7 +68,45 @@ def test_load_and_export_agree_with_embed(trained, synthetic, tmp_path):
 def test_export_refuses_an_unknown_format_and_a_missing_run(trained, tmp_path):
     done = run(["mmscale", "export", trained, "--to", "tflite", "--out", tmp_path / "out"])
     assert done.returncode == 2
-    assert "open_clip, hf, onnx" in done.stderr
+    assert "open_clip, hf, onnx, adapter" in done.stderr
     done = run(["mmscale", "export", tmp_path / "none", "--to", "onnx", "--out", tmp_path / "out"])
     assert done.returncode == 2
     assert "no such run" in done.stderr
+
+
+def test_a_run_with_adapters_is_loaded_and_exported_whole(trained, synthetic, tmp_path):
+    """It begins on another run's weights, of which it moves none."""
+    settings = tmp_path / "settings.yaml"
+    settings.write_text((trained.parent / "settings.yaml").read_text("utf-8"))
+    adapter = "{kind: lora, rank: 2, alpha: 32, dropout: 0.1}"
+    succeed(
+        [
+            *ALONE,
+            *words_for(synthetic, settings),
+            f"run.dir={tmp_path / 'run'}",
+            "train.duration=3 steps",
+            f"model.weights={trained}",
+            f"model.text.adapter={adapter}",
+            "model.vision.frozen=true",
+        ]
+    )
+    model, _, tokenizer = mmscale.load(tmp_path / "run")
+    tokens = tokenizer(["a red circle", "two squares"])
+    with torch.no_grad():
+        rows = model.encode_text(tokens)
+    kept = {
+        name.replace(".base_layer", ""): tensor
+        for name, tensor in model.model.text.state_dict().items()
+        if ".lora_" not in name
+    }
+    before = mmscale.load(trained)[0].model.text.state_dict()
+    assert [name for name in before if not torch.equal(kept[name], before[name])] == []
+    assert any(".lora_" in name for name in model.model.text.state_dict())
+    out = tmp_path / "open_clip"
+    succeed(["mmscale", "export", tmp_path / "run", "--to", "open_clip", "--out", out])
+    theirs = open_clip.create_model(f"local-dir:{out}").eval()
+    padded = torch.nn.functional.pad(tokens, (0, theirs.context_length - tokens.shape[1]))
+    with torch.no_grad():
+        got = theirs.encode_text(padded, normalize=True)
+    wanted = torch.nn.functional.normalize(rows, dim=-1)
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)

@@ -1,5 +1,6 @@
 """Exported files, loaded by the library that they are for, give the model's own embeddings."""
 
+import copy
 import json
 import os
 import shutil
@@ -7,8 +8,10 @@ import subprocess
 import sys
 
 import open_clip
+import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -20,6 +23,7 @@ from transformers import (
 from mmscale.checkpoint.export import Exported, export, require_exportable
 from mmscale.config.load import validate
 from mmscale.errors import ConfigError
+from mmscale.model.adapters import drop_adapter
 from mmscale.model.build import build_model
 from mmscale.model.dual_encoder import DualEncoder, Tokenizer
 from mmscale.model.presets import fill_preset
@@ -240,11 +244,91 @@ def test_onnx_with_any_batch_and_length(tmp_path, bert, towers):
     torch.testing.assert_close(got, ours, atol=1e-5, rtol=0)
 
 
+LORA = {"adapter": {"kind": "lora", "rank": 2, "alpha": 4}}
+
+
+def with_adapters(folder, bert, towers):
+    pairs = {
+        "openclip": {"vision": CLIP_VISION | LORA, "text": CLIP_TEXT | LORA},
+        "timm_hf": {"vision": TIMM_VIT, "text": bert | LORA | {"frozen": -1}},
+        "hf": {k: v | LORA if k != "embed_dim" else v for k, v in hf_pair(folder).items()},
+    }
+    return {"embed_dim": 16, **pairs[towers]}
+
+
+TIMM_VIT = {"name": "timm:test_vit", "weights": "random", **LORA}
+
+
+@pytest.mark.parametrize(
+    ("to", "towers"), [("open_clip", "openclip"), ("open_clip", "timm_hf"), ("hf", "hf")]
+)
+def test_adapters_are_merged_into_what_is_exported(tmp_path, bert, to, towers):
+    what = exported(tmp_path / "out", with_adapters(tmp_path / "pair", bert, towers), None)
+    assert any(".lora_" in name for name in what.encoder.model.state_dict())
+    pixels, tokens = what.sample()
+    wanted = what.encoder(pixels, tokens)
+    export(what, to)
+    for ours, merged in zip(wanted, what.encoder(pixels, tokens), strict=True):
+        torch.testing.assert_close(merged, ours, atol=1e-5, rtol=0)
+    if to == "open_clip":
+        assert_open_clip_agrees(what)
+
+
+@pytest.mark.parametrize("towers", ["hf", "timm_hf"])
+def test_adapters_as_folders_that_peft_loads_onto_the_towers_below(tmp_path, bert, towers):
+    model = with_adapters(tmp_path / "pair", bert, towers)
+    what = exported(tmp_path / "out", model, None)
+    # The towers as anybody has them: before an adapter, by their own libraries.
+    below = copy.deepcopy(what.encoder.model)
+    for part in ("vision", "text"):
+        drop_adapter(below.get_submodule(part))
+    export(what, "adapter")
+    pixels, tokens = what.sample()
+    rows = {"vision": (pixels,), "text": (tokens, tokens != what.spec.pad_token)}
+    for part, row in rows.items():
+        tower = below.get_submodule(part)
+        before = tower(*row)
+        peft.PeftModel.from_pretrained(tower.trunk, what.out / part)
+        wanted = what.encoder.model.get_submodule(part)(*row)
+        torch.testing.assert_close(tower(*row), wanted, atol=1e-5, rtol=0)
+        assert (before - wanted).abs().max() > 1e-3
+    others = load_file(what.out / "trained.safetensors")
+    trained = {n for n, p in what.encoder.model.named_parameters() if p.requires_grad}
+    assert set(others) == {name for name in trained if ".lora_" not in name}
+    assert ("text.trunk.encoder.layer.1.output.dense.weight" in others) == (towers == "timm_hf")
+
+
+def test_an_adapter_that_peft_would_read_as_another_is_refused(tmp_path, bert):
+    what = exported(tmp_path / "out", with_adapters(tmp_path / "pair", bert, "openclip"), None)
+    layer = peft.tuners.lora.layer.MultiheadAttention(
+        torch.nn.MultiheadAttention(8, 2),
+        "default",
+        peft.LoraConfig(init_lora_weights=False),
+        r=8,
+        lora_alpha=8,
+    )
+    before = layer.base_layer.out_proj.base_layer.weight.clone()
+    layer.merge()
+    out = layer.base_layer.out_proj
+    added = out.base_layer.weight - before
+    if torch.allclose(added, out.get_delta_weight("default"), atol=1e-6):
+        export(what, "adapter")
+        return
+    with pytest.raises(ConfigError, match=r"adds the adapter of.*twice; export to open_clip"):
+        export(what, "adapter")
+
+
+def test_a_model_without_adapters_has_none_to_export(tmp_path, bert):
+    what = exported(tmp_path / "out", {"vision": TIMM, "text": bert, "embed_dim": 16})
+    with pytest.raises(ConfigError, match="no adapter was trained; export to open_clip"):
+        export(what, "adapter")
+
+
 def test_a_folder_with_files_and_an_unknown_format_are_refused(tmp_path, bert):
     what = exported(tmp_path, {"vision": TIMM, "text": bert, "embed_dim": 16})
     with pytest.raises(ConfigError, match="holds files"):
         export(what, "onnx")
-    with pytest.raises(ConfigError, match="open_clip, hf, onnx"):
+    with pytest.raises(ConfigError, match="open_clip, hf, onnx, adapter"):
         export(what, "tflite")
 
 

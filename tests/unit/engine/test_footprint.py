@@ -31,3 +31,11 @@ def test_a_frozen_tower_goes_forward_only_and_nothing_is_left_behind():
     ratio = count_flops(trained.train(), spec).image / count_flops(frozen.train(), spec).image
     assert 2.5 < ratio <= 3.1
     assert all(parameter.grad is None for parameter in trained.parameters())
+
+
+def test_an_adapters_tower_spares_the_gradients_of_what_is_kept():
+    adapter = {"kind": "lora", "rank": 2}
+    settings = {"model__vision__adapter": adapter, "model__text__adapter": adapter}
+    model, spec = build_model(tiny_config(**settings).model, None, 0)
+    found = count_flops(model.train(), spec).update(6, 16)
+    assert found == pytest.approx(counted(model, 6, 16), rel=1e-3)

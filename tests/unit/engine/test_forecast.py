@@ -44,6 +44,17 @@ def test_the_outline_is_the_model():
     assert (bare_spec.image_size, bare_spec.context_length) == (96, 48)
 
 
+def test_of_towers_with_adapters_only_those_are_trained():
+    adapter = "{kind: lora, rank: 4}"
+    words = [f"model.{part}.adapter={adapter}" for part in ("vision", "text")]
+    planned = forecast(load_config(["flickr30k", *words]), 1, read_cluster("a100"), 29_000, None)
+    # Of each of twelve blocks: queries, keys, values (in one layer, or three), output, and an MLP.
+    vision = 12 * 4 * ((384 + 3 * 384) + 2 * 384 + 2 * (384 + 4 * 384))
+    text = 12 * 4 * (4 * 2 * 384 + 2 * (384 + 4 * 384))
+    assert planned.seen.numel(True) == vision + text + 2 * 384 * 384 + 1
+    assert planned.seen.numel(False) == 21_665_664 + 33_212_160
+
+
 def test_towers_of_a_hub_are_planned_without_it():
     planned = forecast(load_config(["flickr30k"]), 1, read_cluster("a100"), 29_000, None)
     # ViT-S/16 and a MiniLM of 12 layers of 384 with 30,522 words; two heads of 384 x 384; a scale.

@@ -88,6 +88,16 @@ def test_with_dropout_both_passes_over_a_chunk_see_one_mask():
     assert gradients_of(DROPOUT, batch, 4)[1] != pytest.approx(loss, rel=1e-3)
 
 
+def test_with_an_adapters_dropout_both_passes_over_a_chunk_see_one_mask():
+    adapter = {"kind": "lora", "rank": 2, "dropout": 0.4}
+    settings = {"model__vision__adapter": adapter, "model__text__adapter": adapter}
+    batch = joint_batch(3, torch.float64)
+    gradients, _ = gradients_of(settings, batch, MICRO)
+    assert_close(gradients, by_autograd(settings, batch, MICRO)[0], 1e-12)
+    with pytest.raises(AssertionError, match="lora_B"):
+        assert_close(gradients, gradients_of(settings, batch, 4)[0], 1e-3)
+
+
 def test_a_batch_of_4096_in_chunks_of_32_is_the_batch():
     small = joint_batch(0)
     rows = 4096
