@@ -17,6 +17,7 @@ from mmscale.checkpoint.resume import open_trained
 from mmscale.config.load import overridden, stage_config
 from mmscale.config.model import ModelConfig
 from mmscale.config.paths import path_of
+from mmscale.config.rules import matryoshka_widths
 from mmscale.config.schema import Config
 from mmscale.contracts import InputSpec, Peers
 from mmscale.data.caption_text import with_cleaning
@@ -195,8 +196,11 @@ def embed(call: Call, device: torch.device, table: FeatureTable) -> Pairs:
 def _figures(
     config: Config, encoder: Encoder, shards: ShardSet, table: FeatureTable, pairs: Pairs
 ) -> dict[str, float]:
-    """Recall of the dual encoder and, apart, after re-ranking by fusion. Collective."""
+    """Recall of the dual encoder, at each width, and after re-ranking by fusion. Collective."""
     figures: dict[str, float] = dict(recalls(pairs, encoder.peers))
+    for width in matryoshka_widths(config):
+        at_width = recalls(pairs.cut(width), encoder.peers)
+        figures |= {f"{name}@{width}": at_width[name] for name in RECALLS}
     if config.eval.rerank:
         lists = shortlists(pairs, config.eval.rerank)
         scores = match_scores(encoder, shards, table, lists.wanted())

@@ -26,6 +26,7 @@ from mmscale.config.rules import (
     objective_faults,
     stage_faults,
     stage_settings,
+    width_faults,
 )
 from mmscale.config.schema import Config
 from mmscale.config.values import infinite_faults
@@ -123,6 +124,7 @@ def validate(settings: dict[str, Any]) -> Config:
         *head_faults(config.model.head),
         *fusion_faults(config),
         *negatives_faults(config),
+        *width_faults(config),
     ]
     if faults:
         raise ConfigError("\n".join(faults))

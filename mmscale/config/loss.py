@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
 from pydantic import Field, model_validator
 
-from mmscale.config.values import NonNegativeFloat, PositiveFloat, Ramp, Section, within
+from mmscale.config.values import NonNegativeFloat, Positive, PositiveFloat, Ramp, Section, within
 
 Share = Annotated[Ramp, within(0, 1)]
 AtLeastZero = Annotated[Ramp, within(0)]
@@ -279,6 +279,41 @@ class ClassificationTerm(Term):
     """Needs labels in the data; rows without one are left out."""
 
 
+OneWidth: TypeAlias = (
+    InfoNCETerm | SigLIPTerm | DCLTerm | NTXentTerm | SupConTerm | HingeTerm | HardNegativeTerm
+)
+
+
+class MatryoshkaTerm(Term):
+    """A contrastive term at the first dimensions of the embeddings, for each of several widths."""
+
+    needs: ClassVar[Needs] = Needs(gathers=BOTH, queue=True, mining=True)
+
+    kind: Literal["matryoshka"]
+    """Recall is told at each width too; the whole width is the objective's other terms'."""
+    widths: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    """Numbers of dimensions, ascending, each below `model.embed_dim`."""
+    weights: tuple[PositiveFloat, ...] | None = None
+    """Factor of each width; null: 1."""
+    of: Annotated[OneWidth, Field(discriminator="kind")] = InfoNCETerm(kind="infonce")
+    """The term, with its options; its weight is this one's."""
+
+    def holds_logits(self, mined: bool) -> bool:
+        return self.of.holds_logits(mined)
+
+    @model_validator(mode="after")
+    def _check(self) -> "MatryoshkaTerm":
+        if list(self.widths) != sorted(set(self.widths)):
+            raise ValueError(
+                f"given widths that ascend, not {list(self.widths)}; put them in order"
+            )
+        if len(self.weights or self.widths) != len(self.widths):
+            raise ValueError("given as many weights as widths, or none; give one for each width")
+        if self.of.weight != ONE:
+            raise ValueError("given its weight beside its kind; take the weight out of its of")
+        return self
+
+
 AnyTerm: TypeAlias = (
     InfoNCETerm
     | SigLIPTerm
@@ -299,6 +334,7 @@ AnyTerm: TypeAlias = (
     | DistillationTerm
     | MatchingTerm
     | ClassificationTerm
+    | MatryoshkaTerm
 )
 # Every term there is, by its `kind`.
 TERMS: dict[str, type[Term]] = {

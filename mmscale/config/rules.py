@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from mmscale.config.data import DataConfig, SourceConfig
-from mmscale.config.loss import TERMS, AnyTerm, LossConfig, Needs
+from mmscale.config.loss import TERMS, AnyTerm, LossConfig, MatryoshkaTerm, Needs
 from mmscale.config.schema import Config
 from mmscale.config.training import StageConfig
 
@@ -90,6 +90,22 @@ def objective_faults(config: Config) -> Iterator[str]:
                 f"loss.terms holds {kind}, but model.fusion.classes is null; set it to the number "
                 "of classes that the data's labels have"
             )
+
+
+def matryoshka_widths(config: Config) -> tuple[int, ...]:
+    """Widths below the whole one at which a term trains the embeddings."""
+    terms = [term for term in trained_terms(config) if isinstance(term, MatryoshkaTerm)]
+    return tuple(sorted({width for term in terms for width in term.widths}))
+
+
+def width_faults(config: Config) -> Iterator[str]:
+    """Widths that are no part of the embeddings, as far as a preset does not say how wide."""
+    widths, model = matryoshka_widths(config), config.model
+    if widths and model.preset is None and widths[-1] >= model.embed_dim:
+        yield (
+            f"loss.terms holds matryoshka with a width of {widths[-1]}, but model.embed_dim="
+            f"{model.embed_dim}; give widths below that: the whole width is the other terms'"
+        )
 
 
 def fusion_faults(config: Config) -> Iterator[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
@@ -63,6 +64,11 @@ class Pairs:
     backbone_text: Float[Tensor, "m g"] | None = None
     logit_scale: float | None = None
     sources: Sources | None = None
+
+    def cut(self, width: int) -> "Pairs":
+        """The first dimensions of the embeddings, made unit rows again."""
+        image, text = (F.normalize(rows[:, :width], dim=1) for rows in (self.image, self.text))
+        return replace(self, image=image, text=text)
 
 
 def one_to_one(pairs: Pairs, limit: int | None = None) -> Pairs:

@@ -47,6 +47,7 @@ MOMENTUM = [
     {"kind": "distillation", "alpha": {"from": 0, "to": 0.4, "over": "5 steps"}},
     {"kind": "prototypes", "clusters": [3]},
 ]
+WIDTHS = [{"kind": "infonce"}, {"kind": "matryoshka", "widths": [4, 8], "weights": [0.5, 1]}]
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "infonce": {"loss__terms": [{"kind": "infonce"}]},
     "mixture": {"loss__terms": MIXTURE},
@@ -56,6 +57,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "negatives": {"queue": {"size": 29}, "mining": {"kind": "semi_hard", "share": 0.4}},
         "model__momentum": 0.8,
     },
+    "widths and queue": {"loss__terms": WIDTHS, "negatives": {"queue": QUEUE["queue"]}},
 }
 CHUNKS = (1, 3)
 BIAS = "scale.bias"
@@ -89,6 +91,7 @@ ZERO = [
     ("mixture", 1, 1, torch.float32),
     ("mixture", 1, 3, torch.float32),
     ("mixture and queue", 3, 3, torch.float32),
+    ("widths and queue", 3, 3, torch.float32),
     *(("mixture", 3, stage, torch.float32) for stage in (1, 2, 3)),
 ]
 NARROW = [(name, 1, None, torch.float32) for name in {case[0] for case in ZERO}]

@@ -50,6 +50,9 @@ TERMS: dict[str, dict[str, Any]] = {
     "distillation by id": {"alpha": 0.0},
     "matching": {},
     "classification": {},
+    "matryoshka": {"widths": [2, 4]},
+    "matryoshka hard": {"widths": [3], "weights": [0.5], "of": {"kind": "siglip"}},
+    "matryoshka of views": {"widths": [2, 5], "of": {"kind": "ntxent", "temperature": 0.2}},
 }
 # What of these mines, and how.
 MINING = {
@@ -57,6 +60,7 @@ MINING = {
     "infonce smoothed semi-hard": Mining("semi_hard", 0.5, 0.6),
     "siglip hard": Mining("hard", 0.4, 0.7),
     "dcl semi-hard": Mining("semi_hard", 0.5, 1.0),
+    "matryoshka hard": Mining("hard", 0.4, 0.7),
 }
 KINDS = list(SETTINGS)
 # Those that contrast with remembered rows.
@@ -70,6 +74,7 @@ WITH_BANK = (
     "hn_nce",
     "distillation",
     "distillation by id",
+    "matryoshka",
 )
 
 

@@ -11,6 +11,7 @@ from mmscale.config.values import whole_steps
 from mmscale.contracts import Bank, Embeddings, LossInput
 from mmscale.loss.term import Bounds, Counts, Given, compute
 from mmscale.parallel.peers import Alone
+from tests.unit.loss.cases import TERMS as CASES
 from tests.unit.loss.cases import leaves, made_up
 from tests.whole.command import ROOT
 
@@ -155,6 +156,8 @@ def test_a_term_has_the_bounds_that_the_table_of_the_documentation_gives_it():
     assert documented.keys() == TERMS.keys()
     rows = made_up(leaves(IDS), IDS, with_bank=True)
     for kind, wanted in documented.items():
-        bounds = compute(term(kind), Given(rows, Alone(), at)).bounds(Counts.of(rows, Alone()))
+        bounds = compute(term(kind, **CASES[kind]), Given(rows, Alone(), at)).bounds(
+            Counts.of(rows, Alone())
+        )
         found = TERMS[kind].needs.queue, *(bound is not None for bound in bounds)
         assert found == wanted, kind
