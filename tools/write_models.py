@@ -45,6 +45,9 @@ state. *Good on*: trained there by a test. Nothing here was tried on a GPU.
   (`model.weights=RUN`). `mmscale export` merges them; `--to adapter` writes peft's own folders.
 - `checkpointing`: blocks keep no activations and compute them again in the backward pass, which
   gives the same gradient with less memory.
+- `context_length` of a text tower, beyond its table of positions: the first 20 stay, the rest are
+  spread (Long-CLIP), so that captions of at most 20 tokens are read as before; to be trained on.
+  How many captions were cut is told at the first step, in the log and on the report's page.
 - `width`: checked; a wrong one ends with exit 2 and names the true one.
 
 Parameters that the pooled features do not depend on (a mask token, the tower's own pooling when

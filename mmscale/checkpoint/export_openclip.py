@@ -97,6 +97,8 @@ def _whole(what: Exported, folder: Path) -> tuple[dict[str, Any], dict[str, Tens
     text = towers.text.trunk.state_dict()
     if isinstance(towers.text.trunk, HFTextEncoder):
         towers.text.trunk.config.save_pretrained(folder)
+    else:
+        settings["text_cfg"]["context_length"] = towers.text.trunk.context_length
     custom = settings.get("custom_text") or "hf_model_name" in settings["text_cfg"]
     tensors |= {f"text.{name}" if custom else name: t for name, t in text.items()}
     return settings, tensors
@@ -172,6 +174,7 @@ def _text(what: Exported, folder: Path) -> tuple[dict[str, Any], dict[str, Tenso
         return settings, tensors | {"text.proj.weight": matrix}
     if isinstance(tower.trunk, TextTransformer):
         settings = openclip_config(name, "model.text.name")["text_cfg"] | config.options
+        settings["context_length"] = tower.trunk.context_length
         tensors = {f"text.{key}": tensor for key, tensor in trunk.items()}
         if offset.abs().max() > 0:
             settings["proj_bias"] = True

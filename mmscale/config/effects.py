@@ -184,7 +184,7 @@ def _adapter(part: str) -> dict[str, Effect | None]:
     kind = f"model.{part}.adapter.kind"
 
     def there(stretch: Stretch) -> bool:
-        return getattr(stretch.config.model, part).adapter.kind != "none"
+        return bool(getattr(stretch.config.model, part).adapter.kind != "none")
 
     details = dict.fromkeys(
         (f"model.{part}.adapter.{name}" for name in ("rank", "alpha", "dropout", "targets")),

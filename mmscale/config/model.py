@@ -162,7 +162,7 @@ class TextConfig(TowerConfig):
     pooling: Literal["auto", "cls", "mean", "eos", "map"] = "auto"
     """How tokens become one vector: `auto` the model's own, else `mean`; `eos`: the last one."""
     context_length: Positive | None = None
-    """Most tokens of a caption; default the tower's own, at most 77."""
+    """Most tokens of a caption; default the tower's own, at most 77; more stretches its table."""
 
 
 class LogitScaleConfig(Section):

@@ -19,7 +19,7 @@ from torch import Tensor
 class AdaptedAttention(MultiheadAttention):
     """`nn.MultiheadAttention` with an adapter on its input and its output projection."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         query: Tensor,
         key: Tensor,
@@ -31,7 +31,7 @@ class AdaptedAttention(MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As `nn.MultiheadAttention`, for batches; `is_causal` is but a hint about `attn_mask`."""
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         same = query is key and key is value
         if not base.batch_first:
             query, key, value = (rows.transpose(0, 1) for rows in (query, key, value))
@@ -40,20 +40,20 @@ class AdaptedAttention(MultiheadAttention):
             (self._project(rows) if joint is None else joint).chunk(3, -1)[place]
             for place, rows in enumerate((query, key, value))
         )
-        heads = [_split(rows, base.num_heads) for rows in (q, k, v)]
-        mask = _additive(attn_mask, key_padding_mask, heads[0])
+        q, k, v = (_split(rows, base.num_heads) for rows in (q, k, v))
+        mask = _additive(attn_mask, key_padding_mask, q)
         dropout = base.dropout if self.training else 0.0
         if need_weights:
-            mixed, weights = _with_weights(*heads, mask, dropout)
+            mixed, weights = _with_weights(q, k, v, mask, dropout)
             weights = weights.mean(1) if average_attn_weights else weights
         else:
-            mixed, weights = F.scaled_dot_product_attention(*heads, mask, dropout), None
+            mixed, weights = F.scaled_dot_product_attention(q, k, v, mask, dropout), None
         rows = base.out_proj(mixed.transpose(1, 2).flatten(2))
         return (rows if base.batch_first else rows.transpose(0, 1)), weights
 
     def _project(self, rows: Float[Tensor, "b s e"]) -> Float[Tensor, "b s w"]:
         """Queries, keys and values side by side."""
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         own = F.linear(rows, base.in_proj_weight, base.in_proj_bias)
         for name in self.active_adapters:
             low = self.lora_A[name](self.lora_dropout[name](rows))
@@ -62,7 +62,7 @@ class AdaptedAttention(MultiheadAttention):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapter to the weights, which stay the parameters that they are."""
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         for name in adapter_names or self.active_adapters:
             base.in_proj_weight.data += self.get_delta_weight(name)
             self.merged_adapters.append(name)

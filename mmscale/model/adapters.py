@@ -107,7 +107,7 @@ def _targets(tower: Tower, whole: set[int], config: TowerConfig, key: str) -> li
         key: Where they stand.
     """
     asked = config.adapter.targets
-    kinds = (nn.Linear, nn.MultiheadAttention)
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.MultiheadAttention)
     if asked != "auto":
         kinds = (*kinds, nn.Conv2d)
     found = [
@@ -142,8 +142,9 @@ def _outermost(trunk: nn.Module, kinds: tuple[type, ...]) -> Iterator[tuple[str,
                 continue
         if isinstance(module, nn.Conv2d) and module.groups > 1:
             continue
+        layer: nn.Module = module
         if isinstance(module, kinds) and not name.startswith(within):
-            yield name, module
+            yield name, layer
 
 
 def _is_meant(name: str, target: str) -> bool:
@@ -180,8 +181,9 @@ def _layers(tower: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in tower.named_modules():
+        layer: nn.Module = module
         if isinstance(module, BaseTunerLayer):
-            yield name, module
+            yield name, layer
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ from mmscale.model.hf_models import (
 from mmscale.model.hub import hub_call
 from mmscale.model.inputs import TextInput, agreed_context
 from mmscale.model.sources import constructing
+from mmscale.model.stretched import stretch_hf
 from mmscale.model.tower import Pooling, Tower, look
 
 KEY = "model.text"
@@ -82,12 +83,13 @@ def build_hf_text(name: str, config: TextConfig) -> tuple[Tower, TextInput]:
     model_config = part_of(whole, "text_config")
     override(model_config, config.options, KEY, name)
     trunk = build_hf_model(text_class(model_config, name), model_config, folder, config, KEY)
+    longest = stretch_hf(trunk, config.context_length, max_positions(trunk))
     with constructing(KEY, f"hf:{name}"):
         pooling = pooling_of(folder, model_config, config.pooling)
         tower = HfTextTower(trunk, pooling)
     tower.left_out = left_out_line(whole, "text_config", KEY, name)
     at_end = pooling == "model" and model_config.model_type in POOLED
-    return tower, hf_text_input(folder, trunk, config, max_positions(trunk), at_end)
+    return tower, hf_text_input(folder, trunk, config, longest, at_end)
 
 
 def text_class(config: PretrainedConfig, name: str) -> Any:
@@ -193,9 +195,10 @@ def hf_text_input(
     """
     embeddings: Any = trunk.get_input_embeddings()
     tokenizer = require_tokenizer(folder, embeddings.num_embeddings)
-    length = agreed_context(
-        config.context_length, min(tokenizer.model_max_length, longest), f"hf:{folder}"
-    )
+    # A stretched table takes more than what the tokenizer was saved for.
+    is_stretched = config.context_length == longest
+    most = longest if is_stretched else min(tokenizer.model_max_length, longest)
+    length = agreed_context(config.context_length, most, f"hf:{folder}")
     tokenize = HfTokenize(tokenizer, length)
     if pools_at_end:
         _require_end(folder, tokenize, trunk)

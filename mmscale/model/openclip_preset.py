@@ -15,6 +15,7 @@ import open_clip
 import torch
 from open_clip.factory import _find_checkpoint_in_dir, load_checkpoint
 from open_clip.hf_model import HFTextEncoder
+from open_clip.model import CLIPTextCfg
 from open_clip.pretrained import download_pretrained_from_hf
 from torch import nn
 
@@ -34,6 +35,7 @@ from mmscale.model.openclip_towers import (
 )
 from mmscale.model.presets import OPENCLIP
 from mmscale.model.scale import LogitScale
+from mmscale.model.stretched import stretch_openclip
 from mmscale.model.two_tower import TwoTower
 from mmscale.model.weights import UNREADABLE, first_line, read_weights
 
@@ -60,7 +62,9 @@ def build_whole_openclip(
     _refuse_contradictions(config, name, whole["embed_dim"])
     model = _create(name, config.weights, image_size, whole["text_cfg"], fill)
     pixels = openclip_pixels(model.visual.image_size, open_clip.get_model_preprocess_cfg(model))
-    tokens = openclip_tokens(name, config.text, whole["text_cfg"])
+    own = whole["text_cfg"].get("context_length", CLIPTextCfg.context_length)
+    length = stretch_openclip(model.text, config.text.context_length, own)
+    tokens = openclip_tokens(name, config.text, {**whole["text_cfg"], "context_length": length})
     _require_same_padding(model.text, tokens, name)
     scale = LogitScale(config.logit_scale)
     if fill and config.weights != "random":

@@ -39,6 +39,7 @@ from mmscale.model.inputs import (
 )
 from mmscale.model.openclip_folder import is_on_hub, require_own_parts
 from mmscale.model.sources import check_options, constructing, did_you_mean
+from mmscale.model.stretched import stretch_openclip
 from mmscale.model.timm_vision import (
     as_sequence,
     checkpoint_timm,
@@ -175,6 +176,8 @@ def build_openclip_text(name: str, config: TextConfig) -> tuple[Tower, TextInput
         trunk = _build_text_tower(whole["embed_dim"], text, whole.get("quick_gelu", False))
     trunk.text_projection = None
     _fill(trunk, config, key, "text.")
+    asked = config.context_length
+    settings["context_length"] = stretch_openclip(trunk, asked, text.context_length)
     tokens = openclip_tokens(name, config, {**whole["text_cfg"], **settings})
     return OpenClipText(trunk, tokens.pad_token), tokens
 

@@ -61,6 +61,7 @@ def collect_facts(lines: Lines) -> list[tuple[str, str]]:
             ("waiting for data, median", _median(training, "data_wait", ".1%")),
             ("products, median", _median(training, "flops_per_second", ".3g", " FLOP/s")),
             ("share of the peak (MFU), median", _median(training, "mfu", ".1%")),
+            ("captions cut at the tower's context, mean", _mean(training, "captions_cut")),
             ("memory, at most", _gigabytes(training)),
             ("last loss", _last(training, "loss", ".4f", " nats")),
             ("loss at chance", _last(training, "loss_chance", ".4f", " nats")),
@@ -85,6 +86,11 @@ def _training_time(training: Lines) -> str | None:
 def _median(training: Lines, key: str, form: str, unit: str = "") -> str | None:
     curve = series(training, key)
     return None if curve is None else f"{np.median(curve.values):{form}}{unit}"
+
+
+def _mean(training: Lines, key: str) -> str | None:
+    curve = series(training, key)
+    return None if curve is None else f"{np.mean(curve.values):.1%}"
 
 
 def _gigabytes(training: Lines) -> str | None:
