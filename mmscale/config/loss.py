@@ -51,13 +51,15 @@ class Term(Section):
     weight: AtLeastZero = ONE
     """Factor of this term in the objective; a number or a ramp. At 0 it is not computed."""
 
-    def holds_logits(self, mined: bool) -> bool:
-        """Whether a rank ever holds a number for each of its rows and each column at once.
+    def contrasts_in(self, mined: bool) -> Literal["tiles", "strips"] | None:
+        """How it goes through the logits of its rows and all columns; None: it has none.
+
+        In tiles one product serves both directions. Strips hold some rows' logits with all columns.
 
         Args:
             mined: `negatives.mining` is at work.
         """
-        return bool(self.needs.gathers)
+        return "strips" if self.needs.gathers else None
 
 
 class InfoNCETerm(Term):
@@ -72,9 +74,9 @@ class InfoNCETerm(Term):
     label_smoothing: Share = ZERO
     """Share of the target that is spread evenly over all columns; a number or a ramp."""
 
-    def holds_logits(self, mined: bool) -> bool:
-        """Only where a mean or an order of all logits is asked for; else they are made in tiles."""
-        return mined or self.label_smoothing != ZERO
+    def contrasts_in(self, mined: bool) -> Literal["tiles", "strips"]:
+        """Strips only where a mean or an order of all logits is asked for."""
+        return "strips" if mined or self.label_smoothing != ZERO else "tiles"
 
 
 class SigLIPTerm(Term):
@@ -256,9 +258,9 @@ class DistillationTerm(Term):
     alpha: Share = Ramp.constant(0.4)
     """Share of the momentum encoders' opinion in the target; a number or a ramp."""
 
-    def holds_logits(self, mined: bool) -> bool:
+    def contrasts_in(self, mined: bool) -> Literal["strips"]:
         """Of the batch with the momentum rows and the queue."""
-        return True
+        return "strips"
 
 
 class MatchingTerm(Term):

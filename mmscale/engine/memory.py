@@ -16,15 +16,16 @@ from mmscale.config.schema import Config
 from mmscale.engine.footprint import Footprint, Weight
 from mmscale.engine.optimizer import optimizer_kind
 from mmscale.engine.plan import BatchPlan
+from mmscale.loss.strips import ACCELERATOR_LOGITS as STRIP_LOGITS
 from mmscale.loss.tiles import ACCELERATOR_SIDE as TILE_SIDE
 from mmscale.loss.tiles import KEPT_BYTES
 from mmscale.parallel.peers import BUCKET_BYTES
 
 FP32 = 4
 ID = 8
-# Matrices of b x n that one direction of a loss without tiles holds at its height: logits,
-# their exponentials, a masked copy, a gradient.
-DENSE_MATRICES = 4
+# As large as a strip of logits, at the height of a loss in strips: logits and what is derived from
+# them, masks, what autograd keeps of these, and their gradients.
+STRIP_MATRICES = 16
 
 
 @dataclass(frozen=True)
@@ -226,12 +227,15 @@ def _loss(config: Config, plan: BatchPlan, slots: int) -> tuple[int, str]:
     rows, columns = plan.rank_rows, plan.global_rows
     width = 4 * FP32 * columns * config.model.embed_dim
     mined = config.negatives.mining.kind != "none"
-    if not any(term.holds_logits(mined) for term in config.loss.terms):
+    if not any(term.contrasts_in(mined) == "strips" for term in config.loss.terms):
         kept = min(KEPT_BYTES, FP32 * rows * columns)
         tiles = 2 * FP32 * min(TILE_SIDE, rows) * min(TILE_SIDE, columns)
         return width + kept + tiles, "gathered rows and gradients (16 n d) + kept tiles + 2 tiles"
-    matrices = 2 * DENSE_MATRICES * FP32 * rows * (columns + slots)
-    return width + matrices, f"gathered rows and gradients (16 n d) + {2 * DENSE_MATRICES} x 4 b n"
+    strip = FP32 * min(rows * (columns + slots), STRIP_LOGITS)
+    formula = (
+        f"gathered rows and gradients (16 n d) + {STRIP_MATRICES} x 4 x (b (n + k), or a strip)"
+    )
+    return width + STRIP_MATRICES * strip, formula
 
 
 def _trained(seen: Footprint) -> list[Weight]:

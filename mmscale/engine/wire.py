@@ -70,7 +70,7 @@ def transfers(work: Workload, sharding: Sharding) -> list[Transfer]:
 def _embeddings(config: Config, plan: BatchPlan) -> Iterator[Transfer]:
     mined = config.negatives.mining.kind != "none"
     gathering = [term for term in trained_terms(config) if term.needs.gathers]
-    in_tiles = [term for term in gathering if not term.holds_logits(mined)]
+    in_tiles = [term for term in gathering if term.contrasts_in(mined) == "tiles"]
     # One product of tiles serves both directions, so that captions alone are gathered.
     whole = [side for term in gathering if term not in in_tiles for side in term.needs.gathers]
     sides = len({*whole, *("text" for _ in in_tiles)})

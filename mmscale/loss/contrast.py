@@ -4,8 +4,7 @@ Identity decides what is what: columns of a row's own id are its positives, a re
 id is left out, and every other one is a negative.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -35,41 +34,94 @@ class PairRows:
 
 @dataclass(frozen=True)
 class Contrast:
-    """One direction: images against captions, or captions against images.
+    """Rows of one direction with all that they are contrasted with.
 
     Attributes:
         similarity: Cosines, fp32 or wider.
-        positive: Columns of the row's own id among the batch's.
+        positive: Columns of the row's own id among those that may be positives.
         negative: Columns of other ids, remembered ones included.
         pair: Cosine of each row with its own partner.
         discount: Logarithm of what each column counts, where not all of them count 1 (`mining.py`).
     """
 
-    similarity: Float[Tensor, "b m"]
-    positive: Bool[Tensor, "b m"]
-    negative: Bool[Tensor, "b m"]
-    pair: Float[Tensor, " b"]
-    discount: Float[Tensor, "b m"] | None = None
+    similarity: Float[Tensor, "r m"]
+    positive: Bool[Tensor, "r m"]
+    negative: Bool[Tensor, "r m"]
+    pair: Float[Tensor, " r"]
+    discount: Float[Tensor, "r m"] | None = None
 
 
-def contrasts(pairs: PairRows) -> Iterator[Contrast]:
-    """Images against captions, then captions against images."""
+@dataclass(frozen=True)
+class Direction:
+    """What rows are contrasted with: captions for images, images for captions.
+
+    A loss contrasts some rows at a time (`strips.py`), so that no tensor has a number for each row
+    and each column.
+
+    Attributes:
+        rows: Of this rank, fp32 or wider.
+        columns: Of all ranks, then the remembered ones.
+        ids: Identity of each row.
+        column_ids: Identity of each column; -1 where an empty slot is.
+        partner: Column of each row's own partner.
+        first_negative: From this column on none is a positive; None: each may be.
+        itself: Column that is the row itself, neither positive nor negative; None without one.
+    """
+
+    rows: Float[Tensor, "b d"]
+    columns: Float[Tensor, "m d"]
+    ids: Int64[Tensor, " b"]
+    column_ids: Int64[Tensor, " m"]
+    partner: Int64[Tensor, " b"]
+    first_negative: int | None = None
+    itself: Int64[Tensor, " b"] | None = None
+
+    def part(self, rows: slice) -> "Direction":
+        """The same direction for some of its rows."""
+        itself = None if self.itself is None else self.itself[rows]
+        return replace(
+            self,
+            rows=self.rows[rows],
+            ids=self.ids[rows],
+            partner=self.partner[rows],
+            itself=itself,
+        )
+
+    def contrast(self) -> Contrast:
+        """All rows against all columns: b x m numbers, several times."""
+        similarity = self.rows @ self.columns.T
+        positive = self.ids[:, None] == self.column_ids
+        # Identities are never negative.
+        negative = ~positive & (self.column_ids >= 0)
+        if self.first_negative is not None:
+            places = torch.arange(len(self.columns), device=positive.device)
+            positive = positive & (places < self.first_negative)
+        if self.itself is not None:
+            positive = positive.scatter(1, self.itself[:, None], False)
+        pair = similarity.gather(1, self.partner[:, None])[:, 0]
+        return Contrast(similarity, positive, negative, pair)
+
+
+def directions(pairs: PairRows) -> tuple[Direction, Direction]:
+    """Images against captions, and captions against images."""
     image, text, ids, peers, bank = pairs.image, pairs.text, pairs.ids, pairs.peers, pairs.bank
     remembered = (None, None) if bank is None else (bank.text, bank.image)
     slots = None if bank is None else bank.ids
-    yield contrast(image, text, ids, peers, remembered[0], slots)
-    yield contrast(text, image, ids, peers, remembered[1], slots)
+    return (
+        direction(image, text, ids, peers, remembered[0], slots),
+        direction(text, image, ids, peers, remembered[1], slots),
+    )
 
 
-def contrast(
+def direction(
     rows: Float[Tensor, "b d"],
     partners: Float[Tensor, "b d"],
     ids: Int64[Tensor, " b"],
     peers: Peers,
     remembered: Float[Tensor, "k d"] | None = None,
     slots: Int64[Tensor, " k"] | None = None,
-) -> Contrast:
-    """This rank's rows against every rank's partners and the remembered ones.
+) -> Direction:
+    """This rank's rows against every rank's partners and the remembered ones. Collective.
 
     Args:
         rows: Unit rows.
@@ -79,32 +131,31 @@ def contrast(
         remembered: Further columns, without a gradient.
         slots: Identity of each remembered column; -1 where there is none yet.
     """
-    rows, columns = wide(rows), peers.columns(wide(partners))
-    positive = ids[:, None] == peers.columns(ids)[None, :]
-    negative = ~positive
-    if remembered is not None and slots is not None:
-        columns = torch.cat([columns, remembered.to(columns.dtype)])
-        other = (ids[:, None] != slots[None, :]) & (slots >= 0)
-        positive = torch.cat([positive, torch.zeros_like(other)], dim=1)
-        negative = torch.cat([negative, other], dim=1)
-    similarity = rows @ columns.T
-    first = peers.first_row(len(rows))
-    own = torch.arange(first, first + len(rows), device=rows.device)
-    return Contrast(similarity, positive, negative, similarity.gather(1, own[:, None])[:, 0])
+    rows, columns, column_ids = wide(rows), peers.columns(wide(partners)), peers.columns(ids)
+    own = torch.arange(len(rows), device=rows.device) + peers.first_row(len(rows))
+    if remembered is None or slots is None:
+        return Direction(rows, columns, ids, column_ids, own)
+    first_negative = len(columns)
+    columns = torch.cat([columns, remembered.to(columns.dtype)])
+    column_ids = torch.cat([column_ids, slots])
+    return Direction(rows, columns, ids, column_ids, own, first_negative)
 
 
-def two_views(pairs: PairRows) -> Contrast:
+def two_views(pairs: PairRows) -> Direction:
     """Both modalities as views of one thing: each row against all rows of both but itself."""
     image, text, ids, peers = pairs.image, pairs.text, pairs.ids, pairs.peers
     rows = torch.cat([wide(image), wide(text)])
     columns = torch.cat([peers.columns(wide(image)), peers.columns(wide(text))])
-    same = (ids[:, None] == peers.columns(ids)[None, :]).repeat(2, 2)
     num_rows, half = len(ids), len(columns) // 2
     own = torch.arange(num_rows, device=rows.device) + peers.first_row(num_rows)
-    itself, partner = torch.cat([own, own + half]), torch.cat([own + half, own])
-    positive = same.scatter(1, itself[:, None], False)
-    similarity = rows @ columns.T
-    return Contrast(similarity, positive, ~same, similarity.gather(1, partner[:, None])[:, 0])
+    return Direction(
+        rows,
+        columns,
+        torch.cat([ids, ids]),
+        peers.columns(ids).repeat(2),
+        partner=torch.cat([own + half, own]),
+        itself=torch.cat([own, own + half]),
+    )
 
 
 def wide(values: Tensor) -> Tensor:

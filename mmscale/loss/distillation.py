@@ -1,5 +1,6 @@
 """Momentum distillation: targets from what slowly moving encoders find similar."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -7,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmscale.config.loss import DistillationTerm
-from mmscale.loss.contrast import PairRows, wide
+from mmscale.loss.contrast import Contrast, PairRows, directions, wide
+from mmscale.loss.strips import Sums, sum_over_rows
 from mmscale.loss.term import Bounds, Counts, Given, TermValue, log_mean, term
 
 
@@ -41,27 +43,28 @@ def distillation(
 
     Source: Li et al. 2021, "Align before Fuse" (arXiv 2107.07651), equations 1 and 6.
     """
-    ids, peers, bank = pairs.ids, pairs.peers, pairs.bank
-    momentum_image, momentum_text = momentum
-    sides = (
-        (pairs.image, momentum_image, momentum_text, bank.text if bank else None),
-        (pairs.text, momentum_text, momentum_image, bank.image if bank else None),
-    )
-    losses, entropies = [], []
-    for rows, judge, candidates, remembered in sides:
-        columns, column_ids = peers.columns(wide(candidates).detach()), peers.columns(ids)
-        if bank is not None and remembered is not None:
-            columns = torch.cat([columns, remembered.to(columns.dtype)])
-            column_ids = torch.cat([column_ids, bank.ids])
-        empty = column_ids < 0
-        logits = (scale * (wide(rows) @ columns.T)).masked_fill(empty, -torch.inf)
+
+    def sums(way: Contrast, judged: Contrast, scale: Float[Tensor, "1"]) -> Sums:
+        empty = ~(way.positive | way.negative)
+        logits = (scale * way.similarity).masked_fill(empty, -torch.inf)
         with torch.no_grad():
-            opinion = (scale * (wide(judge) @ columns.T)).masked_fill(empty, -torch.inf).softmax(1)
-            same = (ids[:, None] == column_ids[None, :]).to(opinion.dtype)
+            opinion = (scale * judged.similarity).masked_fill(empty, -torch.inf).softmax(1)
+            same = way.positive.to(opinion.dtype)
             target = alpha * opinion + (1 - alpha) * same / same.sum(1, keepdim=True)
-            entropies.append(torch.special.entr(target).sum(1).mean())
+            entropy = torch.special.entr(target).sum(1).sum()
         surprise = -logits.log_softmax(1).masked_fill(empty, 0.0)
-        losses.append((target * surprise).sum(1).mean())
+        return (target * surprise).sum(1).sum(), entropy
+
+    image, text = (rows.detach() for rows in momentum)
+    judges = directions(replace(pairs, image=image, text=text))
+    found = []
+    for rows, judge in zip((pairs.image, pairs.text), judges, strict=True):
+        # Remembered columns of a row's own id are positives here.
+        opinion = replace(judge, first_negative=None)
+        found.append(sum_over_rows(sums, [replace(opinion, rows=wide(rows)), opinion], scale))
+    losses, entropies = (
+        [total / len(pairs.ids) for total in both] for both in zip(*found, strict=True)
+    )
     return Distilled((losses[0] + losses[1]) / 2, (entropies[0] + entropies[1]) / 2)
 
 

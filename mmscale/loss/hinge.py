@@ -5,7 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmscale.config.loss import HingeTerm
-from mmscale.loss.contrast import Contrast, PairRows, contrasts
+from mmscale.loss.contrast import Contrast, PairRows, directions
+from mmscale.loss.strips import Sums, sum_over_rows
 from mmscale.loss.term import Bounds, Counts, Given, TermValue, term
 
 
@@ -29,17 +30,17 @@ def hinge(
         et al. 2015, "FaceNet" (arXiv 1503.03832), section 3.2.
     """
 
-    def direction(way: Contrast) -> Float[Tensor, ""]:
+    def sums(way: Contrast) -> Sums:
         cost = F.relu(margin + way.similarity - way.pair[:, None])
         none = cost.new_zeros(())
         candidates = way.negative
         if semi_hard:
             candidates = candidates & (way.similarity < way.pair[:, None])
         every, hardest = cost.where(way.negative, none).sum(1), cost.where(candidates, none).amax(1)
-        return ((1 - hardness) * every + hardness * hardest).mean()
+        return (((1 - hardness) * every + hardness * hardest).sum(),)
 
-    first, second = (direction(way) for way in contrasts(pairs))
-    return first + second
+    first, second = (sum_over_rows(sums, [way])[0] for way in directions(pairs))
+    return first / len(pairs.ids) + second / len(pairs.ids)
 
 
 @term(HingeTerm)

@@ -1,4 +1,4 @@
-"""Symmetric InfoNCE: the loss of CLIP, in tiles, and dense where logits are ranked or averaged.
+"""Symmetric InfoNCE: the loss of CLIP, in tiles, or in strips where logits are ranked or averaged.
 
 A loss takes this rank's rows and the peers, and returns the mean over its own rows; see
 `parallel/peers.py` for what that means for the gradients.
@@ -12,7 +12,7 @@ from mmscale.config.loss import InfoNCETerm
 from mmscale.loss.contrast import (
     Contrast,
     PairRows,
-    contrasts,
+    directions,
     discounted,
     logsumexp_where,
     mean_of_all,
@@ -20,6 +20,7 @@ from mmscale.loss.contrast import (
     wide,
 )
 from mmscale.loss.mining import Mining
+from mmscale.loss.strips import Sums, sum_over_rows
 from mmscale.loss.term import Bounds, Counts, Given, TermValue, log_mean, term
 from mmscale.loss.tiles import bank_sum, sums_and_positives
 
@@ -29,7 +30,7 @@ def _infonce(settings: InfoNCETerm, given: Given) -> TermValue:
     pairs, scale = given.pairs, given.scale(settings.temperature)
     smoothing, mining = given.at(settings.label_smoothing), given.mining
     if smoothing or mining is not None:
-        loss = dense_infonce(pairs, scale, smoothing=smoothing, mining=mining)
+        loss = infonce_in_strips(pairs, scale, smoothing=smoothing, mining=mining)
     else:
         loss = infonce(pairs, scale)
     return TermValue(loss, given.of_mined(lambda counts: _bounds(counts, smoothing)))
@@ -69,14 +70,14 @@ def infonce(pairs: PairRows, scale: Float[Tensor, "1"]) -> Float[Tensor, ""]:
     return loss
 
 
-def dense_infonce(
+def infonce_in_strips(
     pairs: PairRows,
     scale: Float[Tensor, "1"],
     *,
     smoothing: float = 0.0,
     mining: Mining | None = None,
 ) -> Float[Tensor, ""]:
-    """The same loss over logits that are held as a whole, b x (n + k) numbers.
+    """The same loss from all logits of a row together, for some rows at a time (`strips.py`).
 
     Args:
         pairs: This rank's.
@@ -85,16 +86,16 @@ def dense_infonce(
         mining: Lets hard negatives count more than others.
     """
 
-    def direction(way: Contrast) -> Float[Tensor, ""]:
+    def sums(way: Contrast, scale: Float[Tensor, "1"]) -> Sums:
         way = mining(way) if mining else way
         logits, everything = scale * way.similarity, way.positive | way.negative
         target = mean_where(logits, way.positive)
         if smoothing:
             target = (1 - smoothing) * target + smoothing * mean_of_all(logits, way)
-        return (logsumexp_where(discounted(logits, way), everything) - target).mean()
+        return ((logsumexp_where(discounted(logits, way), everything) - target).sum(),)
 
-    first, second = (direction(way) for way in contrasts(pairs))
-    return (first + second) / 2
+    first, second = (sum_over_rows(sums, [way], scale)[0] for way in directions(pairs))
+    return (first / len(pairs.ids) + second / len(pairs.ids)) / 2
 
 
 def _bounds(counts: Counts, smoothing: float) -> Bounds:

@@ -1,8 +1,8 @@
 """Hard negatives: of all that a row is contrasted with, the most similar ones count in full.
 
 Each row ranks the columns of all ranks and of the queue, so what is mined does not depend on how
-the batch is cut. Columns of a row's own id are never among them. Ranking needs a rank's logits as a
-whole: mined losses hold `b x (n + k)` numbers.
+the batch is cut. Columns of a row's own id are never among them. Ranking needs all logits
+of a row together: mined losses go by strips of rows (`strips.py`).
 """
 
 import math

@@ -6,8 +6,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmscale.config.loss import SigLIPTerm
-from mmscale.loss.contrast import Contrast, PairRows, contrast, contrasts
+from mmscale.loss.contrast import Contrast, Direction, PairRows, direction, directions
 from mmscale.loss.mining import Mining
+from mmscale.loss.strips import Sums, sum_over_rows
 from mmscale.loss.term import Bounds, Counts, Given, TermValue, term
 
 
@@ -27,20 +28,23 @@ def siglip(
         equation 1.
     """
 
-    def direction(way: Contrast) -> Float[Tensor, ""]:
+    def sums(way: Contrast, scale: Float[Tensor, "1"], bias: Float[Tensor, "1"]) -> Sums:
         way = mining(way) if mining else way
         logits = scale * way.similarity + bias
         agreement = F.logsigmoid(logits.where(way.positive, -logits))
         if way.discount is not None:
             agreement = agreement * way.discount.exp()
         counted = way.positive | way.negative
-        return -agreement.where(counted, agreement.new_zeros(())).sum() / len(pairs.ids)
+        return (-agreement.where(counted, agreement.new_zeros(())).sum(),)
 
     if pairs.bank is None and mining is None:
         # Both directions hold the same pairs.
-        return direction(contrast(pairs.image, pairs.text, pairs.ids, pairs.peers))
-    first, second = (direction(way) for way in contrasts(pairs))
-    return (first + second) / 2
+        ways: tuple[Direction, ...] = (direction(pairs.image, pairs.text, pairs.ids, pairs.peers),)
+    else:
+        ways = directions(pairs)
+    losses = [sum_over_rows(sums, [way], scale, bias)[0] / len(pairs.ids) for way in ways]
+    loss: Tensor = losses[0] if len(losses) == 1 else (losses[0] + losses[1]) / 2
+    return loss
 
 
 @term(SigLIPTerm)

@@ -5,6 +5,7 @@ directions), or every row with all rows of both modalities (`ntxent`, `supcon`).
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -14,13 +15,14 @@ from mmscale.config.loss import DCLTerm, HardNegativeTerm, NTXentTerm, SupConTer
 from mmscale.loss.contrast import (
     Contrast,
     PairRows,
-    contrasts,
+    directions,
     discounted,
     logsumexp_where,
     mean_where,
     two_views,
 )
 from mmscale.loss.mining import Mining
+from mmscale.loss.strips import Sums, sum_over_rows
 from mmscale.loss.term import Bounds, Counts, Given, TermValue, log_mean, term
 
 
@@ -36,15 +38,14 @@ def dcl(
         without its negatives of the same modality.
     """
 
-    def direction(way: Contrast) -> Float[Tensor, ""]:
+    def sums(way: Contrast, scale: Float[Tensor, "1"]) -> Sums:
         way = mining(way) if mining else way
         logits = scale * way.similarity
         total = logsumexp_where(discounted(logits, way), way.negative)
         loss = total - mean_where(logits, way.positive)
-        return loss.where(total > -torch.inf, torch.zeros_like(loss)).mean()
+        return (loss.where(total > -torch.inf, torch.zeros_like(loss)).sum(),)
 
-    first, second = (direction(way) for way in contrasts(pairs))
-    return (first + second) / 2
+    return _mean_of_directions(sums, pairs, scale)
 
 
 def hn_nce(
@@ -61,7 +62,7 @@ def hn_nce(
         Pre-Training" (arXiv 2301.02280), section 3.3.
     """
 
-    def direction(way: Contrast) -> Float[Tensor, ""]:
+    def sums(way: Contrast, scale: Float[Tensor, "1"]) -> Sums:
         logits = scale * way.similarity
         count = way.negative.sum(1).to(logits.dtype)
         # Without negatives both sums are -inf: their difference must not be taken.
@@ -72,10 +73,9 @@ def hn_nce(
             positives = logsumexp_where(logits, way.positive) + math.log(alpha)
             total = torch.logaddexp(total, positives)
         loss = total - mean_where(logits, way.positive)
-        return loss.where(total > -torch.inf, torch.zeros_like(loss)).mean()
+        return (loss.where(total > -torch.inf, torch.zeros_like(loss)).sum(),)
 
-    first, second = (direction(way) for way in contrasts(pairs))
-    return (first + second) / 2
+    return _mean_of_directions(sums, pairs, scale)
 
 
 def ntxent(pairs: PairRows, scale: Float[Tensor, "1"]) -> Float[Tensor, ""]:
@@ -86,9 +86,13 @@ def ntxent(pairs: PairRows, scale: Float[Tensor, "1"]) -> Float[Tensor, ""]:
     Source: Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual
         Representations" (arXiv 2002.05709), equation 1.
     """
-    way = two_views(pairs)
-    logits, pair = scale * way.similarity, scale * way.pair
-    return (logsumexp_where(logits, way.negative).logaddexp(pair) - pair).mean()
+
+    def sums(way: Contrast, scale: Float[Tensor, "1"]) -> Sums:
+        logits, pair = scale * way.similarity, scale * way.pair
+        return ((logsumexp_where(logits, way.negative).logaddexp(pair) - pair).sum(),)
+
+    (total,) = sum_over_rows(sums, [two_views(pairs)], scale)
+    return total / (2 * len(pairs.ids))
 
 
 def supcon(
@@ -101,11 +105,21 @@ def supcon(
 
     Source: Khosla et al. 2020, "Supervised Contrastive Learning" (arXiv 2004.11362), equation 2.
     """
-    way = two_views(pairs)
-    logits = scale * way.similarity
-    loss = logsumexp_where(logits, way.positive | way.negative) - mean_where(logits, way.positive)
+
+    def sums(way: Contrast, scale: Float[Tensor, "1"]) -> Sums:
+        logits, others = scale * way.similarity, way.positive | way.negative
+        return ((logsumexp_where(logits, others) - mean_where(logits, way.positive)).sum(),)
+
+    (total,) = sum_over_rows(sums, [two_views(pairs)], scale)
     factor = 1.0 if base_temperature is None else 1 / (scale.squeeze() * base_temperature)
-    return factor * loss.mean()
+    return factor * (total / (2 * len(pairs.ids)))
+
+
+def _mean_of_directions(
+    sums: Callable[..., Sums], pairs: PairRows, scale: Float[Tensor, "1"]
+) -> Float[Tensor, ""]:
+    first, second = (sum_over_rows(sums, [way], scale)[0] for way in directions(pairs))
+    return (first / len(pairs.ids) + second / len(pairs.ids)) / 2
 
 
 @term(DCLTerm)

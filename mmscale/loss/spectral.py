@@ -5,7 +5,8 @@ from torch import Tensor
 
 from mmscale.config.loss import SpectralTerm
 from mmscale.contracts import Peers
-from mmscale.loss.contrast import contrast, wide
+from mmscale.loss.contrast import Contrast, direction, wide
+from mmscale.loss.strips import Sums, sum_over_rows
 from mmscale.loss.term import Bounds, Given, TermValue, term
 
 
@@ -32,10 +33,15 @@ def spectral(
     Source: HaoChen et al. 2021, "Provable Guarantees for Self-Supervised Deep Learning with
         Spectral Contrastive Loss" (arXiv 2106.04156), equation 6 and algorithm 1.
     """
-    way = contrast(_shortened(image, mu), _shortened(text, mu), ids, peers)
-    squares = way.similarity.pow(2).where(way.negative, way.similarity.new_zeros(())).sum()
-    count = peers.total(way.negative.sum().to(squares.dtype)).clamp(min=1)
-    return (peers.size * squares / count - 2 * way.pair.mean()) / mu
+    image, text = _shortened(image, mu), _shortened(text, mu)
+
+    def sums(way: Contrast) -> Sums:
+        squares = way.similarity.pow(2).where(way.negative, way.similarity.new_zeros(()))
+        return squares.sum(), way.negative.sum()
+
+    squares, others = sum_over_rows(sums, [direction(image, text, ids, peers)])
+    count = peers.total(others.to(squares.dtype)).clamp(min=1)
+    return (peers.size * squares / count - 2 * (image * text).sum(1).mean()) / mu
 
 
 def _shortened(rows: Float[Tensor, "b d"], mu: float) -> Float[Tensor, "b d"]:

@@ -5,7 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmscale.config.loss import AlignmentTerm, UniformityTerm
-from mmscale.loss.contrast import PairRows, contrast, wide
+from mmscale.loss.contrast import Contrast, PairRows, direction, wide
+from mmscale.loss.strips import Sums, sum_over_rows
 from mmscale.loss.term import Bounds, Counts, Given, TermValue, term
 
 
@@ -26,12 +27,15 @@ def uniformity(pairs: PairRows, *, t: float = 2.0) -> Float[Tensor, ""]:
 
     Source: Wang and Isola 2020 (arXiv 2005.10242), equation 8.
     """
+
+    def sums(way: Contrast) -> Sums:
+        potential = (2 * t * (way.similarity - 1)).exp()
+        return potential.where(way.negative, potential.new_zeros(())).sum(), way.negative.sum()
+
     values, peers = [], pairs.peers
     for rows in (pairs.image, pairs.text):
-        way = contrast(rows, rows, pairs.ids, peers)
-        potential = (2 * t * (way.similarity - 1)).exp()
-        total = peers.total(potential.where(way.negative, potential.new_zeros(())).sum())
-        count = peers.total(way.negative.sum().to(total.dtype))
+        own, others = sum_over_rows(sums, [direction(rows, rows, pairs.ids, peers)])
+        total, count = peers.total(own), peers.total(others.to(own.dtype))
         values.append((total / count.clamp(min=1)).where(count > 0, torch.ones_like(total)).log())
     return (values[0] + values[1]) / 2
 

@@ -17,8 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from mmscale.loss.contrast import wide
 
-# Large enough that threads seldom wait for one another and that a GPU's launches are few.
-CPU_SIDE, ACCELERATOR_SIDE = 2048, 4096
+# Large enough that a CPU's threads seldom wait for one another and that a GPU's launches are few,
+# and small enough that a tile stays in a GPU's cache.
+CPU_SIDE, ACCELERATOR_SIDE = 2048, 2048
 # What a small batch may keep instead of computing it again: up to 4,096 x 4,096 in fp32.
 KEPT_BYTES = 64 << 20
 # fp32 has e^-87 to e^88. Between the highest exponent and the lowest sum, neither sums over 10^7
@@ -176,14 +177,13 @@ class _SumsAndPositives(torch.autograd.Function):
         ctx: Any, rows: Tensor, columns: Tensor, scale: Tensor, column_ids: Tensor, first: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, y, s = _like(rows, columns, scale)
-        ctx.shift, ctx.kept = None, []
+        ctx.shift, ctx.kept, sums = 0.0, [], None
         # Which shift suits is known to the host alone, for which an accelerator would have to wait.
         if x.device.type == "cpu":
             ctx.shift = shift_for(x, y, s)
             sums = shifted_sums(x, y, s, ctx.shift, ctx.kept)
-            if sums is None:
-                ctx.shift, ctx.kept = None, []
-        if ctx.shift is None:
+        if sums is None:
+            ctx.shift, ctx.kept = None, []
             sums = logs = running_sums(x, y, s)
         else:
             logs = sums[0].log() + ctx.shift, sums[1].log() + ctx.shift

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from mmscale.loss.contrast import PairRows
 from mmscale.loss.distillation import distillation
 from mmscale.loss.hinge import hinge
-from mmscale.loss.infonce import dense_infonce, infonce
+from mmscale.loss.infonce import infonce, infonce_in_strips
 from mmscale.loss.sigmoid import siglip
 from mmscale.loss.softmax import dcl, hn_nce, ntxent
 from mmscale.loss.spectral import spectral
@@ -38,7 +38,7 @@ def of(value: float) -> torch.Tensor:
 # Name: (computed, figure). open_clip 3.3, lightly 1.6, pytorch-metric-learning 2.9.
 GOLDEN = {
     "InfoNCE, distinct ids (open_clip)": (
-        lambda: dense_infonce(PairRows(X, Y, EYE, PEERS), of(CLIP)),
+        lambda: infonce_in_strips(PairRows(X, Y, EYE, PEERS), of(CLIP)),
         0.766957136148,
     ),
     "InfoNCE in tiles, distinct ids (open_clip)": (
@@ -46,7 +46,7 @@ GOLDEN = {
         0.766957136148,
     ),
     "InfoNCE, repeated ids (pytorch-metric-learning SupConLoss, ref_emb)": (
-        lambda: dense_infonce(PairRows(X, Y, IDS, PEERS), of(CLIP)),
+        lambda: infonce_in_strips(PairRows(X, Y, IDS, PEERS), of(CLIP)),
         2.544463819223,
     ),
     "distillation without opinion or queue (InfoNCE)": (

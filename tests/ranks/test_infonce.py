@@ -7,7 +7,7 @@ from torch.nn.functional import normalize
 from mmscale.contracts import Bank, World
 from mmscale.loss import tiles
 from mmscale.loss.contrast import PairRows
-from mmscale.loss.infonce import dense_infonce, infonce
+from mmscale.loss.infonce import infonce, infonce_in_strips
 from mmscale.parallel.peers import Alone, connect
 from tests.ranks.launch import run_on_ranks
 
@@ -56,7 +56,7 @@ CASES = [(14.3, False), (100.0, True), (60.0, True), (3000.0, True)]
 def test_ranks_give_the_loss_and_gradient_of_one_process(world):
     ranks = run_on_ranks(world, on_a_rank, CASES)
     for place, case in enumerate(CASES):
-        wanted = loss_and_gradients(dense_infonce, slice(None), Alone(), *case)
+        wanted = loss_and_gradients(infonce_in_strips, slice(None), Alone(), *case)
         values, images, texts, scales = zip(*(rank[place] for rank in ranks), strict=True)
         rounding = 1e-12 + 4 * torch.finfo(torch.float64).eps * case[0] ** 2
         assert sum(values) / world == pytest.approx(wanted[0], rel=1e-12, abs=1e-12)

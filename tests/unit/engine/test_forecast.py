@@ -12,7 +12,7 @@ from mmscale.config.cluster import read_cluster
 from mmscale.config.load import load_config
 from mmscale.engine.footprint import footprint
 from mmscale.engine.forecast import forecast
-from mmscale.engine.memory import REPLICATED, Workload, holdings
+from mmscale.engine.memory import REPLICATED, Workload, activations, holdings
 from mmscale.engine.plan import plan_batch
 from mmscale.engine.wire import Transfer, transfers
 from mmscale.errors import ConfigError, explained
@@ -128,6 +128,24 @@ def test_what_a_loss_holds_and_gathers_follows_from_its_terms():
         assert ("tiles" in loss.formula) == in_tiles, words
         gathered = [sent.times for sent in transfers(work, REPLICATED) if sent.name == "embeddings"]
         assert gathered == ([sides] if sides else []), words
+
+
+def test_a_loss_in_strips_holds_no_table_of_rows_and_columns():
+    """From some batch on, its memory grows with n and not with n^2."""
+    config = load_config([*DEMO, "negatives.mining.kind=hard"])
+    bare = outline(config.model, config.data.image_size)
+    held = {}
+    for rows in (1 << 14, 1 << 15, 1 << 16):
+        sized = load_config(
+            [*DEMO, "negatives.mining.kind=hard", f"train.global_batch_size={rows}"]
+        )
+        batch = plan_batch(sized, 1)
+        seen = footprint(*bare, sized, plan_batch(config, 1), 48, torch.float32)
+        work = Workload(seen, sized, batch, 0, torch.float32)
+        (held[rows],) = (part.bytes for part in activations(work) if part.name == "loss")
+    first, second, third = held.values()
+    assert third - second == 2 * (second - first)
+    assert first < 4 * (1 << 28)
 
 
 def test_efficiency_falls_with_slower_links(tmp_path):

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmscale.contracts import Bank
-from mmscale.loss.contrast import PairRows, contrast
+from mmscale.loss.contrast import PairRows, direction
 from mmscale.loss.distillation import distillation
 from mmscale.loss.hinge import hinge
-from mmscale.loss.infonce import dense_infonce
+from mmscale.loss.infonce import infonce_in_strips
 from mmscale.loss.sigmoid import siglip
 from mmscale.loss.softmax import dcl, hn_nce, ntxent, supcon
 from mmscale.loss.spectral import spectral
@@ -45,7 +45,7 @@ def same(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 def test_hn_nce_that_weighs_all_alike_is_infonce_and_without_positives_dcl():
     for ids in (IDS, EYE):
-        plain = dense_infonce(PairRows(X, Y, ids, Alone()), SCALE)
+        plain = infonce_in_strips(PairRows(X, Y, ids, Alone()), SCALE)
         # With several positives the mean of logs is not the log of the mean.
         assert same(hn_nce(PairRows(X, Y, ids, Alone()), SCALE, alpha=1.0, beta=0.0), plain)
         decoupled = hn_nce(PairRows(X, Y, ids, Alone()), SCALE, alpha=0.0, beta=0.0)
@@ -54,8 +54,8 @@ def test_hn_nce_that_weighs_all_alike_is_infonce_and_without_positives_dcl():
 
 def test_rows_that_repeat_exactly_make_one_positive_as_good_as_all():
     x, y = X[IDS].requires_grad_(), Y[IDS].requires_grad_()
-    by_id = dense_infonce(PairRows(x, y, IDS, Alone()), SCALE)
-    by_row = dense_infonce(PairRows(x, y, EYE, Alone()), SCALE)
+    by_id = infonce_in_strips(PairRows(x, y, IDS, Alone()), SCALE)
+    by_row = infonce_in_strips(PairRows(x, y, EYE, Alone()), SCALE)
     assert same(by_id, by_row)
     gradients = [torch.autograd.grad(loss, (x, y)) for loss in (by_id, by_row)]
     for first, second in zip(*gradients, strict=True):
@@ -64,7 +64,7 @@ def test_rows_that_repeat_exactly_make_one_positive_as_good_as_all():
 
 def test_distillation_without_opinion_is_infonce_against_the_momentum_rows():
     value, entropy = distillation(PAIRS, (X, Y), SCALE, alpha=0.0)
-    assert same(value, dense_infonce(PAIRS, SCALE))
+    assert same(value, infonce_in_strips(PAIRS, SCALE))
     sizes = torch.tensor([2, 2, 1, 3, 3, 3, 1, 1], dtype=torch.float64)
     assert same(entropy, sizes.log().mean())
 
@@ -123,7 +123,7 @@ def test_a_queue_is_more_columns_without_a_gradient():
             clip += (torch.cat([positives, logits]).logsumexp(0) - positives.mean()).item()
             cost = 0.2 + torch.stack(negatives) @ rows[i] - columns[i] @ rows[i]
             total += cost.clamp(min=0).max().item()
-    assert dense_infonce(PairRows(X, Y, IDS, Alone(), bank), SCALE).item() == pytest.approx(
+    assert infonce_in_strips(PairRows(X, Y, IDS, Alone(), bank), SCALE).item() == pytest.approx(
         clip / 16, rel=1e-12
     )
     assert hinge(PairRows(X, Y, IDS, Alone(), bank)).item() == pytest.approx(total / 8, rel=1e-12)
@@ -147,8 +147,8 @@ def test_label_smoothing_mixes_in_the_mean_of_every_column():
     logits = 11 * X @ Y.T
     uniform = (logits.logsumexp(1) - logits.mean(1)).mean()
     uniform = (uniform + (logits.logsumexp(0) - logits.mean(0)).mean()) / 2
-    plain = dense_infonce(PAIRS, SCALE)
-    smoothed = dense_infonce(PAIRS, SCALE, smoothing=0.25)
+    plain = infonce_in_strips(PAIRS, SCALE)
+    smoothed = infonce_in_strips(PAIRS, SCALE, smoothing=0.25)
     assert same(smoothed, 0.75 * plain + 0.25 * uniform)
 
 
@@ -164,7 +164,7 @@ def test_infonce_by_slow_loops(ids, scale):
             everything = math.log(sum(math.exp(value) for value in logits))
             positives = [logits[j] for j in range(len(ids)) if ids[j] == ids[i]]
             total += sum(everything - value for value in positives) / len(positives)
-    loss = dense_infonce(PairRows(x, y, torch.tensor(ids), Alone()), of(scale))
+    loss = infonce_in_strips(PairRows(x, y, torch.tensor(ids), Alone()), of(scale))
     assert loss.item() == pytest.approx(total / (2 * len(ids)), rel=1e-10, abs=1e-10)
 
 
@@ -181,7 +181,7 @@ def test_hinge_by_hardness_goes_from_all_negatives_to_the_hardest():
 
 
 def test_semi_hard_negatives_lie_behind_the_pair():
-    way = contrast(X, Y, IDS, Alone())
+    way = direction(X, Y, IDS, Alone()).contrast()
     total = 0.0
     for similarity in (way.similarity, way.similarity.T):
         for i in range(8):

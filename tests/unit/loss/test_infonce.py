@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmscale.contracts import Bank
 from mmscale.loss import tiles
 from mmscale.loss.contrast import PairRows
-from mmscale.loss.infonce import dense_infonce, infonce
+from mmscale.loss.infonce import infonce, infonce_in_strips
 from mmscale.parallel.peers import Alone
 
 SIDE = 8
@@ -51,7 +51,7 @@ def value_and_gradients(loss, image, text, ids, scale, bank=None):
 
 def assert_same(image, text, ids, scale, bank=None):
     case = image, text, ids, scale, bank
-    wanted, wanted_gradients = value_and_gradients(dense_infonce, *case)
+    wanted, wanted_gradients = value_and_gradients(infonce_in_strips, *case)
     value, gradients = value_and_gradients(infonce, *case)
     torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
     # A logit's rounding is eps s, and so its probability's; a gradient is s times that.
@@ -96,7 +96,7 @@ def test_tiled_infonce_equals_the_dense_loss_over_the_edge_of_a_real_tile():
 def test_narrow_dtypes_differ_from_the_dense_loss_by_rounding(dtype, scale):
     image, text = unit_rows(30, 16, 0, dtype), unit_rows(30, 16, 1, dtype)
     case = image, text, torch.arange(30) // 2, scale_of(scale, torch.float32)
-    wanted, wanted_gradients = value_and_gradients_once(dense_infonce, *case)
+    wanted, wanted_gradients = value_and_gradients_once(infonce_in_strips, *case)
     value, gradients = value_and_gradients_once(infonce, *case)
     assert value.dtype == torch.float32
     torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-5)
@@ -138,7 +138,7 @@ def test_a_row_that_resembles_nothing_is_exact_in_fp32():
     assert tiles.shifted_sums(*case[:2], case[3], tiles.shift_for(*case[:2], case[3]), []) is None
     value, gradients = value_and_gradients_once(infonce, *case)
     double = [t.double() if t.dtype.is_floating_point else t for t in case]
-    wanted, wanted_gradients = value_and_gradients_once(dense_infonce, *double)
+    wanted, wanted_gradients = value_and_gradients_once(infonce_in_strips, *double)
     assert value.item() == pytest.approx(wanted.item(), rel=1e-6)
     for gradient, expected in zip(gradients, wanted_gradients, strict=True):
         assert (gradient - expected).abs().max() <= 2e-5 * expected.abs().max()
@@ -209,7 +209,7 @@ def test_no_tensor_is_larger_than_the_rows_or_a_tile():
             loss(pairs, scale_of(20.0)).backward()
         return seen.elements
 
-    assert largest(dense_infonce) >= count * count
+    assert largest(infonce_in_strips) >= count * count
     # Rows of this batch and of the bank stand together where means are taken.
     assert largest(infonce) <= (count + size) * width
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from mmscale.config.load import validate
 from mmscale.contracts import Bank
 from mmscale.errors import ConfigError
-from mmscale.loss.contrast import PairRows, contrast
-from mmscale.loss.infonce import dense_infonce, infonce
+from mmscale.loss.contrast import PairRows, direction
+from mmscale.loss.infonce import infonce, infonce_in_strips
 from mmscale.loss.mining import Mining
 from mmscale.loss.objective import Objective
 from mmscale.loss.sigmoid import siglip
@@ -34,8 +34,8 @@ BANK = Bank(unit_rows(2, 5), unit_rows(3, 5), torch.tensor([-1, 2, 50, 0, 51]))
 PAIRS = PairRows(X, Y, IDS, Alone(), BANK)
 SCALE, BIAS = torch.tensor([11.0], dtype=torch.float64), torch.tensor([-4.0], dtype=torch.float64)
 LOSSES = {
-    "infonce": lambda mining: dense_infonce(PAIRS, SCALE, mining=mining),
-    "smoothed": lambda mining: dense_infonce(PAIRS, SCALE, smoothing=0.2, mining=mining),
+    "infonce": lambda mining: infonce_in_strips(PAIRS, SCALE, mining=mining),
+    "smoothed": lambda mining: infonce_in_strips(PAIRS, SCALE, smoothing=0.2, mining=mining),
     "dcl": lambda mining: dcl(PAIRS, SCALE, mining=mining),
     "siglip": lambda mining: siglip(PAIRS, SCALE, BIAS, mining=mining),
     "siglip without a bank": lambda mining: siglip(
@@ -110,10 +110,10 @@ def test_a_positive_is_never_mined_and_at_least_one_negative_is(ids, slots, kind
     points = unit_rows(seed, 4, 6)[ids]
     noise = 0.01 * unit_rows(seed + 1, rows)
     remembered = unit_rows(seed + 2, len(slots))
-    way = contrast(
+    way = direction(
         F.normalize(points + noise), F.normalize(points), ids, Alone(), remembered,
         torch.tensor(slots),
-    )  # fmt: skip
+    ).contrast()  # fmt: skip
     mined = Mining(kind, share, 1.0)(way)
     columns = torch.cat([ids, torch.tensor(slots)])
     same = ids[:, None] == columns[None, :]
@@ -154,7 +154,7 @@ def test_strength_is_a_schedule_and_at_zero_the_plain_loss():
     assert at(1) == infonce(pairs, rows.scale).item()
     for step, strength in ((3, 0.5), (5, 1.0), (9, 1.0)):
         mining = Mining("hard", 0.3, strength)
-        wanted = dense_infonce(pairs, rows.scale, mining=mining).item()
+        wanted = infonce_in_strips(pairs, rows.scale, mining=mining).item()
         assert at(step) == pytest.approx(wanted, rel=1e-12)
 
 

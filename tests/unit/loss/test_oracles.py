@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from mmscale.loss.contrast import PairRows
 from mmscale.loss.hinge import hinge
-from mmscale.loss.infonce import dense_infonce, infonce
+from mmscale.loss.infonce import infonce, infonce_in_strips
 from mmscale.loss.sigmoid import siglip
 from mmscale.loss.softmax import ntxent, supcon
 from mmscale.loss.statistics import barlow, decorrelation, vicreg
@@ -32,7 +32,7 @@ def of(value: float) -> torch.Tensor:
 
 
 # The one that runs, and the one that is ranked and smoothed.
-INFONCE = (infonce, dense_infonce)
+INFONCE = (infonce, infonce_in_strips)
 
 
 def agree(ours: torch.Tensor, theirs: torch.Tensor) -> None:
