@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from mmscale.config.data import DataConfig, SourceConfig
-from mmscale.config.loss import TERMS, AnyTerm, LossConfig, MatryoshkaTerm, Needs
+from mmscale.config.loss import TERMS, AnyTerm, LossConfig, MatryoshkaTerm
 from mmscale.config.schema import Config
+from mmscale.config.term import Needs
 from mmscale.config.training import StageConfig
 
 # R@10 is the deepest recall.

@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mmscale.config.loss import AnyTerm, Term
+from mmscale.config.loss import AnyTerm
+from mmscale.config.term import Term
 from mmscale.config.values import Ramp
 from mmscale.contracts import LossInput, Peers
 from mmscale.errors import ConfigError
