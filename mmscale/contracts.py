@@ -61,6 +61,8 @@ class InputSpec:
         unknown_token: Id that stands for words without tokens; None where every text has some.
         resize: How a whole picture becomes the square: its `shortest` side to the size and the
             middle cut out, its `longest` side and black around it, or `squash`: both sides.
+        caption_lengths: Tokens that a batch's captions are padded to, the first that is enough; ()
+            for as many as its longest has.
     """
 
     image_size: int
@@ -72,6 +74,7 @@ class InputSpec:
     context_length: int
     unknown_token: int | None = None
     resize: str = "shortest"
+    caption_lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,9 @@ def _prepare_process() -> None:
     # Blocks as large as a batch in pages of 2 MB: a fault for every 4 KiB costs more than the copy.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    # Captions differ in length from batch to batch, which leaves gaps in blocks of fixed size.
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     # The number of decoding processes is the user's setting, not a mistake to warn of on each rank.
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     # What imports leave stays to the end: to search it for garbage took a seventh of their time.

@@ -325,7 +325,7 @@ EFFECTS: dict[str, Effect | None] = {
     "stop.metric": _METRIC,
     "stop.patience": _EVALUATED,
     **_always("stop.", "above_chance", "rise"),
-    **_always("engine.", "kind", "deepspeed", "precision", "device", "timeout"),
+    **_always("engine.", "kind", "deepspeed", "precision", "device", "compile", "timeout"),
     "eval.every": _EVALUATED,
     # The verbs read these of a finished run.
     **_always("eval.", "batch_size", "weights", "rerank"),

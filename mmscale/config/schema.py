@@ -68,6 +68,8 @@ class EngineConfig(Section):
     """`auto`: bf16 where the device computes it fast, else fp32; `tf32`: fp32, products rounded."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """`auto`: CUDA, then MPS, then CPU."""
+    compile: Literal["off", "blocks", "auto"] = "off"
+    """Compile transformer blocks, and pad captions to a few lengths; `auto`: on CUDA, long runs."""
     timeout: Positive = 600
     """Seconds that a rank may stand still: in a batch, an update, an exchange with the others."""
 

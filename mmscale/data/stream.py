@@ -87,7 +87,8 @@ class TrainStream:
 
 def assemble(shares: list[Share], pixels: Tensor, spec: InputSpec) -> Batch:
     """A rank's batch from its workers' shares, tokens trimmed to the longest caption at hand."""
-    tokens, mask = pad([row for share in shares for row in share.tokens], spec.pad_token)
+    rows = [row for share in shares for row in share.tokens]
+    tokens, mask = pad(rows, spec.pad_token, spec.caption_lengths)
     return Batch(
         image=pixels,
         tokens=tokens,
@@ -108,9 +109,12 @@ def _sound(share: Share | DataError) -> Share:
     return share
 
 
-def pad(rows: list[list[int]], pad_token: int) -> tuple[Tensor, Tensor]:
-    """Token ids and mask [b t], t the longest row."""
+def pad(
+    rows: list[list[int]], pad_token: int, lengths: tuple[int, ...] = ()
+) -> tuple[Tensor, Tensor]:
+    """Token ids and mask [b t], t the longest row, or the first of `lengths` that is enough."""
     longest = max(map(len, rows))
+    longest = next((length for length in lengths if length >= longest), longest)
     tokens = torch.full((len(rows), longest), pad_token)
     mask = torch.zeros(len(rows), longest, dtype=torch.bool)
     for index, row in enumerate(rows):

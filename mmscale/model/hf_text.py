@@ -1,5 +1,6 @@
 """Text towers of Hugging Face: `hf:NAME_OR_PATH`, the text part of a two-part model."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,24 @@ class HfTextTower(Tower):
     def forward_sequence(
         self, tokens: Int64[Tensor, "b t"], mask: Bool[Tensor, "b t"]
     ) -> tuple[Float[Tensor, "b f"], Float[Tensor, "b t e"]]:
-        output = self.trunk(input_ids=tokens, attention_mask=mask.long())
+        hidden = mask.long() if mask.device.type in ("cpu", "meta") else self.ready(mask)
+        output = self.trunk(input_ids=tokens, attention_mask=hidden)
         states = output.last_hidden_state
         return output.pooler_output if self.pooling == "model" else self.pool(states, mask), states
+
+    def ready(self, mask: Bool[Tensor, "b t"]) -> Tensor | None:
+        """The mask in a form whose values the model does not look at: the host would wait.
+
+        None where a causal model pools at a caption's end, which padding behind it cannot reach.
+        """
+        trunk: Any = self.trunk
+        library = vars(sys.modules[type(trunk).__module__])
+        if self.pooling == "model" and trunk.config.model_type in POOLED:
+            return None
+        is_made = "create_bidirectional_mask" in library and not trunk.config.is_decoder
+        if is_made and trunk.config._attn_implementation == "sdpa":
+            return mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
+        return mask.long()
 
     def checkpoint_blocks(self) -> bool:
         return checkpoint_hf(self.trunk)

@@ -103,6 +103,9 @@ class OpenClipText(Tower):
         trunk.output_tokens = True
         if isinstance(trunk, TextTransformer):
             trunk.transformer.register_forward_pre_hook(_slice_mask, with_kwargs=True)
+            for module in trunk.transformer.modules():
+                if isinstance(module, nn.MultiheadAttention):
+                    module.register_forward_pre_hook(say_causal, with_kwargs=True)
             at_end = trunk.pool_type in ("argmax", "eos") and trunk.cls_emb is None
             if trunk.attn_mask is None or not at_end:
                 self.whole_rows = trunk.context_length
@@ -278,6 +281,17 @@ def _slice_mask(
     if mask is not None:
         length = args[0].shape[1]
         words = {**words, "attn_mask": mask[..., :length, :length]}
+    return args, words
+
+
+def say_causal(
+    module: nn.Module, args: tuple[Any, ...], words: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Name a causal mask as such on an accelerator, where attention then needs none in memory."""
+    mask = words.get("attn_mask")
+    # A mask of three axes hides padding too.
+    if mask is not None and mask.ndim == 2 and mask.device.type != "cpu":
+        words = {**words, "is_causal": True}
     return args, words
 
 

@@ -106,6 +106,8 @@ def choose(config: EngineConfig, local_rank: int = 0) -> DevicePolicy:
     # Convolutions take TF32 by torch's default, which is not what fp32 means here.
     torch.backends.cuda.matmul.allow_tf32 = policy.tf32
     torch.backends.cudnn.allow_tf32 = policy.tf32
+    # Convolutions see one size of pictures for a whole stage.
+    torch.backends.cudnn.benchmark = policy.device.type == "cuda"
     return policy
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,11 +25,12 @@ from mmscale.config.schema import Config
 from mmscale.contracts import InputSpec, World
 from mmscale.data.arrange import Neighbours, read_neighbours
 from mmscale.data.caption_text import with_cleaning
-from mmscale.data.features import CachedStream
+from mmscale.data.features import CachedStream, FeatureTable
 from mmscale.data.schedule import Schedule, plan_schedule
 from mmscale.data.stream import TrainStream
 from mmscale.encoding import Tell, encoded_sets, own_neighbours
 from mmscale.engine.before_training import fit_heads, gaps_line
+from mmscale.engine.compiled import caption_lengths, compile_blocks, is_compiled
 from mmscale.engine.ema import averaged, copy_of
 from mmscale.engine.encode import Encoder
 from mmscale.engine.footprint import count_flops
@@ -86,6 +88,8 @@ def build_stage(job: Job, start: Start, say: Tell) -> Stage:
     timetable = _timetable(job, plan, schedule, start.state)
     ahead = checkpoints_ahead(config, timetable.total_steps - start.state.step, timetable.uncut)
     require_room(config, model, ahead, needs_momentum(config), job.world)
+    compiled = _is_compiled(job, config, timetable)
+    spec = _with_lengths(spec, compiled or job.policy.runs_ahead)
     inference = Inference(model, job.policy)
     encoder = Encoder.of(config, inference.call, inference.device, spec, job.peers)
     features, held_out = encoded_sets(config, model, encoder, job.shards, say)
@@ -97,13 +101,12 @@ def build_stage(job: Job, start: Start, say: Tell) -> Stage:
     if start.is_fresh:
         fit_heads(model, inference, stream, job.peers, plan.micro_rows, spec)
     if config.data.hard_batches.table == OWN_MODEL and table is None:
-        say("hard batches: neighbours by the model as it is now")
-        by = config.data.hard_batches.by
-        table = own_neighbours(encoder, job.shards, features, by, job.world, say)
-        stream.schedule = plan_schedule(config, job.shards, plan.lanes, table)
+        stream.schedule = _own_order(job, number, encoder, features, say)
     connect_batch_norms(model, job.peers)
     model.scale.follow(timetable.uncut)
     follower = _follower(job, config, model, start)
+    if compiled:
+        say(_compile(model, follower))
     is_counted = features is None and job.world.is_main  # cached features do not pass the towers
     flops = count_flops(model.train(), spec) if is_counted else None
     engine = _engine(job, config, plan, model.train())
@@ -248,6 +251,17 @@ def _schedule(job: Job, number: int, table: Neighbours | None, say: Tell) -> Sch
     return schedule
 
 
+def _own_order(
+    job: Job, number: int, encoder: Encoder, features: FeatureTable | None, say: Tell
+) -> Schedule:
+    """The order of a stage's data with what the model as it is finds alike together. Collective."""
+    say("hard batches: neighbours by the model as it is now")
+    config, lanes = job.stages[number], job.plans[number].lanes
+    by = config.data.hard_batches.by
+    table = own_neighbours(encoder, job.shards, features, by, job.world, say)
+    return plan_schedule(config, job.shards, lanes, table)
+
+
 def _neighbours(config: Config, world: World, start: Start) -> Neighbours | None:
     """The table that the stage began with, else the one that it is given; equal on every rank.
 
@@ -307,11 +321,32 @@ def _follower(job: Job, config: Config, model: nn.Module, start: Start) -> nn.Mo
     """What becomes the momentum encoder; taken before an engine shards the model."""
     if not needs_momentum(config):
         return None
-    sharded = job.kind == "deepspeed" and zero_stage(config.engine.deepspeed) == 3
-    follower = copy_of(model, share_frozen=not sharded)
+    follower = copy_of(model, share_frozen=not _is_sharded(job, config))
     if start.checkpoint is not None:
         start.checkpoint.load_momentum(averaged(follower, model))
     return follower
+
+
+def _is_sharded(job: Job, config: Config) -> bool:
+    """Whether weights are whole only while they are used."""
+    return job.kind == "deepspeed" and zero_stage(config.engine.deepspeed) == 3
+
+
+def _is_compiled(job: Job, config: Config, timetable: Timetable) -> bool:
+    updates = timetable.total_steps
+    whole = not _is_sharded(job, config)
+    return whole and is_compiled(config.engine.compile, job.policy, updates)
+
+
+def _with_lengths(spec: InputSpec, wanted: bool) -> InputSpec:
+    lengths = caption_lengths(spec.context_length) if wanted else ()
+    return replace(spec, caption_lengths=lengths)
+
+
+def _compile(*models: Any) -> str:
+    """Compile the blocks of the models' towers; what to tell of it."""
+    towers = [tower for model in models if model for tower in (model.vision, model.text)]
+    return f"compiled when first called: {compile_blocks(towers)} transformer blocks"
 
 
 def _engine(job: Job, config: Config, plan: BatchPlan, model: nn.Module) -> Engine:

@@ -13,6 +13,7 @@ from mmscale.data.features import SampleBatches
 from mmscale.data.stream import pad
 from mmscale.diagnostics.pairs import Pairs
 from mmscale.encoding import HeldOut
+from mmscale.engine.compiled import evaluating
 from mmscale.engine.feed import images_on
 from mmscale.errors import DataError
 from mmscale.evaluation import require_sound_model
@@ -58,11 +59,9 @@ class HeldOutSample:
     def embedded(self) -> Pairs:
         """The rows of all ranks through the model as it is now. Collective."""
         rows, engine, peers = self._rows, self._learner.engine, self._learner.peers
-        engine.module.eval()
-        with torch.no_grad():
+        with evaluating(engine.module), torch.no_grad():
             image, text = _features(rows, self._learner, self._spec)
             embedded = engine.call("heads", image, text)
-        engine.module.train()
         ids = peers.columns(rows.ids.to(engine.device))
         pairs = Pairs(
             image=peers.columns(embedded[0].unit.float()).cpu(),

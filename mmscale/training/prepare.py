@@ -9,6 +9,7 @@ from mmscale.checkpoint.files import Checkpoint
 from mmscale.checkpoint.lock import RunLock
 from mmscale.checkpoint.resume import first_weights
 from mmscale.checkpoint.state import RunState
+from mmscale.config.deepspeed import zero_stage
 from mmscale.config.load import stage_config
 from mmscale.config.model import ModelConfig
 from mmscale.config.rules import (
@@ -23,6 +24,7 @@ from mmscale.encoding import Tell
 from mmscale.engine.before_training import update_fault
 from mmscale.engine.optimizer import optimizer_kind
 from mmscale.engine.plan import engine_kind, plan_batch, stage_lengths
+from mmscale.errors import ConfigError
 from mmscale.model.kept import kept_towers, tower_files
 from mmscale.model.presets import fill_preset, stand_in_line
 from mmscale.parallel.device import DevicePolicy, choose
@@ -51,6 +53,7 @@ def prepare(config: Config, lock: RunLock, world: World, say: Tell) -> tuple[Job
         policy = choose(config.engine, world.local_rank)
         run = _filled(config, policy, say)
     kind = engine_kind(run, world)
+    _require_whole_weights(run, kind)
     stages = tuple(stage_config(run, number) for number in range(max(1, len(expanded_stages(run)))))
     plans = tuple(plan_batch(stage, world.size) for stage in stages)
     for stage in stages:
@@ -97,6 +100,16 @@ def towers_of(model: ModelConfig, source: Checkpoint | None) -> ModelConfig:
     if source is None:
         return model
     return kept_towers(model, source.config.model, source.folder, source.files)
+
+
+def _require_whole_weights(run: Config, kind: str) -> None:
+    """Refuse compiled blocks whose weights are gathered within them."""
+    sharded = kind == "deepspeed" and zero_stage(run.engine.deepspeed) == 3
+    if sharded and run.engine.compile == "blocks":
+        raise ConfigError(
+            "engine.compile=blocks under ZeRO-3, which gathers weights while a block runs: set "
+            "engine.compile=off, or engine.deepspeed to stage 1 or 2"
+        )
 
 
 def _share_cores(policy: DevicePolicy, world: World) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import SyntheticPairs
 from tests.emulated.run import SPOILT, STOPPED
+from tests.unit.model.tiny import save_bert
 from tests.whole.command import explain, run
 from tests.whole.small_run import training_lines, words_for, write_settings
 
@@ -41,10 +42,13 @@ def run_on(
     [
         pytest.param([*CHUNKS, *QUEUE, "engine.precision=bf16"], id="chunks, queue and momentum"),
         pytest.param(["loss.preset=siglip"], id="siglip"),
+        pytest.param([*CHUNKS, "HF"], id="a hub's text tower"),
         pytest.param([*MINING, "engine.precision=fp32"], id="mining", marks=pytest.mark.slow),
     ],
 )
 def test_an_update_waits_for_nothing_but_the_record_of_the_one_before(words, synthetic, tmp_path):
+    tower = f"model.text={{name: 'hf:{save_bert(tmp_path / 'bert')}', options: {{}}}}"
+    words = [tower if word == "HF" else word for word in words]
     found = run_on("card", [*words, *QUIET], tmp_path, synthetic)
     for update in UPDATES:
         inside = [row for row in found if row[0] == f"update {update}"]

@@ -6,6 +6,7 @@ from typing import Any
 from mmscale.checkpoint.state import Best, RunState
 from mmscale.config.schema import CheckpointConfig
 from mmscale.diagnostics.pairs import Pairs
+from mmscale.engine.compiled import evaluating
 from mmscale.errors import ConfigError, Stop
 from mmscale.evaluation import evaluate
 from mmscale.parallel.peers import gather_objects
@@ -85,16 +86,15 @@ class Evaluation(Part):
                 raise Stop
 
         engine = stage.learner.engine
-        engine.module.eval()
-        figures, pairs = evaluate(
-            stage.config,
-            engine.call if self._momentum is None else self._momentum.call,
-            engine.device,
-            stage.held_out,
-            stage.learner.peers,
-            heard,
-        )
-        engine.module.train()
+        with evaluating(engine.module):
+            figures, pairs = evaluate(
+                stage.config,
+                engine.call if self._momentum is None else self._momentum.call,
+                engine.device,
+                stage.held_out,
+                stage.learner.peers,
+                heard,
+            )
         services.report.evaluation({"step": state.step, **figures}, pairs)
         self.metrics, self.best = figures, _best(stage.config.checkpoint, self.best, figures, state)
         return pairs

@@ -228,6 +228,17 @@ def test_text_poolings_ignore_padding(bert_folder, pooling):
         torch.testing.assert_close(alone[0], pooled[row], rtol=0, atol=1e-5)
 
 
+def test_a_mask_that_is_not_looked_at_hides_the_same_padding(bert_folder):
+    tower, (tokens, mask) = text({"name": f"hf:{bert_folder}"})
+    tower.eval()
+    assert not mask.all()
+    ready = tower.ready(mask)
+    assert ready.ndim == 4
+    asked = tower.trunk(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+    made = tower.trunk(input_ids=tokens, attention_mask=ready).last_hidden_state
+    torch.testing.assert_close(made[mask], asked[mask], rtol=0, atol=1e-6)
+
+
 def gradients(tower, inputs, seed=0):
     torch.manual_seed(seed)
     tower.zero_grad()

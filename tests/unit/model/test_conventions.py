@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import save_file
 from transformers import (
     BertConfig,
@@ -34,7 +35,7 @@ from mmscale.model.towers import build_text, build_vision
 from mmscale.parallel.device import FAILING_TOWERS
 from mmscale.parallel.peers import Alone
 from tests.unit.model.test_foreign import TEXT_CFG, change, save_openclip
-from tests.unit.model.tiny import WORDS
+from tests.unit.model.tiny import WORDS, padded
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt")
@@ -113,7 +114,14 @@ def test_a_clip_that_pools_at_its_end_token_needs_a_tokenizer_that_gives_it(bert
     if end == 3:  # [SEP], with which this tokenizer ends
         tower, text = build_text(TextConfig(name=f"hf:{bert_folder}"))
         assert tower.pooling == "model"
-        assert text.tokenize(["a red dog"])[0][-1] == 3
+        rows = text.tokenize(["a red dog", "a dog"])
+        assert rows[0][-1] == 3
+        # Padding behind the end is out of reach, so that a card is given no mask at all.
+        tokens, mask = padded(rows, 7, text.pad_token)
+        assert tower.ready(mask) is None
+        pooled = tower.eval()(tokens, mask)
+        unmasked = tower.trunk(input_ids=tokens, attention_mask=None).pooler_output
+        torch.testing.assert_close(unmasked, pooled, rtol=0, atol=1e-6)
         return
     with pytest.raises(ConfigError, match=r"pools at its end token.*model\.text\.pooling"):
         build_text(TextConfig(name=f"hf:{bert_folder}"))
