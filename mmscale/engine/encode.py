@@ -21,7 +21,7 @@ from mmscale.data.shards import ShardSet
 from mmscale.data.stream import pad
 from mmscale.engine.feed import images_on
 from mmscale.errors import DataError
-from mmscale.parallel.peers import gather_objects
+from mmscale.parallel.peers import gather_objects, gather_rows
 
 Call = Callable[..., Any]
 
@@ -160,23 +160,26 @@ def _gather(parts: list[EncodedBatch], shards: ShardSet, peers: Peers) -> Featur
         "damaged": [line for batch in batches for line in batch.damaged],
         "cut": [cut for batch in batches for cut in batch.cut],
     }
-    everyone = gather_objects(peers, {**words, "image": image, "text": text})
+    everyone = gather_objects(peers, words)
+    # Ranks hold neighbouring samples in order, so their rows and captions lie end to end.
+    rows, texts_of_all = gather_rows(peers, image), gather_rows(peers, text)
     count = shards.samples
     images = image.new_zeros(count, image.shape[1])
     ids, good = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.bool)
     keys = [""] * count
     captions: list[tuple[str, ...]] = [()] * count
+    begin = 0
     for part in everyone:
         places = torch.tensor(part["places"], dtype=torch.long)
-        images[places], ids[places] = part["image"], torch.tensor(part["ids"], dtype=torch.long)
+        images[places], begin = rows[begin : begin + len(places)], begin + len(places)
+        ids[places] = torch.tensor(part["ids"], dtype=torch.long)
         good[places] = True
         for place, key, texts in zip(part["places"], part["keys"], part["captions"], strict=True):
             keys[place], captions[place] = key, tuple(texts)
     first = torch.tensor([0, *accumulate(map(len, captions))])
     return FeatureTable(
         image=images,
-        # Ranks hold neighbouring samples in order, so their captions lie end to end.
-        text=torch.cat([part["text"] for part in everyone]),
+        text=texts_of_all,
         first=first,
         image_ids=ids,
         good=good,

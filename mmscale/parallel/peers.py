@@ -97,6 +97,10 @@ def average_gradients(
         _average_bucket(bucket)
 
 
+# Bytes of one broadcast: gloo counts in 32 bits.
+SENT_AT_ONCE = 1 << 28
+
+
 def broadcast_object(world: World, value: Any) -> Any:
     """Rank 0's value, on every rank: JSON with tensors in it (`parallel/message.py`)."""
     if not dist.is_initialized() or world.size == 1:
@@ -122,6 +126,29 @@ def gather_objects(world: World | Peers, value: Any) -> list[Any]:
     dist.all_gather_into_tensor(everyone, F.pad(content, (0, most - len(content))))
     parts = zip(everyone.split(most), lengths.tolist(), strict=True)
     return [unpacked(part[:length]) for part, length in parts]
+
+
+def gather_rows(world: World | Peers, rows: Tensor) -> Tensor:
+    """Every rank's rows, of which each may have another number, on every rank in rank order.
+
+    Each rank sends its rows to their place, so that nothing is held besides the result. Collective.
+
+    Args:
+        world: All ranks.
+        rows: [m ...], on the CPU; all ranks' alike but for m.
+    """
+    if not dist.is_initialized() or world.size == 1:
+        return rows
+    counts = torch.empty(world.size, dtype=torch.long)
+    dist.all_gather_into_tensor(counts, torch.tensor([len(rows)]))
+    found = rows.new_empty(int(counts.sum()), *rows.shape[1:])
+    at_once = max(1, SENT_AT_ONCE // max(1, found[:1].nbytes))
+    for rank, part in enumerate(found.split(counts.tolist())):
+        if rank == world.rank:
+            part.copy_(rows)
+        for piece in part.split(at_once) if len(part) else ():
+            dist.broadcast(piece, rank)
+    return found
 
 
 def barrier() -> None:

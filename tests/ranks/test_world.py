@@ -6,7 +6,8 @@ import torch
 from accelerate import Accelerator
 
 from mmscale.contracts import World
-from mmscale.parallel.peers import broadcast_object, gather_objects
+from mmscale.parallel import peers
+from mmscale.parallel.peers import broadcast_object, gather_objects, gather_rows
 from mmscale.parallel.world import join_ranks, leave, promised_world
 from tests.ranks.launch import run_on_ranks
 
@@ -49,3 +50,21 @@ def test_ranks_exchange_json_and_tensors_of_any_length():
         assert torch.equal(main["table"], torch.eye(3))
         assert main["faults"] is None
         assert empty == [""] * 3
+
+
+def _rows_of(rank: int) -> torch.Tensor:
+    return torch.arange(12 * rank).view(3 * rank, 4).float() + 100 * rank
+
+
+def _rows() -> list[torch.Tensor]:
+    """Rows of all ranks in pieces of two, and where no rank has any."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    peers.SENT_AT_ONCE = 40
+    world = World(rank, size, rank, "test")
+    return [gather_rows(world, _rows_of(rank)), gather_rows(world, torch.empty(0, 4))]
+
+
+def test_ranks_exchange_rows_of_which_each_has_another_number():
+    for found, none in run_on_ranks(3, _rows):
+        assert torch.equal(found, torch.cat([_rows_of(rank) for rank in range(3)]))
+        assert none.shape == (0, 4)
