@@ -294,6 +294,10 @@ EFFECTS: dict[str, Effect | None] = {
     **_always("model.logit_scale.", "max", "learn", "course", "by_data_size"),
     "model.logit_scale.bias": _BIASED,
     **_always("loss.", "preset", "terms"),
+    "loss.precision": Effect(
+        "with a term that contrasts rows with columns (loss.terms)",
+        lambda s: any(term.contrasts_in(mined=False) for term in s.config.loss.terms),
+    ),
     **_always("negatives.", "gather", "queue.size", "mining.kind"),
     "negatives.queue.source": _QUEUE,
     "negatives.queue.share": _QUEUE,

@@ -292,6 +292,7 @@ TERMS: dict[str, type[Term]] = {
     get_args(term.model_fields["kind"].annotation)[0]: term for term in get_args(AnyTerm)
 }
 
+Precision: TypeAlias = Literal["fp32", "tf32", "bf16"]
 _FIRST_EPOCH = "1 epochs"
 OBJECTIVES: dict[str, tuple[dict[str, Any], ...]] = {
     "clip": ({"kind": "infonce"},),
@@ -330,6 +331,8 @@ class LossConfig(Section):
         InfoNCETerm(kind="infonce"),
     )
     """Weighted terms whose sum is minimised; default InfoNCE alone."""
+    precision: Precision = "fp32"
+    """What rows and columns are rounded to in their products; sums and statistics stay fp32."""
 
     @model_validator(mode="before")
     @classmethod

@@ -10,7 +10,9 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from mmscale.config.loss import Precision
 from mmscale.contracts import Bank, Peers
+from mmscale.loss.product import similarity
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class PairRows:
         ids: Identity of each row.
         peers: The ranks that contrast together.
         bank: Further negatives; those of a row's own id are left out.
+        precision: Of the products of rows and columns.
     """
 
     image: Float[Tensor, "b d"]
@@ -30,6 +33,7 @@ class PairRows:
     ids: Int64[Tensor, " b"]
     peers: Peers
     bank: Bank | None = None
+    precision: Precision = "fp32"
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Direction:
         partner: Column of each row's own partner.
         first_negative: From this column on none is a positive; None: each may be.
         itself: Column that is the row itself, neither positive nor negative; None without one.
+        precision: Of the products of rows and columns.
     """
 
     rows: Float[Tensor, "b d"]
@@ -75,6 +80,7 @@ class Direction:
     partner: Int64[Tensor, " b"]
     first_negative: int | None = None
     itself: Int64[Tensor, " b"] | None = None
+    precision: Precision = "fp32"
 
     def part(self, rows: slice) -> "Direction":
         """The same direction for some of its rows."""
@@ -89,7 +95,7 @@ class Direction:
 
     def contrast(self) -> Contrast:
         """All rows against all columns: b x m numbers, several times."""
-        similarity = self.rows @ self.columns.T
+        cosines = similarity(self.rows, self.columns, self.precision)
         positive = self.ids[:, None] == self.column_ids
         # Identities are never negative.
         negative = ~positive & (self.column_ids >= 0)
@@ -98,8 +104,8 @@ class Direction:
             positive = positive & (places < self.first_negative)
         if self.itself is not None:
             positive = positive.scatter(1, self.itself[:, None], False)
-        pair = similarity.gather(1, self.partner[:, None])[:, 0]
-        return Contrast(similarity, positive, negative, pair)
+        pair = cosines.gather(1, self.partner[:, None])[:, 0]
+        return Contrast(cosines, positive, negative, pair)
 
 
 def directions(pairs: PairRows) -> tuple[Direction, Direction]:
@@ -107,10 +113,11 @@ def directions(pairs: PairRows) -> tuple[Direction, Direction]:
     image, text, ids, peers, bank = pairs.image, pairs.text, pairs.ids, pairs.peers, pairs.bank
     remembered = (None, None) if bank is None else (bank.text, bank.image)
     slots = None if bank is None else bank.ids
-    return (
+    ways = (
         direction(image, text, ids, peers, remembered[0], slots),
         direction(text, image, ids, peers, remembered[1], slots),
     )
+    return replace(ways[0], precision=pairs.precision), replace(ways[1], precision=pairs.precision)
 
 
 def direction(
@@ -155,6 +162,7 @@ def two_views(pairs: PairRows) -> Direction:
         peers.columns(ids).repeat(2),
         partner=torch.cat([own + half, own]),
         itself=torch.cat([own, own + half]),
+        precision=pairs.precision,
     )
 
 

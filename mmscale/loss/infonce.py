@@ -58,12 +58,13 @@ def infonce(pairs: PairRows, scale: Float[Tensor, "1"]) -> Float[Tensor, ""]:
     image, text, ids, peers, bank = pairs.image, pairs.text, pairs.ids, pairs.peers, pairs.bank
     columns, first = peers.columns(wide(text)), peers.first_row(len(text))
     image_sum, column_sum, positive = sums_and_positives(
-        image, columns, scale, column_ids=peers.columns(ids), first=first
+        image, columns, scale, column_ids=peers.columns(ids), first=first, precision=pairs.precision
     )
     text_sum = peers.logsumexp(column_sum)[first : first + len(text)]
     if bank is not None:
-        image_bank_sum = bank_sum(image, bank.text, scale, ids=ids, bank_ids=bank.ids)
-        text_bank_sum = bank_sum(text, bank.image, scale, ids=ids, bank_ids=bank.ids)
+        hidden = {"ids": ids, "bank_ids": bank.ids}
+        image_bank_sum = bank_sum(image, bank.text, scale, **hidden, precision=pairs.precision)
+        text_bank_sum = bank_sum(text, bank.image, scale, **hidden, precision=pairs.precision)
         image_sum = torch.logaddexp(image_sum, image_bank_sum)
         text_sum = torch.logaddexp(text_sum, text_bank_sum)
     loss: Tensor = (image_sum.mean() + text_sum.mean()) / 2 - positive.mean()

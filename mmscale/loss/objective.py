@@ -31,6 +31,7 @@ class Objective:
         self._peers: Peers = peers if config.negatives.gather else Alone()
         self._steps_of = steps_of
         self._mining = config.negatives.mining
+        self._precision = config.loss.precision
 
     def __call__(self, rows: LossInput) -> LossOutput:
         """Mean over this rank's rows of each term, and their weighted sum. Collective.
@@ -47,7 +48,7 @@ class Objective:
             return ramp.at(rows.step, self._steps_of)
 
         peers = _Remembering(self._peers)
-        given = Given(rows, peers, at, Mining.of(self._mining, at))
+        given = Given(rows, peers, at, Mining.of(self._mining, at), self._precision)
 
         @cache
         def counts(with_queue: bool) -> Counts:

@@ -1,5 +1,7 @@
 """The sigmoid loss: each pair of an image and a caption is judged alone."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -39,7 +41,8 @@ def siglip(
 
     if pairs.bank is None and mining is None:
         # Both directions hold the same pairs.
-        ways: tuple[Direction, ...] = (direction(pairs.image, pairs.text, pairs.ids, pairs.peers),)
+        way = direction(pairs.image, pairs.text, pairs.ids, pairs.peers)
+        ways: tuple[Direction, ...] = (replace(way, precision=pairs.precision),)
     else:
         ways = directions(pairs)
     losses = [sum_over_rows(sums, [way], scale, bias)[0] / len(pairs.ids) for way in ways]

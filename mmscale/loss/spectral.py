@@ -1,9 +1,11 @@
 """The spectral contrastive loss."""
 
+from dataclasses import replace
+
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mmscale.config.loss import SpectralTerm
+from mmscale.config.loss import Precision, SpectralTerm
 from mmscale.contracts import Peers
 from mmscale.loss.contrast import Contrast, direction, wide
 from mmscale.loss.strips import Sums, sum_over_rows
@@ -17,6 +19,7 @@ def spectral(
     peers: Peers,
     *,
     mu: float = 1.0,
+    precision: Precision = "fp32",
 ) -> Float[Tensor, ""]:
     """Pull pairs together, push the squared products of other ids to zero.
 
@@ -29,6 +32,7 @@ def spectral(
         ids: Identity of each row.
         peers: The ranks that contrast together.
         mu: Largest squared length of a row.
+        precision: Of the products of rows and columns.
 
     Source: HaoChen et al. 2021, "Provable Guarantees for Self-Supervised Deep Learning with
         Spectral Contrastive Loss" (arXiv 2106.04156), equation 6 and algorithm 1.
@@ -39,7 +43,8 @@ def spectral(
         squares = way.similarity.pow(2).where(way.negative, way.similarity.new_zeros(()))
         return squares.sum(), way.negative.sum()
 
-    squares, others = sum_over_rows(sums, [direction(image, text, ids, peers)])
+    way = replace(direction(image, text, ids, peers), precision=precision)
+    squares, others = sum_over_rows(sums, [way])
     count = peers.total(others.to(squares.dtype)).clamp(min=1)
     return (peers.size * squares / count - 2 * (image * text).sum(1).mean()) / mu
 
@@ -54,7 +59,7 @@ def _shortened(rows: Float[Tensor, "b d"], mu: float) -> Float[Tensor, "b d"]:
 @term(SpectralTerm)
 def _spectral(settings: SpectralTerm, given: Given) -> TermValue:
     mu = settings.mu
-    loss = spectral(*given.projected, given.rows.ids, given.peers, mu=mu)
+    loss = spectral(*given.projected, given.rows.ids, given.peers, mu=mu, precision=given.precision)
     # The best product that is the same for every pair is 1, or as much as short rows have.
     product = min(1.0, mu)
     return TermValue(loss, lambda counts: Bounds(-2.0, (product**2 - 2 * product) / mu))

@@ -1,5 +1,7 @@
 """Alignment of pairs and uniformity on the sphere."""
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -34,7 +36,8 @@ def uniformity(pairs: PairRows, *, t: float = 2.0) -> Float[Tensor, ""]:
 
     values, peers = [], pairs.peers
     for rows in (pairs.image, pairs.text):
-        own, others = sum_over_rows(sums, [direction(rows, rows, pairs.ids, peers)])
+        way = replace(direction(rows, rows, pairs.ids, peers), precision=pairs.precision)
+        own, others = sum_over_rows(sums, [way])
         total, count = peers.total(own), peers.total(others.to(own.dtype))
         values.append((total / count.clamp(min=1)).where(count > 0, torch.ones_like(total)).log())
     return (values[0] + values[1]) / 2

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mmscale.config.loss import AnyTerm
+from mmscale.config.loss import AnyTerm, Precision
 from mmscale.config.term import Term
 from mmscale.config.values import Ramp
 from mmscale.contracts import LossInput, Peers
@@ -94,18 +94,22 @@ class Given:
         peers: The ranks that contrast together.
         at: A ramp's value now.
         mining: Which negatives count, for terms that mine; None: all alike.
+        precision: Of the products of rows and columns.
     """
 
     rows: LossInput
     peers: Peers
     at: Callable[[Ramp], float]
     mining: Mining | None = None
+    precision: Precision = "fp32"
 
     @property
     def pairs(self) -> PairRows:
         """The unit rows, to be contrasted."""
         rows = self.rows
-        return PairRows(rows.image.unit, rows.text.unit, rows.ids, self.peers, rows.bank)
+        return PairRows(
+            rows.image.unit, rows.text.unit, rows.ids, self.peers, rows.bank, self.precision
+        )
 
     @property
     def projected(self) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d"]]:

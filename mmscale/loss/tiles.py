@@ -15,7 +15,9 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mmscale.config.loss import Precision
 from mmscale.loss.contrast import wide
+from mmscale.loss.product import add_product, product
 
 # Large enough that a CPU's threads seldom wait for one another and that a GPU's launches are few,
 # and small enough that a tile stays in a GPU's cache.
@@ -34,6 +36,7 @@ def sums_and_positives(
     *,
     column_ids: Int64[Tensor, " n"],
     first: int,
+    precision: Precision = "fp32",
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, " n"], Float[Tensor, " b"]]:
     """Log-sum-exp of each row's and of each column's logits, and each row's mean positive logit.
 
@@ -43,9 +46,10 @@ def sums_and_positives(
         scale: 1 / temperature.
         column_ids: Identity of each column; a row's positives are the columns of its own.
         first: Where this rank's rows begin among the columns.
+        precision: Of the products of rows and columns.
     """
     sums: tuple[Tensor, Tensor, Tensor] = _SumsAndPositives.apply(
-        rows, columns, scale, column_ids, first
+        rows, columns, scale, column_ids, first, precision
     )
     return sums
 
@@ -57,12 +61,13 @@ def bank_sum(
     *,
     ids: Int64[Tensor, " b"],
     bank_ids: Int64[Tensor, " k"],
+    precision: Precision = "fp32",
 ) -> Float[Tensor, " b"]:
     """Log-sum-exp of each row's logits with remembered columns; -inf where all are hidden.
 
     Hidden are columns of the row's own id, and empty slots (id -1). The columns have no gradient.
     """
-    total: Tensor = _BankSum.apply(rows, bank, scale, ids, bank_ids)
+    total: Tensor = _BankSum.apply(rows, bank, scale, ids, bank_ids, precision)
     return total
 
 
@@ -83,6 +88,7 @@ def shifted_sums(
     s: Float[Tensor, "1"],
     shift: float,
     kept: list[Tensor],
+    precision: Precision = "fp32",
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, " n"]] | None:
     """Sums of exp(logit - shift) over rows and columns; None where the shift does not suit all.
 
@@ -90,7 +96,7 @@ def shifted_sums(
     """
     row_sum, column_sum = x.new_zeros(len(x)), x.new_zeros(len(y))
     room = KEPT_BYTES
-    for r, c, tile, _ in tiles(x, y, s):
+    for r, c, tile, _ in tiles(x, y, s, precision):
         shifted_exp(tile, shift)
         row_sum[r] += tile.sum(1)
         column_sum[c] += tile.sum(0)
@@ -104,11 +110,11 @@ def shifted_sums(
 
 
 def running_sums(
-    x: Float[Tensor, "b d"], y: Float[Tensor, "n d"], s: Float[Tensor, "1"]
+    x: Float[Tensor, "b d"], y: Float[Tensor, "n d"], s: Float[Tensor, "1"], precision: Precision
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, " n"]]:
     """Log-sum-exps of rows and columns, whatever the logits."""
     row_sums, column_sums = RunningSums(x), RunningSums(y)
-    for r, c, tile, work in tiles(x, y, s):
+    for r, c, tile, work in tiles(x, y, s, precision):
         row_sums.add(r, tile, work, 1)
         column_sums.add(c, tile, work, 0)
     return row_sums.value(), column_sums.value()
@@ -139,6 +145,7 @@ def tiles(
     x: Float[Tensor, "b d"],
     y: Float[Tensor, "n d"],
     s: Float[Tensor, "1"],
+    precision: Precision,
     ready: list[Tensor] | None = None,
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
     """Rows, columns, logits and a work tile of each place; the next overwrites both tiles.
@@ -156,7 +163,11 @@ def tiles(
                 tile = ready.pop(0)
             else:
                 out = logits[: shape[0] * shape[1]].view(shape)
-                tile = torch.mm(scaled, y[c].T, out=out)
+                tile = (
+                    torch.mm(scaled, y[c].T, out=out)
+                    if precision == "fp32"
+                    else out.copy_(product(scaled, y[c].T, precision))
+                )
             yield r, c, tile, work[: tile.numel()].view(shape)
 
 
@@ -174,17 +185,23 @@ class _SumsAndPositives(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, columns: Tensor, scale: Tensor, column_ids: Tensor, first: int
+        ctx: Any,
+        rows: Tensor,
+        columns: Tensor,
+        scale: Tensor,
+        column_ids: Tensor,
+        first: int,
+        precision: Precision,
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, y, s = _like(rows, columns, scale)
-        ctx.shift, ctx.kept, sums = 0.0, [], None
+        ctx.shift, ctx.kept, ctx.precision, sums = 0.0, [], precision, None
         # Which shift suits is known to the host alone, for which an accelerator would have to wait.
         if x.device.type == "cpu":
             ctx.shift = shift_for(x, y, s)
-            sums = shifted_sums(x, y, s, ctx.shift, ctx.kept)
+            sums = shifted_sums(x, y, s, ctx.shift, ctx.kept, precision)
         if sums is None:
             ctx.shift, ctx.kept = None, []
-            sums = logs = running_sums(x, y, s)
+            sums = logs = running_sums(x, y, s, precision)
         else:
             logs = sums[0].log() + ctx.shift, sums[1].log() + ctx.shift
         slots, counts = _slots(column_ids)
@@ -198,7 +215,7 @@ class _SumsAndPositives(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, row_grad: Tensor, column_grad: Tensor, positive_grad: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    ) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         rows, columns, scale, slots, row_slots, counts, row_sum, column_sum = ctx.saved_tensors
         x, y, s = _like(rows, columns, scale)
         weight = (positive_grad / counts[row_slots])[:, None]
@@ -208,7 +225,7 @@ class _SumsAndPositives(torch.autograd.Function):
         num_kept = len(ctx.kept)
         if ctx.shift is not None:
             row_grad, column_grad = row_grad / row_sum, column_grad / column_sum
-        for index, (r, c, tile, work) in enumerate(tiles(x, y, s, ctx.kept)):
+        for index, (r, c, tile, work) in enumerate(tiles(x, y, s, ctx.precision, ctx.kept)):
             if ctx.shift is None:
                 torch.sub(tile, row_sum[r, None], out=work).exp_().mul_(row_grad[r, None])
                 tile.sub_(column_sum[c]).exp_()
@@ -217,13 +234,14 @@ class _SumsAndPositives(torch.autograd.Function):
                 if index >= num_kept:
                     shifted_exp(tile, ctx.shift)
                 tile.mul_(torch.add(row_grad[r, None], column_grad[c], out=work))
-            x_grad[r].addmm_(tile, y[c])
-            y_grad[c].addmm_(tile.T, x[r])
+            add_product(x_grad[r], tile, y[c], ctx.precision)
+            add_product(y_grad[c], tile.T, x[r], ctx.precision)
         scale_grad = _inner(x, x_grad)
         return (
             x_grad.mul_(s).to(rows.dtype),
             y_grad.mul_(s).to(columns.dtype),
             scale_grad.to(scale.dtype).view_as(scale),
+            None,
             None,
             None,
         )
@@ -234,34 +252,41 @@ class _BankSum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, bank: Tensor, scale: Tensor, ids: Tensor, bank_ids: Tensor
+        ctx: Any,
+        rows: Tensor,
+        bank: Tensor,
+        scale: Tensor,
+        ids: Tensor,
+        bank_ids: Tensor,
+        precision: Precision,
     ) -> Tensor:
         x, y, s = _like(rows, bank, scale)
         sums = RunningSums(x)
-        for r, c, tile, work in tiles(x, y, s):
+        for r, c, tile, work in tiles(x, y, s, precision):
             tile.masked_fill_(_hidden(ids[r], bank_ids[c]), -torch.inf)
             sums.add(r, tile, work, 1)
-        total = sums.value()
+        total, ctx.precision = sums.value(), precision
         ctx.save_for_backward(rows, bank, scale, ids, bank_ids, total)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None, None, None]:
         rows, bank, scale, ids, bank_ids, total = ctx.saved_tensors
         x, y, s = _like(rows, bank, scale)
         # Where all is hidden the logits are -inf too, and -inf - -inf is NaN.
         total = total.clamp(min=torch.finfo(total.dtype).min)
         x_grad = torch.zeros_like(x)
-        for r, c, tile, _ in tiles(x, y, s):
+        for r, c, tile, _ in tiles(x, y, s, ctx.precision):
             tile.masked_fill_(_hidden(ids[r], bank_ids[c]), -torch.inf)
             tile.sub_(total[r, None]).exp_().mul_(grad[r, None])
-            x_grad[r].addmm_(tile, y[c])
+            add_product(x_grad[r], tile, y[c], ctx.precision)
         scale_grad = _inner(x, x_grad)
         return (
             x_grad.mul_(s).to(rows.dtype),
             None,
             scale_grad.to(scale.dtype).view_as(scale),
+            None,
             None,
             None,
         )

@@ -25,6 +25,7 @@ from mmscale.engine.before_training import update_fault
 from mmscale.engine.optimizer import optimizer_kind
 from mmscale.engine.plan import engine_kind, plan_batch, stage_lengths
 from mmscale.errors import ConfigError
+from mmscale.loss.product import require_precision
 from mmscale.model.kept import kept_towers, tower_files
 from mmscale.model.presets import fill_preset, stand_in_line
 from mmscale.parallel.device import DevicePolicy, choose
@@ -58,6 +59,7 @@ def prepare(config: Config, lock: RunLock, world: World, say: Tell) -> tuple[Job
     plans = tuple(plan_batch(stage, world.size) for stage in stages)
     for stage in stages:
         optimizer_kind(stage.optim, policy.fused_optimizer, sharded=kind == "deepspeed")
+        require_precision(stage.loss.precision, policy.device)
     _share_cores(policy, world)
     join_ranks(world, policy.backend, run.engine.timeout, alone_too=kind == "deepspeed")
     require_outputs(run, world)

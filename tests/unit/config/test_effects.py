@@ -62,6 +62,7 @@ INERT = [
     (["checkpoint.best_is=min"], "checkpoint.best_is"),
     (["log.wandb_images=true"], "log.wandb_images"),
     (["log.page=false", "log.map=tsne"], "log.map"),
+    (["loss.terms=[{kind: vicreg}]", "loss.precision=bf16"], "loss.precision"),
 ]
 
 
@@ -89,6 +90,7 @@ def test_a_setting_that_nothing_reads_is_refused(settings, words, path):
         ["loss.preset=siglip", "model.logit_scale.bias=-3"],
         ["loss.terms=[{kind: matching}]", "model.fusion.layers=3", "optim.lr_scale.fusion=3"],
         ["run.resume=never", "run.overwrite=true"],
+        ["loss.preset=siglip", "loss.precision=bf16"],
         [*FROZEN, "optim.lr_scale.head=3"],
     ],
 )
