@@ -7,6 +7,8 @@ from collections.abc import Callable
 from mmscale.contracts import Batch
 from mmscale.engine import feed
 from mmscale.train import main
+from mmscale.training import loop
+from mmscale.training.part import Step
 
 
 def live_until(
@@ -24,14 +26,20 @@ def live_until(
             checkpoint of that step is the last thing the life does.
         altered: What becomes of the batch of a step.
     """
-    place, step = feed.on_device, first
+    place, coming = feed.on_device, loop._next_step
+    batches = steps = first
 
     def on_device(batch: Batch, *where) -> Batch:
-        nonlocal step
-        step += 1
-        if step == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return place(altered(batch, step), *where)
+        nonlocal batches
+        batches += 1
+        return place(altered(batch, batches), *where)
 
-    feed.on_device = on_device
+    def next_step(*what) -> Step:
+        nonlocal steps
+        steps += 1
+        if steps == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return coming(*what)
+
+    feed.on_device, loop._next_step = on_device, next_step
     return main(words)
