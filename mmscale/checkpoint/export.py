@@ -128,11 +128,13 @@ def _writers() -> dict[str, Writer]:
     from mmscale.checkpoint.export_hf import write_hf
     from mmscale.checkpoint.export_onnx import write_onnx
     from mmscale.checkpoint.export_openclip import write_openclip
+    from mmscale.checkpoint.export_sentence import write_sentence_transformers
 
     return {
         "open_clip": write_openclip,
         "hf": write_hf,
         "onnx": write_onnx,
+        "sentence_transformers": write_sentence_transformers,
         "adapter": write_adapters,
     }
 
@@ -294,6 +296,25 @@ def _onnx(config: Config) -> str | None:
     return missing and f"--to onnx needs {missing} (pip install 'mmscale[onnx]')"
 
 
+def _sentence_transformers(config: Config) -> str | None:
+    if find_spec("sentence_transformers") is None:
+        return (
+            "--to sentence_transformers needs sentence-transformers (pip install "
+            "'mmscale[sentence-transformers]')"
+        )
+    model = config.model
+    for part, sources in (("vision", ("hf:", "timm:")), ("text", ("hf:",))):
+        tower = getattr(model, part)
+        if not str(tower.name).startswith(sources):
+            return (
+                f"model.{part}.name={tower.name}: sentence-transformers takes towers of Hugging "
+                "Face, and timm's for images"
+            )
+        if tower.pooling == "map" or (part == "vision" and tower.pooling != "auto"):
+            return f"model.{part}.pooling={tower.pooling}: sentence-transformers cannot pool so"
+    return _head(config, {"image": False, "text": False})
+
+
 def _adapter(config: Config) -> str | None:
     if any(tower.adapter.kind != "none" for tower in (config.model.vision, config.model.text)):
         return None
@@ -331,6 +352,7 @@ _REFUSALS: dict[str, Callable[[Config], str | None]] = {
     "open_clip": _open_clip,
     "hf": _hf,
     "onnx": _onnx,
+    "sentence_transformers": _sentence_transformers,
     "adapter": _adapter,
 }
 FORMATS = tuple(_REFUSALS)

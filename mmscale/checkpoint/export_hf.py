@@ -53,7 +53,7 @@ def write_hf(what: Exported, folder: Path) -> None:
     model.logit_scale.copy_(torch.tensor(what.encoder.logit_scale()).log())
     model.save_pretrained(folder)
     write_tokenizer(what.spec, folder)
-    write_json(folder / "preprocessor_config.json", _processor(what))
+    write_json(folder / "preprocessor_config.json", processor(what))
     _check(what, folder)
 
 
@@ -76,7 +76,8 @@ def _require_own_pooling(what: Exported) -> None:
         )
 
 
-def _processor(what: Exported) -> dict[str, object]:
+def processor(what: Exported) -> dict[str, object]:
+    """The evaluation transform in transformers' words: `preprocessor_config.json`."""
     spec = what.spec
     return {
         "image_processor_type": "CLIPImageProcessor",

@@ -88,11 +88,11 @@ def doctor(
 @app.command()
 def export(
     run: Run,
-    to: Annotated[str, typer.Option(help="open_clip, hf, onnx or adapter.")],
+    to: Annotated[str, typer.Option(help="open_clip, hf, onnx, sentence_transformers or adapter.")],
     out: Annotated[Path, typer.Option(help="Folder to write.", callback=folder_out)],
     words: Words = None,
 ) -> int:
-    """Write a trained model in the format of OpenCLIP, Hugging Face, ONNX or peft."""
+    """Write a trained model in the format of OpenCLIP, Hugging Face, ONNX and others."""
     require_there(run, "run or checkpoint")
     from mmscale.checkpoint.export import Exported, require_exportable
     from mmscale.checkpoint.export import export as write

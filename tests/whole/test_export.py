@@ -68,7 +68,7 @@ def test_load_and_export_agree_with_embed(trained, synthetic, tmp_path):
 def test_export_refuses_an_unknown_format_and_a_missing_run(trained, tmp_path):
     done = run(["mmscale", "export", trained, "--to", "tflite", "--out", tmp_path / "out"])
     assert done.returncode == 2
-    assert "open_clip, hf, onnx, adapter" in done.stderr
+    assert "open_clip, hf, onnx, sentence_transformers, adapter" in done.stderr
     done = run(["mmscale", "export", tmp_path / "none", "--to", "onnx", "--out", tmp_path / "out"])
     assert done.returncode == 2
     assert "no such run" in done.stderr

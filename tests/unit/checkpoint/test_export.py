@@ -328,7 +328,7 @@ def test_a_folder_with_files_and_an_unknown_format_are_refused(tmp_path, bert):
     what = exported(tmp_path, {"vision": TIMM, "text": bert, "embed_dim": 16})
     with pytest.raises(ConfigError, match="holds files"):
         export(what, "onnx")
-    with pytest.raises(ConfigError, match="open_clip, hf, onnx, adapter"):
+    with pytest.raises(ConfigError, match="open_clip, hf, onnx, sentence_transformers, adapter"):
         export(what, "tflite")
 
 
@@ -465,19 +465,22 @@ def test_a_moved_open_clip_export_is_a_model_of_ours_again(tmp_path, bert):
     torch.testing.assert_close(*texts, atol=1e-5, rtol=0)
 
 
+SENTENCE = "sentence_transformers"
+
+
 @pytest.mark.parametrize(
     ("model", "refusing"),
     [
         ({"vision": TIMM | {"options": {"pad_type": "same"}}}, {"open_clip", "hf"}),
         ({"vision": TIMM}, {"hf"}),
-        ({"vision": TIMM, "head": {"kind": "mlp"}}, {"open_clip", "hf"}),
-        ({"vision": TIMM, "head": {"unit_rms": True}}, {"open_clip", "hf"}),
+        ({"vision": TIMM, "head": {"kind": "mlp"}}, {"open_clip", "hf", SENTENCE}),
+        ({"vision": TIMM, "head": {"unit_rms": True}}, {"open_clip", "hf", SENTENCE}),
         ({"vision": TIMM, "head": {"standardize": 8}}, {"open_clip", "hf"}),
         ({"vision": TIMM, "head": {"image": {"bias": True}}}, {"hf"}),
         ({"vision": TIMM, "text": {"pooling": "eos"}}, {"open_clip", "hf"}),
         ({"vision": {"name": "hf:nowhere"}}, {"open_clip"}),
         ({"vision": {"name": "hf:nowhere"}, "text": {"pooling": "mean"}}, {"open_clip", "hf"}),
-        ({"vision": TIMM | {"pooling": "map"}}, {"open_clip", "hf"}),
+        ({"vision": TIMM | {"pooling": "map"}}, {"open_clip", "hf", SENTENCE}),
     ],
 )
 def test_a_refusal_comes_from_the_configuration_and_names_only_what_does_not_refuse(
@@ -491,7 +494,7 @@ def test_a_refusal_comes_from_the_configuration_and_names_only_what_does_not_ref
             continue
         with pytest.raises(ConfigError) as caught:
             require_exportable(config, to, tmp_path / "out")
-        others = {"open_clip", "hf", "onnx"} - refusing
+        others = {"open_clip", "hf", "onnx", SENTENCE} - refusing
         reason, _, advised = str(caught.value).rpartition("; export to ")
         assert reason
         assert set(advised.split(" or ")) == others
