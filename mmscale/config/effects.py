@@ -330,6 +330,10 @@ EFFECTS: dict[str, Effect | None] = {
     "stop.patience": _EVALUATED,
     **_always("stop.", "above_chance", "rise"),
     **_always("engine.", "kind", "deepspeed", "precision", "device", "compile", "timeout"),
+    "engine.reshard_after_forward": Effect(
+        "without DeepSpeed",
+        lambda s: s.config.engine.kind != "deepspeed" and s.config.engine.deepspeed is None,
+    ),
     "eval.every": _EVALUATED,
     # The verbs read these of a finished run.
     **_always("eval.", "batch_size", "weights", "rerank"),

@@ -72,6 +72,8 @@ class EngineConfig(Section):
     """Compile transformer blocks, and pad captions to a few lengths; `auto`: on CUDA, long runs."""
     timeout: Positive = 600
     """Seconds that a rank may stand still: in a batch, an update, an exchange with the others."""
+    reshard_after_forward: bool = False
+    """Without DeepSpeed on several ranks: gather a block's weights anew for each pass over it."""
 
 
 class EvalConfig(Section):

@@ -1,12 +1,6 @@
-"""The engine for one device, or several without sharding: accelerate's precision.
-
-Gradients stay local until an update's last backward and are then averaged in buckets. DDP is not
-used: the gradient cache makes several backwards an update of which only the last may communicate,
-and a part of the model takes part in only one of them, which DDP's reducer does not allow.
-"""
+"""The engine for one device: accelerate's choice of it, precision and loss scaling."""
 
 from collections.abc import Callable, Iterator
-from itertools import islice
 from typing import Any
 
 import torch
@@ -18,6 +12,7 @@ from mmscale.config.schema import Config
 from mmscale.contracts import NamedTensor, World
 from mmscale.engine.ema import Replica
 from mmscale.engine.optimizer import (
+    clip_divisor,
     optimizer_kind,
     parameter_groups,
     persistent_buffers,
@@ -26,14 +21,13 @@ from mmscale.engine.optimizer import (
 )
 from mmscale.engine.protocol import Shadow
 from mmscale.parallel.device import DevicePolicy
-from mmscale.parallel.peers import average_gradients
 from mmscale.parallel.world import check_world
 
 _PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class AccelerateEngine:
-    """One whole replica of the model a rank."""
+    """The whole model on one device."""
 
     def __init__(self, model: nn.Module, config: Config, policy: DevicePolicy, world: World):
         self._accelerator = Accelerator(
@@ -43,7 +37,6 @@ class AccelerateEngine:
         self.label = "accelerate"
         self.device = policy.device
         self.module = model.to(policy.device)
-        self._world = world
         self._clip = config.optim.clip_norm
         self._parts = trained_parts(model)
         groups = parameter_groups(model, config.optim)
@@ -75,12 +68,10 @@ class AccelerateEngine:
             return
         trained = [p for part in self._parts.values() for p in part]
         for parameter in trained:
-            # The optimizer would pass over what took no part in this update: on several ranks, and
-            # in sharded gradients, it is zero.
+            # The optimizer would pass over what took no part in this update: in sharded gradients
+            # it is zero.
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        if self._world.size > 1:
-            average_gradients(trained)
 
     def part_norms(self) -> Float[Tensor, " parts"]:
         if self._accelerator.scaler is not None:
@@ -90,8 +81,7 @@ class AccelerateEngine:
             torch.as_tensor(sum((_square(p.grad) for p in part if p.grad is not None), zero))
             for part in self._parts.values()
         ]
-        # Every rank holds the averaged gradient, and the ranks' shares are going to be summed.
-        return torch.stack(squares) / self._world.size
+        return torch.stack(squares)
 
     def apply(
         self, factor: float, total_norm: float | Tensor, applied: Tensor | None = None
@@ -99,7 +89,7 @@ class AccelerateEngine:
         set_rates(self._optimizer.param_groups, factor)
         if applied is not None:
             inner: Any = self._optimizer.optimizer
-            inner.grad_scale = self._divisor(torch.as_tensor(total_norm))
+            inner.grad_scale = clip_divisor(torch.as_tensor(total_norm), self._clip)
             inner.found_inf = applied.logical_not().float()
         elif self._clip is not None and total_norm > self._clip:
             gradients = [
@@ -108,21 +98,14 @@ class AccelerateEngine:
             torch._foreach_mul_(gradients, self._clip / (total_norm + 1e-6))
         self._optimizer.step()
 
-    def _divisor(self, total_norm: Tensor) -> Tensor:
-        """What a gradient is divided by so that it is clipped."""
-        if self._clip is None:
-            return torch.ones_like(total_norm, dtype=torch.float32)
-        return ((total_norm + 1e-6) / self._clip).clamp(min=1).float()
-
     def skip_update(self) -> None:
         if self._accelerator.scaler is not None:
             self._accelerator.scaler.update()
 
     def masters(self) -> Iterator[tuple[str, Tensor]]:
-        named = ((n, p) for n, p in self.module.named_parameters() if p.requires_grad)
-        # Every rank holds them all: each answers for some.
-        for name, parameter in islice(named, self._world.rank, None, self._world.size):
-            yield name, parameter.detach()
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                yield name, parameter.detach()
 
     def tensors(self) -> Iterator[NamedTensor]:
         state = self._optimizer.optimizer.state

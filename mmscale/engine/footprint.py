@@ -17,6 +17,7 @@ from mmscale.contracts import InputSpec
 from mmscale.engine.optimizer import parameter_groups
 from mmscale.engine.plan import BatchPlan
 from mmscale.engine.zero_settings import LOWER_PRECISION_SAFE
+from mmscale.model.blocks import model_blocks
 from mmscale.model.two_tower import TwoTower
 
 SHORT = 8  # tokens of the shorter caption that FLOPs are counted on
@@ -31,12 +32,14 @@ class Weight:
         numel: Elements.
         group: Its optimizer group; None where it is frozen.
         sent_low: Belongs to a layer whose weights DeepSpeed sends in autocast's dtype.
+        block: Number of the transformer block that it is part of; None outside of them.
     """
 
     name: str
     numel: int
     group: str | None
     sent_low: bool
+    block: int | None = None
 
 
 @dataclass(frozen=True)
@@ -133,8 +136,14 @@ def _weights(model: nn.Module, optim: OptimConfig) -> Iterator[Weight]:
         if type(module) in LOWER_PRECISION_SAFE
         for parameter in module.parameters(recurse=False)
     }
+    block_of = {
+        id(parameter): number
+        for number, block in enumerate(model_blocks(model))
+        for parameter in block.parameters()
+    }
     for name, parameter in model.named_parameters():
-        yield Weight(name, parameter.numel(), groups.get(id(parameter)), id(parameter) in low)
+        key = id(parameter)
+        yield Weight(name, parameter.numel(), groups.get(key), key in low, block_of.get(key))
 
 
 def _forget_values(model: nn.Module) -> None:

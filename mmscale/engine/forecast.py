@@ -9,7 +9,7 @@ from mmscale.config.schema import Config
 from mmscale.data.schedule import plan_schedule
 from mmscale.data.shards import open_train
 from mmscale.engine.footprint import Footprint, footprint
-from mmscale.engine.memory import REPLICATED, Holding, Sharding, Workload, holdings
+from mmscale.engine.memory import UNZEROED, Holding, Sharding, Workload, holdings
 from mmscale.engine.optimizer import optimizer_kind
 from mmscale.engine.plan import BatchPlan, plan_batch
 from mmscale.engine.wire import GPUS, StepTime, Transfer, predict, transfers
@@ -115,14 +115,15 @@ def forecast(
 
 def _shardings(config: Config, batch: BatchPlan, dtype: torch.dtype) -> tuple[list[Sharding], str]:
     """The shipped ways, and the configured one if it is none of them; its name."""
-    found = [REPLICATED]
+    found = [UNZEROED]
     for name, file in FILES.items():
         zero = ds_file(file, batch.chunks)["zero_optimization"]
         found.append(Sharding(name, zero["stage"], zero))
     own = config.engine.deepspeed
     sharded = own is not None or config.engine.kind == "deepspeed"
-    if optimizer_kind(config.optim, fused=False, sharded=sharded).kept.unsharded:
-        return [REPLICATED], REPLICATED.name
+    cut = sharded or batch.world > 1
+    if optimizer_kind(config.optim, fused=False, sharded=cut, flat=sharded).kept.unsharded:
+        return [UNZEROED], UNZEROED.name
     if own is None:
         return found, found[1 if sharded else 0].name
     zero = deepspeed_settings(config, batch, dtype)["zero_optimization"]

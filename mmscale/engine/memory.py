@@ -19,7 +19,6 @@ from mmscale.engine.plan import BatchPlan
 from mmscale.loss.strips import ACCELERATOR_LOGITS as STRIP_LOGITS
 from mmscale.loss.tiles import ACCELERATOR_SIDE as TILE_SIDE
 from mmscale.loss.tiles import KEPT_BYTES
-from mmscale.parallel.peers import BUCKET_BYTES
 
 FP32 = 4
 ID = 8
@@ -34,7 +33,7 @@ class Sharding:
 
     Attributes:
         name: For tables.
-        stage: ZeRO's; 0: whole on every rank, through accelerate.
+        stage: ZeRO's; 0: engine.kind=accelerate, which is FSDP2 on several ranks.
         zero: `zero_optimization` of the DeepSpeed file.
     """
 
@@ -48,7 +47,7 @@ class Sharding:
         return (self.zero.get("offload_optimizer") or {}).get("device", "none") != "none"
 
 
-REPLICATED = Sharding("accelerate", 0, {})
+UNZEROED = Sharding("accelerate", 0, {})
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class Workload:
 def holdings(work: Workload, sharding: Sharding) -> list[Holding]:
     """Everything that a rank holds at the height of an update."""
     return [
-        *(_sharded(work, sharding) if sharding.stage else _replicated(work)),
+        *(_sharded(work, sharding) if sharding.stage else _without_zero(work)),
         *_momentum(work, sharding),
         *_queue(work),
         *activations(work),
@@ -98,21 +97,49 @@ def holdings(work: Workload, sharding: Sharding) -> list[Holding]:
 
 
 def _moments(work: Workload, sharding: Sharding) -> int:
-    optim = work.config.optim
-    return len(optimizer_kind(optim, fused=False, sharded=sharding.stage > 0).moments)
+    optim, zero = work.config.optim, sharding.stage > 0
+    cut = zero or work.plan.world > 1
+    return len(optimizer_kind(optim, fused=False, sharded=cut, flat=zero).moments)
 
 
-def _replicated(work: Workload) -> Iterator[Holding]:
-    seen, moments = work.seen, _moments(work, REPLICATED)
+def _without_zero(work: Workload) -> Iterator[Holding]:
+    seen, moments, world = work.seen, _moments(work, UNZEROED), work.plan.world
     trained, frozen = seen.numel(True), seen.numel(False)
-    yield Holding("weights", FP32 * (trained + frozen) + seen.buffers, "4 x parameters + buffers")
-    yield Holding("gradients", FP32 * trained, "4 x trained parameters")
-    size = moments * FP32 * trained
-    yield Holding("optimizer", size, f"{moments} moments x 4 x trained parameters")
-    if work.plan.world > 1:
-        largest = FP32 * max(weight.numel for weight in _trained(seen))
-        size = min(FP32 * trained, BUCKET_BYTES + largest)
-        yield Holding("buckets", size, "a bucket of averaged gradients and the largest tensor")
+    share, by = FP32 * trained // world, " / ranks" if world > 1 else ""
+    weights = share + FP32 * frozen + seen.buffers
+    if world == 1:
+        yield Holding("weights", weights, "4 x parameters + buffers")
+    else:
+        yield Holding("weights", weights, "4 x (trained / ranks + frozen) + buffers")
+        yield Holding("whole weights", *_whole_in_fsdp(work))
+    if world > 1 and work.plan.chunks > 1:
+        formula = "4 x trained: whole until the last chunk"
+        yield Holding("gradients", FP32 * trained, formula)
+    else:
+        yield Holding("gradients", share, f"4 x trained{by}")
+    yield Holding("optimizer", moments * share, f"{moments} moments x 4 x trained{by}")
+    if world > 1:
+        blocks, rest = fsdp_units(seen)
+        largest = FP32 * max([*blocks, rest])
+        yield Holding("buckets", largest, "4 x the largest block, or all outside of blocks")
+
+
+def fsdp_units(seen: Footprint) -> tuple[list[int], int]:
+    """Trained elements of each block that FSDP2 gathers as one, and of all outside of blocks."""
+    blocks: dict[int, int] = {}
+    for weight in _trained(seen):
+        if weight.block is not None:
+            blocks[weight.block] = blocks.get(weight.block, 0) + weight.numel
+    return list(blocks.values()), seen.numel(True) - sum(blocks.values())
+
+
+def _whole_in_fsdp(work: Workload) -> tuple[int, str]:
+    size, (blocks, rest) = work.dtype.itemsize, fsdp_units(work.seen)
+    if work.config.engine.reshard_after_forward:
+        # The next one is gathered while the last one computes.
+        most = sum(sorted(blocks)[-2:])
+        return size * (rest + most), f"{size} x (two blocks, and all outside of blocks)"
+    return size * work.seen.numel(True), f"{size} x trained parameters"
 
 
 def _sharded(work: Workload, sharding: Sharding) -> Iterator[Holding]:
@@ -191,6 +218,9 @@ def _momentum(work: Workload, sharding: Sharding) -> Iterator[Holding]:
     if sharding.stage == 3:
         size = FP32 * (seen.numel(True) + seen.numel(False)) // work.plan.world + seen.buffers
         yield Holding("momentum encoder", size, "4 x parameters / ranks + buffers")
+    elif sharding.stage == 0 and work.plan.world > 1:
+        size = FP32 * seen.numel(True) // work.plan.world + seen.buffers
+        yield Holding("momentum encoder", size, "4 x trained parameters / ranks + buffers")
     else:
         size = FP32 * seen.numel(True) + seen.buffers
         yield Holding("momentum encoder", size, "4 x trained parameters + buffers")

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from timm.optim import create_optimizer_v2, get_optimizer_info
 from torch import Tensor, nn
 
@@ -80,13 +81,26 @@ def set_rates(groups: list[dict[str, Any]], factor: float) -> None:
         group["lr"] = group["base_lr"] * factor * group["balance"]
 
 
+def clip_divisor(total_norm: Tensor, limit: float | None) -> Float[Tensor, ""]:
+    """What a gradient of this norm is divided by so that it is clipped; on the norm's device."""
+    if limit is None:
+        return torch.ones_like(total_norm, dtype=torch.float32)
+    return ((total_norm + 1e-6) / limit).clamp(min=1).float()
+
+
 def trained_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Trained parameters by `PARTS`, in their order; taken before an engine shards the model."""
-    parts: dict[str, list[nn.Parameter]] = {part: [] for part in PARTS}
+    named = dict(model.named_parameters())
+    return {part: [named[name] for name in names] for part, names in part_names(model).items()}
+
+
+def part_names(model: nn.Module) -> dict[str, list[str]]:
+    """Names of the trained parameters by `PARTS`, likewise."""
+    parts: dict[str, list[str]] = {part: [] for part in PARTS}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             kind = KINDS[0] if parameter.ndim > 1 else KINDS[1]
-            parts[f"{component_of(name)}_{kind}"].append(parameter)
+            parts[f"{component_of(name)}_{kind}"].append(name)
     return parts
 
 
@@ -245,16 +259,20 @@ def _counted(form: str, updates: int, place: torch.device | None = None) -> Tens
     return torch.tensor(float(updates), device=place) if form == "tensor" else updates
 
 
-def optimizer_kind(config: OptimConfig, fused: bool, sharded: bool) -> OptimizerKind:
+def optimizer_kind(
+    config: OptimConfig, fused: bool, sharded: bool, flat: bool = True
+) -> OptimizerKind:
     """Look an optimizer up, and try whether it takes its options.
 
     Args:
         config: `optim`.
         fused: AdamW may run as one kernel.
-        sharded: ZeRO is going to cut its parameters into flat pieces.
+        sharded: An engine is going to cut its parameters over the ranks.
+        flat: It joins pieces of several parameters to one, as ZeRO does and FSDP2 does not.
 
     Raises:
-        ConfigError: The name is unknown, the options are wrong, or ZeRO would train something else.
+        ConfigError: The name is unknown, the options are wrong, or shards would train something
+            else.
     """
     key, kept = f"optim.name={config.name}", KNOWN.get(config.name.lower())
     if kept is None:
@@ -266,9 +284,12 @@ def optimizer_kind(config: OptimConfig, fused: bool, sharded: bool) -> Optimizer
         )
     kind = OptimizerKind(config, fused, kept)
     replace(kind, fused=False).build([{"params": [torch.zeros(1, requires_grad=True)]}])
-    if sharded and kept.unsharded:
+    if sharded and kept.unsharded and (flat or kept.unsharded == WHOLE):
+        who = "ZeRO" if flat else "FSDP2, engine.kind=accelerate on several ranks"
+        how = "into flat pieces" if flat else "over the ranks"
+        repair = "run on one device" if kept.unsharded == WHOLE else "set engine.kind=accelerate"
         raise ConfigError(
-            f"{key} {kept.unsharded}, so ZeRO, which cuts parameters into flat pieces, would train "
-            "something else; set engine.kind=accelerate, or optim.name to adamw, sgd or lion"
+            f"{key} {kept.unsharded}, so {who}, which cuts parameters {how}, would train something "
+            f"else; {repair}, or set optim.name to adamw, sgd or lion"
         )
     return kind

@@ -19,7 +19,7 @@ from mmscale.config.cluster import ClusterConfig
 from mmscale.config.rules import trained_terms
 from mmscale.config.schema import Config
 from mmscale.engine.footprint import Footprint, Weight
-from mmscale.engine.memory import FP32, ID, Sharding, Workload
+from mmscale.engine.memory import FP32, ID, Sharding, Workload, fsdp_units
 from mmscale.engine.plan import BatchPlan
 
 GPUS = (8, 16, 32, 64, 128, 256, 512)
@@ -96,7 +96,7 @@ def _model(work: Workload, sharding: Sharding) -> Iterator[Transfer]:
     seen, chunks = work.seen, work.plan.chunks
     towers, rest = _parts(seen)
     if sharding.stage == 0:
-        yield Transfer("gradients", "all-reduce", FP32 * seen.numel(True), 1, "4 x trained")
+        yield from _fsdp(work)
         return
     collective = "reduce-scatter" if sharding.stage == 3 else "all-reduce"
     # From stage 2 on every chunk's gradient is sent, in stage 1 their sum.
@@ -116,6 +116,21 @@ def _model(work: Workload, sharding: Sharding) -> Iterator[Transfer]:
     yield Transfer("other weights", "all-gather", size(rest), 2, "trained, by pass")
     if frozen:
         yield Transfer("frozen weights", "all-gather", size(frozen), chunks, "frozen, by pass")
+
+
+def _fsdp(work: Workload) -> Iterator[Transfer]:
+    """What FSDP2 sends: weights in the dtype of products, and gradients in fp32."""
+    size, chunks = work.dtype.itemsize, work.plan.chunks
+    blocks, rest = fsdp_units(work.seen)
+    inside = size * sum(blocks)
+    anew = work.config.engine.reshard_after_forward
+    # A chunk goes through the towers twice, and back once.
+    passes = (3 * chunks if chunks > 1 else 2) if anew else 1
+    formula = f"{size} x trained in blocks" + (", by pass" if anew else "")
+    yield Transfer("weights of blocks", "all-gather", inside, passes, formula, True)
+    yield Transfer("other weights", "all-gather", size * rest, 1, f"{size} x others trained")
+    trained = FP32 * work.seen.numel(True)
+    yield Transfer("gradients", "reduce-scatter", trained, 1, "4 x trained", True)
 
 
 def _parts(seen: Footprint) -> tuple[list[Weight], list[Weight]]:

@@ -32,6 +32,13 @@ def blocks(tower: nn.Module) -> list[nn.Module]:
     return found
 
 
+def model_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of both towers, and fusion as one."""
+    found = [block for tower in ("vision", "text") for block in blocks(model.get_submodule(tower))]
+    fusion = getattr(model, "fusion", None)
+    return found if fusion is None else [*found, fusion]
+
+
 def _classes() -> tuple[type[nn.Module], ...]:
     # A tower's library is imported.
     named = (

@@ -19,9 +19,6 @@ from torch import Tensor
 from mmscale.contracts import Peers, World
 from mmscale.parallel.phases import phase
 
-# Of gradients that are averaged in one exchange.
-BUCKET_BYTES = 25 << 20
-
 
 class Alone:
     """Peers of a single process."""
@@ -74,27 +71,6 @@ class Group:
 def connect(world: World) -> Peers:
     """The peers of a joined world."""
     return Group(world) if dist.is_initialized() and world.size > 1 else Alone()
-
-
-def average_gradients(
-    parameters: list[torch.nn.Parameter], bucket_bytes: int = BUCKET_BYTES
-) -> None:
-    """Average `.grad` over ranks in flat buckets; a missing gradient counts as zero.
-
-    For an engine that leaves gradients local. Every rank must pass the same parameters.
-    """
-    bucket: list[torch.nn.Parameter] = []
-    size = 0
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        if bucket and (size > bucket_bytes or parameter.dtype != bucket[0].dtype):
-            _average_bucket(bucket)
-            bucket, size = [], 0
-        bucket.append(parameter)
-        size += parameter.numel() * parameter.element_size()
-    if bucket:
-        _average_bucket(bucket)
 
 
 # Bytes of one broadcast: gloo counts in 32 bits.
@@ -155,16 +131,6 @@ def barrier() -> None:
     """Wait for every rank."""
     if dist.is_initialized():
         dist.barrier()
-
-
-def _average_bucket(parameters: list[torch.nn.Parameter]) -> None:
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.reshape(-1) for g in gradients])
-    with phase("communication"):
-        dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(piece.view_as(gradient))
 
 
 def _gather(rows: Tensor, size: int) -> Tensor:

@@ -30,6 +30,7 @@ from mmscale.data.schedule import Schedule, plan_schedule
 from mmscale.data.stream import TrainStream
 from mmscale.encoding import Tell, encoded_sets, own_neighbours
 from mmscale.engine.before_training import fit_heads, gaps_line
+from mmscale.engine.build import build_engine
 from mmscale.engine.compiled import caption_lengths, compile_blocks, is_compiled
 from mmscale.engine.ema import averaged, copy_of
 from mmscale.engine.encode import Encoder
@@ -109,7 +110,7 @@ def build_stage(job: Job, start: Start, say: Tell) -> Stage:
         say(_compile(model, follower))
     is_counted = features is None and job.world.is_main  # cached features do not pass the towers
     flops = count_flops(model.train(), spec) if is_counted else None
-    engine = _engine(job, config, plan, model.train())
+    engine = build_engine(job.kind, model.train(), config, plan, job.policy, job.world)
     _restore(engine, start, job)
     objective = Objective(config, job.peers, timetable.uncut)
     return Stage(
@@ -347,17 +348,6 @@ def _compile(*models: Any) -> str:
     """Compile the blocks of the models' towers; what to tell of it."""
     towers = [tower for model in models if model for tower in (model.vision, model.text)]
     return f"compiled when first called: {compile_blocks(towers)} transformer blocks"
-
-
-def _engine(job: Job, config: Config, plan: BatchPlan, model: nn.Module) -> Engine:
-    # Imported here: each engine's library is needed by its own runs only.
-    if job.kind == "deepspeed":
-        from mmscale.engine.deepspeed import DeepSpeedEngine
-
-        return DeepSpeedEngine(model, config, plan, job.policy, job.world)
-    from mmscale.engine.accelerate import AccelerateEngine
-
-    return AccelerateEngine(model, config, job.policy, job.world)
 
 
 def _restore(engine: Engine, start: Start, job: Job) -> None:

@@ -58,7 +58,8 @@ def prepare(config: Config, lock: RunLock, world: World, say: Tell) -> tuple[Job
     stages = tuple(stage_config(run, number) for number in range(max(1, len(expanded_stages(run)))))
     plans = tuple(plan_batch(stage, world.size) for stage in stages)
     for stage in stages:
-        optimizer_kind(stage.optim, policy.fused_optimizer, sharded=kind == "deepspeed")
+        zero = kind == "deepspeed"
+        optimizer_kind(stage.optim, policy.fused_optimizer, zero or world.size > 1, flat=zero)
         require_precision(stage.loss.precision, policy.device)
     _share_cores(policy, world)
     join_ranks(world, policy.backend, run.engine.timeout, alone_too=kind == "deepspeed")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 class Storages:
@@ -39,7 +40,8 @@ def _walk() -> Iterator[tuple[int, int]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for thing in gc.get_objects():
-            if not isinstance(thing, Tensor) or thing.is_meta:
+            # What a DTensor holds is a tensor that Python knows too.
+            if not isinstance(thing, Tensor) or isinstance(thing, DTensor) or thing.is_meta:
                 continue
             storage = thing.untyped_storage()
             if storage.nbytes():
@@ -53,7 +55,8 @@ def _walk() -> Iterator[tuple[int, int]]:
 def listening() -> Iterator[Counter[tuple[str, str]]]:
     """Count calls and payload bytes of each collective: keys (collective, `times` or `bytes`)."""
     heard: Counter[tuple[str, str]] = Counter()
-    kept = {name: getattr(dist, name) for name in _COLLECTIVES}
+    # Not every torch has all of them.
+    kept = {name: getattr(dist, name) for name in _COLLECTIVES if hasattr(dist, name)}
 
     def listener(name: str) -> Any:
         kind, whole = _COLLECTIVES[name]
@@ -79,10 +82,12 @@ def listening() -> Iterator[Counter[tuple[str, str]]]:
 # Collective, and which argument is the whole payload.
 _COLLECTIVES = {
     "all_gather_into_tensor": ("all-gather", 0),
+    "all_gather_single": ("all-gather", 0),
     "all_gather": ("all-gather", 0),
     "_all_gather_base": ("all-gather", 0),
     "reduce_scatter_tensor": ("reduce-scatter", 1),
     "_reduce_scatter_base": ("reduce-scatter", 1),
+    "reduce_scatter_single": ("reduce-scatter", 1),
     "reduce_scatter": ("reduce-scatter", 1),
     "all_reduce": ("all-reduce", 0),
     "reduce": ("reduce", 0),
@@ -90,10 +95,12 @@ _COLLECTIVES = {
 }
 _WORDS = {
     "all_gather_into_tensor": "output_tensor",
+    "all_gather_single": "output_tensor",
     "all_gather": "tensor_list",
     "_all_gather_base": "output_tensor",
     "reduce_scatter_tensor": "input",
     "_reduce_scatter_base": "input",
+    "reduce_scatter_single": "input",
     "reduce_scatter": "input_list",
     "all_reduce": "tensor",
     "reduce": "tensor",

@@ -13,6 +13,7 @@ from mmscale.checkpoint.state import RunState
 from mmscale.checkpoint.write import Kept, take_snapshot
 from mmscale.config.schema import CheckpointConfig
 from mmscale.contracts import Position, World
+from mmscale.engine.build import build_engine
 from mmscale.engine.plan import plan_batch
 from mmscale.loss.objective import Objective
 from mmscale.model.build import build_model
@@ -25,12 +26,15 @@ from tests.ranks import tiny
 from tests.ranks.launch import run_on_ranks
 
 UPDATES = 3
-STAGES = (1, 2, 3)
+FSDP = "fsdp"
+# Of two ranks: FSDP2, and ZeRO.
+STAGES = (FSDP, 1, 2, 3)
 
 
 def _config(stage, **settings):
     """Stage 0 is the engine without sharding."""
-    sharded = {"engine__deepspeed": f"ds_configs/zero{stage}.json"} if stage else {}
+    is_zero = stage not in (0, FSDP)
+    sharded = {"engine__deepspeed": f"ds_configs/zero{stage}.json"} if is_zero else {}
     return tiny.tiny_config(**sharded, **settings)
 
 
@@ -109,13 +113,8 @@ def _go_on(folder, config, stage, world):
 
 def _engine(model, config, stage, world):
     policy, plan = choose(config.engine), plan_batch(config, world.size)
-    if stage:
-        from mmscale.engine.deepspeed import DeepSpeedEngine
-
-        return DeepSpeedEngine(model.train(), config, plan, policy, world)
-    from mmscale.engine.accelerate import AccelerateEngine
-
-    return AccelerateEngine(model.train(), config, policy, world)
+    kind = "accelerate" if stage in (0, FSDP) else "deepspeed"
+    return build_engine(kind, model.train(), config, plan, policy, world)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +171,7 @@ def _save_and_go_on(folder, names):
     """For each optimizer and two stages of ZeRO: what was saved, and what another engine makes."""
     world, found = _world(), {}
     for name in names:
-        for before, after in ((3, 2), (1, 3)):
+        for before, after in ((3, 2), (1, 3), (FSDP, 1), (2, FSDP)):
             settings = {"optim__name": name, "optim__lr": 1e-3}
             place = Path(folder, f"{name}-{before}")
             wanted = _train_and_save(place, _config(before, **settings), before, world)

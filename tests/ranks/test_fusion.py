@@ -37,9 +37,10 @@ def _train(kind: str, cases: list[tuple[str | None, torch.dtype]], frozen: bool)
 
 def _updates(kind, file, chunks, dtype, world, frozen):
     settings = {"model__fusion": FUSION, "loss": {"terms": TERMS}, "model__text__frozen": frozen}
+    rows = ROWS // world.size
+    settings["train__micro_batch_size"] = rows // chunks
     config = tiny_config(**settings | ({"engine__deepspeed": file} if file else {}))
     engine, peers = build_engine(config, world, kind, dtype), connect(world)
-    rows = ROWS // world.size
     parts = [Matching(engine.call, 0, rows // chunks, negatives=True)]
     objective, records, gradients = Objective(config, peers), [], {}
     apply = engine.apply

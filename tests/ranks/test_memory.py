@@ -9,6 +9,7 @@ import os
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
 
 from mmscale.checkpoint.state import RunState
 from mmscale.contracts import World
@@ -74,9 +75,9 @@ def measured(stage, words, queue):
 
         def spied_backward(loss, last, scaled=False):
             if last:
-                found["whole gradients"] = sum(
-                    p.grad.nbytes for p in engine.module.parameters() if p.grad is not None
-                )
+                weights = list(engine.module.parameters())
+                found["whole gradients"] = sum(p.grad.nbytes for p in weights if p.grad is not None)
+                found["whole weights"] = sum(p.nbytes for p in weights)
             backward(loss, last, scaled)
 
         kept = {}
@@ -87,7 +88,9 @@ def measured(stage, words, queue):
             others = {t.untyped_storage().data_ptr() for t in inputs}
 
             def pack(tensor):
-                weights = {p.untyped_storage().data_ptr() for p in engine.module.parameters()}
+                # FSDP's shards are views of what is no storage of their own.
+                whole = (p for p in engine.module.parameters() if not isinstance(p, DTensor))
+                weights = {p.untyped_storage().data_ptr() for p in whole}
                 storage = tensor.untyped_storage()
                 if storage.data_ptr() not in weights | others:
                     saved[storage.data_ptr()] = storage.nbytes(), storage
@@ -117,6 +120,8 @@ def measured(stage, words, queue):
 
 def persistent(engine, stage, live, bank):
     """Bytes by name at the end of the last backward; `left` is what has none."""
+    if not stage:
+        return persistent_in_fsdp(engine, live, bank)
     weights = list(engine.module.parameters())
     shards = [p.ds_tensor for p in weights if hasattr(p, "ds_tensor")]
     found = {"whole weights": live.take(weights)} if shards else {}
@@ -124,10 +129,6 @@ def persistent(engine, stage, live, bank):
     found["gradients"] = live.take([p.grad for p in weights if p.grad is not None])
     if bank is not None:
         found["queue"] = live.take(bank.tensors().values())
-    if not stage:
-        states = engine._optimizer.optimizer.state.values()
-        found["optimizer"] = live.take(v for state in states for v in state.values())
-        return found | {"left": live.left}
     zero = engine._zero
     three = hasattr(zero, "fp32_partitioned_groups_flat")
     masters = zero.fp32_partitioned_groups_flat if three else zero.single_partition_of_fp32_groups
@@ -145,6 +146,19 @@ def persistent(engine, stage, live, bank):
         tensor for b in buffers for tensor in (b if isinstance(b, list) else [b])
     )
     return found | {"left": live.left}
+
+
+def persistent_in_fsdp(engine, live, bank):
+    """Likewise, of FSDP2."""
+    shares = engine._shares.values()
+    states = engine._optimizer.state.values()
+    return {
+        "weights": live.take([*(share.master for share in shares), *engine.module.buffers()]),
+        "gradients": live.take(share.gradient for share in shares),
+        "queue": live.take(bank.tensors().values()) if bank is not None else 0,
+        "optimizer": live.take(v for state in states for v in state.values()),
+        "left": live.left,
+    }
 
 
 def predicted(stage, words, queue):
@@ -171,7 +185,10 @@ def test_two_ranks_hold_and_send_what_is_predicted(stage, chunks, queue):
     results = run_on_ranks(WORLD, measured, stage, words, queue)
     names = ["weights", "gradients", "optimizer", "masters", "tower activations"]
     most = {n: max(found.get(n, 0) for found, _ in results) for n in (*names, "left")}
-    if stage == 1 and chunks > 1:
+    if stage == 0:
+        most["whole weights"] = max(found["whole weights"] for found, _ in results)
+        names.append("whole weights")
+    if stage in (0, 1) and chunks > 1:
         most["gradients"] = max(found["whole gradients"] for found, _ in results)
     for name in names:
         assert most[name] == pytest.approx(expected.get(name, 0), rel=0.1), name

@@ -12,6 +12,7 @@ from mmscale.checkpoint.state import RunState
 from mmscale.checkpoint.write import Kept, take_snapshot
 from mmscale.config.schema import CheckpointConfig
 from mmscale.contracts import Position, World
+from mmscale.engine.build import build_engine
 from mmscale.engine.ema import averaged, copy_of
 from mmscale.engine.plan import plan_batch
 from mmscale.loss.objective import Objective
@@ -27,12 +28,15 @@ from tests.ranks.launch import run_on_ranks
 from tests.ranks.tiny import ROWS, joint_batch, share, tiny_config, weights
 
 DECAY, UPDATES, MICRO = 0.9, 3, 2
+FSDP, ZERO = "fsdp", (1, 2, 3)
 
 
 def _settings(stage):
     # The frozen tower and the statistics of the head are part of what is kept or shared.
     settings = {"model__text__frozen": True, "model__head": {"batch_norm": True}}
-    return settings | ({"engine__deepspeed": f"ds_configs/zero{stage}.json"} if stage else {})
+    return settings | (
+        {"engine__deepspeed": f"ds_configs/zero{stage}.json"} if stage in ZERO else {}
+    )
 
 
 class _Run:
@@ -82,14 +86,8 @@ class _Run:
 
 
 def _engine(model, config, stage, policy, world):
-    if stage:
-        from mmscale.engine.deepspeed import DeepSpeedEngine
-
-        plan = plan_batch(config, world.size)
-        return DeepSpeedEngine(model, config, plan, policy, world)
-    from mmscale.engine.accelerate import AccelerateEngine
-
-    return AccelerateEngine(model, config, policy, world)
+    kind = "deepspeed" if stage in ZERO else "accelerate"
+    return build_engine(kind, model, config, plan_batch(config, world.size), policy, world)
 
 
 def _follow(stages, folder):
@@ -125,11 +123,11 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def followed(folder):
     alone = run_on_ranks(1, _follow, [0], folder)
-    ranks = run_on_ranks(2, _follow, [1, 2, 3], folder)
-    return {0: [alone[0][0]], **{stage: [r[stage] for r in ranks] for stage in (1, 2, 3)}}
+    ranks = run_on_ranks(2, _follow, [FSDP, *ZERO], folder)
+    return {0: [alone[0][0]], **{stage: [r[stage] for r in ranks] for stage in (FSDP, *ZERO)}}
 
 
-STAGES = pytest.mark.parametrize("stage", [0, 1, 2, 3])
+STAGES = pytest.mark.parametrize("stage", [0, FSDP, *ZERO])
 
 
 @STAGES
@@ -175,9 +173,10 @@ def test_it_is_resumed_exactly(followed, stage):
             torch.testing.assert_close(resumed[name], after[name], rtol=0, atol=1e-7)
 
 
-def test_another_engine_goes_on_from_what_shards_saved(folder, followed):
-    _, mean, *_ = followed[3][0]
-    checkpoint = Checkpoint(step_folder(Path(folder) / "3", UPDATES))
+@pytest.mark.parametrize("stage", [FSDP, 3])
+def test_another_engine_goes_on_from_what_shards_saved(folder, followed, stage):
+    _, mean, *_ = followed[stage][0]
+    checkpoint = Checkpoint(step_folder(Path(folder) / str(stage), UPDATES))
     model, _ = build_model(tiny_config(**_settings(0)).model, None, 5)
     checkpoint.load_weights(model)
     follower = copy_of(model, share_frozen=True)

@@ -9,6 +9,7 @@ import torch
 from mmscale.checkpoint.state import RunState
 from mmscale.config.load import stage_config
 from mmscale.contracts import World
+from mmscale.engine.build import build_engine
 from mmscale.engine.plan import plan_batch
 from mmscale.loss.objective import Objective
 from mmscale.model.build import build_model
@@ -26,10 +27,12 @@ STAGES = [
     {"name": "heads", "duration": "2 steps", "train": ["head", "scale", "text[-1:]"]},
     {"name": "all", "duration": "2 steps", "optim": {"lr": 1e-3}},
 ]
+# Of two ranks.
+FSDP, ZERO = "fsdp", (1, 2, 3)
 
 
 def _config(stage):
-    sharded = {"engine__deepspeed": f"ds_configs/zero{stage}.json"} if stage else {}
+    sharded = {"engine__deepspeed": f"ds_configs/zero{stage}.json"} if stage in ZERO else {}
     return tiny.tiny_config(stages=STAGES, **sharded)
 
 
@@ -41,13 +44,8 @@ def _engine(run, number, world, sharded, weights=None):
         model.load_state_dict(weights)
     select(model, run, number)
     policy, plan = choose(config.engine), plan_batch(config, world.size)
-    if sharded:
-        from mmscale.engine.deepspeed import DeepSpeedEngine
-
-        return DeepSpeedEngine(model.train(), config, plan, policy, world), config
-    from mmscale.engine.accelerate import AccelerateEngine
-
-    return AccelerateEngine(model.train(), config, policy, world), config
+    kind = "deepspeed" if sharded in ZERO else "accelerate"
+    return build_engine(kind, model.train(), config, plan, policy, world), config
 
 
 def _train(engine, config, world, steps):
@@ -92,10 +90,10 @@ def _change_stage(stages):
 def changes():
     """First weights, those at the first stage's end, at the second's start, and at its end."""
     alone = run_on_ranks(1, _change_stage, [0])[0]
-    return alone | run_on_ranks(2, _change_stage, [1, 2, 3])[0]
+    return alone | run_on_ranks(2, _change_stage, [FSDP, *ZERO])[0]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, FSDP, *ZERO])
 def test_weights_are_bit_equal_over_the_change_and_moments_are_none(changes, stage):
     _, before, after, moments, _ = changes[stage]
     assert before.keys() == after.keys()
@@ -103,7 +101,7 @@ def test_weights_are_bit_equal_over_the_change_and_moments_are_none(changes, sta
     assert not any(moments.values())
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, FSDP, *ZERO])
 def test_each_stage_moves_what_it_trains_and_nothing_else(changes, stage):
     first, before, after, _, end = changes[stage]
     moved = {name for name in first if not torch.equal(first[name], before[name])}
@@ -114,7 +112,7 @@ def test_each_stage_moves_what_it_trains_and_nothing_else(changes, stage):
     assert "text.trunk.token_embedding.weight" in moved
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [FSDP, *ZERO])
 def test_two_stages_in_shards_end_where_one_device_ends(changes, stage):
     wanted, got = changes[0][-1], changes[stage][-1]
     whole = torch.stack([value.double().norm() for value in wanted.values()]).norm()
@@ -131,13 +129,13 @@ def _rates_with_balance(stage):
     balancer = ModalityBalancer(config.optim.balance, engine, connect(world))
     balancer.load({"balance": math.log(0.25)})
     _train(engine, config, world, (0,))
-    inner = engine._zero if stage else engine._optimizer
+    inner = engine._zero if stage in ZERO else engine._optimizer
     rates = {group["component"]: group["lr"] for group in inner.param_groups}
     engine.close()
     return rates
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, FSDP, 2, 3])
 def test_a_slowed_tower_has_its_rate_in_every_engine(stage):
     rates = run_on_ranks(2 if stage else 1, _rates_with_balance, stage)[0]
     assert rates["vision"] == pytest.approx(1e-3 * 0.25)

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from mmscale.checkpoint.state import RunState
 from mmscale.config.load import validate
@@ -12,7 +13,9 @@ from mmscale.config.rules import needs_momentum, needs_momentum_rows
 from mmscale.config.schema import Config
 from mmscale.config.values import whole_steps
 from mmscale.contracts import Batch, Peers, World
+from mmscale.engine import build
 from mmscale.engine.ema import copy_of
+from mmscale.engine.fsdp import FsdpEngine
 from mmscale.engine.plan import plan_batch
 from mmscale.loss.objective import Objective
 from mmscale.model.batch_norm import connect_batch_norms
@@ -88,17 +91,19 @@ def share(batch: Batch, rank: int, world: int) -> Batch:
 
 def build_engine(config: Config, world: World, kind: str, dtype: torch.dtype = torch.float32):
     """The engine of `config` in a process that has joined its peers."""
+    return _with_follower(config, world, kind, dtype)[0]
+
+
+def _with_follower(
+    config: Config, world: World, kind: str, dtype: torch.dtype
+) -> tuple[Any, nn.Module | None]:
+    """The engine, and what becomes the momentum encoder."""
     model, _ = build_model(config.model, None, 0)
     policy, plan = choose(config.engine), plan_batch(config, world.size)
     model = model.to(dtype).train()
     connect_batch_norms(model, connect(world))
-    if kind == "accelerate":
-        from mmscale.engine.accelerate import AccelerateEngine
-
-        return AccelerateEngine(model, config, policy, world)
-    from mmscale.engine.deepspeed import DeepSpeedEngine
-
-    return DeepSpeedEngine(model, config, plan, policy, world)
+    follower = copy_of(model, share_frozen=True) if needs_momentum(config) else None
+    return build.build_engine(kind, model, config, plan, policy, world), follower
 
 
 def weights(engine: Any) -> dict[str, torch.Tensor]:
@@ -119,11 +124,11 @@ def train(
     torch.set_num_threads(1)
     config = tiny_config(**settings, train__micro_batch_size=micro)
     world = World(rank, world_size, rank, "test")
-    engine = build_engine(config, world, kind, dtype)
+    engine, follower = _with_follower(config, world, kind, dtype)
     peers = connect(world)
     objective = Objective(config, peers)
     parts = [
-        *_momentum(engine, config, micro),
+        *_momentum(engine, follower, config, micro),
         *_queue(config, peers, dtype),
         *_clusters(config, world),
     ]
@@ -147,9 +152,11 @@ def train(
     return result
 
 
-def _momentum(engine: Any, config: Config, micro: int) -> Iterator[Momentum]:
-    if needs_momentum(config):
-        shadow = engine.shadow(copy_of(engine.module, share_frozen=True))
+def _momentum(
+    engine: Any, follower: nn.Module | None, config: Config, micro: int
+) -> Iterator[Momentum]:
+    if follower is not None:
+        shadow = engine.shadow(follower)
         queue = config.negatives.queue
         encodes = needs_momentum_rows(config) or (queue.size and queue.source == "momentum")
         decay = config.model.momentum
@@ -173,6 +180,9 @@ def _clusters(config: Config, world: World) -> Iterator[EpochClusters]:
 
 def read_gradients(engine: Any, kind: str) -> dict[str, torch.Tensor]:
     """The averaged gradient of every trained parameter, whole."""
+    if isinstance(engine, FsdpEngine):
+        whole = {name: share.whole(share.gradient) for name, share in engine._shares.items()}
+        return {name: gradient.clone() for name, gradient in whole.items()}
     if kind == "accelerate":
         named = engine.module.named_parameters()
         return {n: p.grad.detach().clone() for n, p in named if p.requires_grad}

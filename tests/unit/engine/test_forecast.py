@@ -12,7 +12,7 @@ from mmscale.config.cluster import read_cluster
 from mmscale.config.load import load_config
 from mmscale.engine.footprint import footprint
 from mmscale.engine.forecast import forecast
-from mmscale.engine.memory import REPLICATED, Workload, activations, holdings
+from mmscale.engine.memory import UNZEROED, Workload, activations, holdings
 from mmscale.engine.plan import plan_batch
 from mmscale.engine.wire import Transfer, transfers
 from mmscale.errors import ConfigError, explained
@@ -93,8 +93,8 @@ def test_state_is_divided_as_zero_divides_it():
         name: {holding.name: holding.bytes for holding in holdings}
         for name, holdings in planned.memory.items()
     }
-    assert held["accelerate"]["optimizer"] == 8 * trained
-    for name in ("ZeRO-1", "ZeRO-2", "ZeRO-3"):
+    assert held["accelerate"]["whole weights"] == 4 * trained
+    for name in ("accelerate", "ZeRO-1", "ZeRO-2", "ZeRO-3"):
         assert held[name]["optimizer"] == pytest.approx(trained, rel=1e-3)
     assert held["ZeRO-3"]["weights"] == pytest.approx(trained / 2, rel=5e-3)
     offloaded = {h.name for h in planned.memory["ZeRO-3 + offload"] if h.host}
@@ -124,9 +124,9 @@ def test_what_a_loss_holds_and_gathers_follows_from_its_terms():
     seen = footprint(*bare, config, batch, 48, torch.float32)
     for words, in_tiles, sides in OBJECTIVES:
         work = Workload(seen, load_config([*DEMO, *words]), batch, 0, torch.float32)
-        (loss,) = (held for held in holdings(work, REPLICATED) if held.name == "loss")
+        (loss,) = (held for held in holdings(work, UNZEROED) if held.name == "loss")
         assert ("tiles" in loss.formula) == in_tiles, words
-        gathered = [sent.times for sent in transfers(work, REPLICATED) if sent.name == "embeddings"]
+        gathered = [sent.times for sent in transfers(work, UNZEROED) if sent.name == "embeddings"]
         assert gathered == ([sides] if sides else []), words
 
 
