@@ -22,7 +22,7 @@ PEERS := $(VENV)/peers
 DEMO_RUN := runs/demo
 DEMO_DATA := runs/demo-data
 
-.PHONY: help setup demo test test-slow test-soak check peers bench bench-data bench-loss bench-step chaos
+.PHONY: help setup demo test test-slow test-soak check peers bench bench-data bench-loss bench-step gpu chaos
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -73,6 +73,9 @@ bench-data: peers  ## samples a second from shards to batches: runs/bench-data.j
 
 bench-loss: peers  ## a loss forward and back: runs/bench-loss.json
 	$(BIN)/python -m tools.bench loss --json runs/bench-loss.json
+
+gpu: peers  ## what only a CUDA device can show: tests/gpu, a step and a loss; docs/results/gpu.md
+	$(BIN)/python -m tools.gpu
 
 bench-step: peers  ## a training update: runs/bench-step.json
 	$(BIN)/python -m tools.bench step --json runs/bench-step.json
