@@ -167,6 +167,12 @@ def test_two_ranks_of_every_stage_go_on_exactly(saved, sharded, before, stage):
         _assert_goes_on(saved[before], rank[str(before), stage])
 
 
+def test_fsdp_goes_on_bit_for_bit(saved, sharded):
+    (_, loss, after), (_, got_loss, got_after) = saved[FSDP], sharded[0][FSDP, FSDP]
+    assert got_loss == loss
+    assert [name for name in after if not torch.equal(got_after[name], after[name])] == []
+
+
 def _save_and_go_on(folder, names):
     """For each optimizer and two stages of ZeRO: what was saved, and what another engine makes."""
     world, found = _world(), {}

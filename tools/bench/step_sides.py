@@ -62,10 +62,13 @@ def make_rows(rows: int, tokens: int, rank: int) -> tuple[Tensor, Tensor]:
     return pixels, ids
 
 
-def ours(world: World, rows: int, tokens: int, chunks: int) -> tuple[Run, int]:
-    """`engine.step.update` through the accelerate engine."""
+def ours(
+    world: World, rows: int, tokens: int, chunks: int, deepspeed: str | None = None
+) -> tuple[Run, int]:
+    """`train_step` through DeepSpeed with this file, or without it."""
     from mmscale.checkpoint.state import RunState
-    from mmscale.engine.accelerate import AccelerateEngine
+    from mmscale.engine.build import build_engine
+    from mmscale.engine.plan import plan_batch
     from mmscale.loss.objective import Objective
     from mmscale.model.build import build_model
     from mmscale.training.part import Step
@@ -80,16 +83,20 @@ def ours(world: World, rows: int, tokens: int, chunks: int) -> tuple[Run, int]:
                 "text": {**tower, "options": TEXT},
                 "embed_dim": EMBED,
             },
-            "train": {"global_batch_size": rows * world.size},
+            "train": {
+                "global_batch_size": rows * world.size, "micro_batch_size": rows // chunks,
+            },
             "optim": {
                 "lr": RATE, "betas": BETAS, "eps": EPS, "weight_decay": DECAY,
                 "clip_norm": CLIP_NORM,
             },
-            "engine": {"device": "cpu", "precision": "fp32"},
+            "engine": {"device": "cpu", "precision": "fp32", "deepspeed": deepspeed},
         }
     )  # fmt: skip
     model, _ = build_model(config.model, None, 0)
-    engine = AccelerateEngine(model.train(), config, choose(config.engine), world)
+    plan, policy = plan_batch(config, world.size), choose(config.engine)
+    kind = "accelerate" if deepspeed is None else "deepspeed"
+    engine = build_engine(kind, model.train(), config, plan, policy, world)
     peers = connect(world)
     objective = Objective(config, peers)
     pixels, ids = make_rows(rows, tokens, world.rank)
