@@ -5,8 +5,14 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
     exit 2
 fi
 
-# sbatch runs a copy of the script from its spool, so the checkout is where it was submitted from.
-MMSCALE_ROOT=${MMSCALE_ROOT:-$SLURM_SUBMIT_DIR}
+# sbatch runs a copy of the script from its spool, so the checkout is where it was submitted from;
+# in an installed package this file lies beside train.py.
+env_folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+if [[ -f $env_folder/../train.py ]]; then
+    MMSCALE_ROOT=$(dirname "$(dirname "$env_folder")")
+else
+    MMSCALE_ROOT=${MMSCALE_ROOT:-$SLURM_SUBMIT_DIR}
+fi
 if [[ ! -f $MMSCALE_ROOT/mmscale/train.py ]]; then
     echo "MMSCALE_ROOT=$MMSCALE_ROOT holds no mmscale/train.py; submit from the checkout or set MMSCALE_ROOT" >&2
     exit 2

@@ -59,7 +59,7 @@ def pack(
     source: Annotated[
         Path,
         typer.Argument(
-            help="A data set's folder, its csv, tsv, txt or json, or a recipe from shards/.",
+            help="A data set's folder, its csv, tsv, txt or json, or a recipe, such as flickr30k.",
             callback=reading,
         ),
     ],

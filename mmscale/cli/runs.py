@@ -1,4 +1,4 @@
-"""Verbs that begin runs or foretell them: `train`, `plan`, `models`, `schema`, `sweep`."""
+"""Verbs that begin runs or foretell them (`train`, `plan`, `sweep`), and what these need."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,11 @@ from mmscale.cli.command import (
     say,
     write_json,
 )
+from mmscale.errors import ConfigError
 from mmscale.outputs import require_folder, write_output, writing
+
+# In a checkout a link to the folder at its top; in a wheel the files themselves.
+_SLURM = Path(__file__).parents[1] / "slurm"
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -111,6 +115,23 @@ def schema() -> int:
     from mmscale.config.schema import Config
 
     say(json.dumps(Config.model_json_schema(), indent=1))
+    return 0
+
+
+@app.command()
+def sbatch(
+    name: Annotated[
+        str | None, typer.Argument(help="train, pack, eval or sweep; none: all are listed.")
+    ] = None,
+) -> int:
+    """Print where a job's script for SLURM lies: sbatch OPTIONS "$(mmscale sbatch train)" ..."""
+    files = {file.stem: file for file in sorted(_SLURM.iterdir())}
+    if name is None:
+        say("\n".join(str(file) for file in files.values()))
+        return 0
+    if name not in files:
+        raise ConfigError(f"{name}: no such script; there are {', '.join(files)}")
+    say(str(files[name]))
     return 0
 
 

@@ -335,8 +335,8 @@ def _import(policy: DevicePolicy) -> Any:
         import deepspeed
     except ImportError as error:
         raise LaunchError(
-            f"engine.kind=deepspeed: deepspeed cannot be imported ({error}); install it (Linux "
-            "only) or set engine.kind=accelerate"
+            f"engine.kind=deepspeed: deepspeed cannot be imported ({error}); install the extra "
+            "(`pip install 'mmscale[deepspeed]'`, Linux only) or set engine.kind=accelerate"
         ) from error
     # Compiling this op takes a minute and a compiler; only DeepSpeed's inference uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,7 +1,8 @@
 """Image-caption data sets as they are downloaded, read into one list of records for `pack`.
 
 Known layouts: Flickr30k and Flickr8k (Karpathy JSON over csv over token file), COCO annotations,
-plain csv; or a recipe (`shards/*.yaml`) that names the parts. Whatever a file says is checked.
+plain csv; or a recipe that names the parts (`shards/*.yaml`, also known by name). Whatever a
+file says is checked.
 """
 
 from mmscale.data.members import image_id_of

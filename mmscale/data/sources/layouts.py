@@ -41,6 +41,12 @@ _TOKENS = ("results_20130124.token", "results.token", "Flickr8k.token.txt", "tok
 _COCO = ("annotations/captions_*.json", "captions_*.json", "captions.json")
 
 
+# In a checkout links to the files in its `shards/`; in a wheel the files themselves.
+_SHIPPED = Path(__file__).parents[1] / "recipes"
+# Data of a recipe that is named and not pointed at lies below this, in the working folder.
+_SHARDS = Path("shards")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Where the parts of a data set lie; None: look for them."""
@@ -52,8 +58,27 @@ class Recipe:
     splits: dict[str, tuple[str, ...]] | None = None
 
 
-def read_recipe(path: Path) -> Recipe:
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with mmscale."""
+    return sorted(file.stem for file in _SHIPPED.glob("*.yaml"))
+
+
+def shipped_recipe(path: Path) -> Recipe | None:
+    """A recipe that comes with mmscale, by name or as `shards/NAME.yaml`; None: there is no such.
+
+    Raises:
+        DataError: The data is not where the recipe looks for it.
+    """
+    name = str(path).removeprefix(f"{_SHARDS}/").removesuffix(".yaml")
+    return read_recipe(_SHIPPED / f"{name}.yaml", _SHARDS) if name in shipped_recipes() else None
+
+
+def read_recipe(path: Path, base: Path | None = None) -> Recipe:
     """Read a recipe, as untrusted data.
+
+    Args:
+        path: The file.
+        base: What its root is relative to; default the file's folder.
 
     Raises:
         DataError: A key it may not have, a value of another type, or no folder at its root.
@@ -72,7 +97,7 @@ def read_recipe(path: Path) -> Recipe:
     if splits is not None and not isinstance(splits, dict):
         raise DataError(f"{path}: splits={_shown(splits)} is not a table of `split: list file`")
     try:
-        root = path.parent / path_of(content.get("root", "."), f"{path}: root")
+        root = (base or path.parent) / path_of(content.get("root", "."), f"{path}: root")
     except ConfigError as error:
         raise DataError(str(error)) from error
     if not root.is_dir():

@@ -8,7 +8,13 @@ from typing import Any
 
 from mmscale.data.caption_text import MOST_CAPTIONS
 from mmscale.data.members import too_long
-from mmscale.data.sources.layouts import Recipe, read_listings, read_recipe
+from mmscale.data.sources.layouts import (
+    Recipe,
+    read_listings,
+    read_recipe,
+    shipped_recipe,
+    shipped_recipes,
+)
 from mmscale.data.sources.records import (
     PICTURE,
     Entry,
@@ -30,7 +36,7 @@ def read_source(path: Path, images: Path | None = None) -> Source:
     """Read a data set from its folder, its caption file or a recipe.
 
     Args:
-        path: One of these.
+        path: One of these, or the name of a recipe that comes with mmscale.
         images: Folder of the images, where it cannot be found beside the captions.
 
     Raises:
@@ -43,10 +49,12 @@ def read_source(path: Path, images: Path | None = None) -> Source:
         recipe = read_recipe(path)
     elif path.is_file() and path.name.removesuffix(".gz").endswith(_CAPTION_FILES):
         recipe = Recipe(path.parent, captions=(str(path.absolute()),))
+    elif (shipped := shipped_recipe(path)) is not None:
+        recipe = shipped
     else:
         raise DataError(
             f"{path}: is neither a folder nor a caption file ({', '.join(_CAPTION_FILES)}) nor a "
-            "recipe (*.yaml); check the path"
+            f"recipe (*.yaml, or {', '.join(shipped_recipes())}); check the path"
         )
     if images is not None:
         recipe = replace(recipe, images=(str(images.absolute()),))
