@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from mmscale.data.sources import image_id_of, read_source
+from mmscale.data.sources.layouts import shipped_recipes
 from mmscale.data.synth import SynthSettings, render
 from mmscale.errors import DataError
 
@@ -185,6 +186,24 @@ def test_shipped_recipes_ask_for_their_data(name, tmp_path):
         (folder / "dataset_flickr30k.json").rename(folder / "dataset_flickr8k.json")
     source = read_source(recipe)
     assert (source.name, len(source.records)) == (name, 12)
+
+
+def test_a_shipped_recipe_is_known_by_name_and_looks_below_the_working_folder(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert shipped_recipes() == sorted(path.stem for path in SHARDS.glob("*.yaml"))
+    with pytest.raises(DataError, match="its root shards/originals/flickr8k is no folder"):
+        read_source(Path("flickr8k"))
+    root = tmp_path / "shards" / "originals" / "flickr8k"
+    (root / "images").mkdir(parents=True)
+    (root / "images" / "a.jpg").write_bytes(b"")
+    (root / "captions.txt").write_text("image,caption\na.jpg,a dog\n", "utf-8")
+    for name in ("flickr8k", "shards/flickr8k.yaml"):
+        (record,) = read_source(Path(name)).records
+        assert (record.source, record.captions) == ("flickr8k", ("a dog",))
+    with pytest.raises(DataError, match="coco, flickr30k, flickr8k"):
+        read_source(Path("flickr9k"))
 
 
 def test_a_folder_without_a_known_layout_says_what_was_looked_for(tmp_path):
