@@ -61,7 +61,7 @@ class EngineConfig(Section):
     """What runs the updates, where, and in which precision."""
 
     kind: Literal["auto", "deepspeed", "accelerate"] = "auto"
-    """`auto`: DeepSpeed if `engine.deepspeed` is set or its launcher runs, else accelerate."""
+    """`auto`: DeepSpeed with `engine.deepspeed` or its launcher; else accelerate or FSDP2."""
     deepspeed: PathSetting | None = None
     """A DeepSpeed JSON with ZeRO choices, or the name of one that comes with mmscale: `zero2`."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"

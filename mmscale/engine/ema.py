@@ -3,8 +3,8 @@
 After each update w' <- m w' + (1 - m) w for every trained parameter and every statistic, in fp32:
 in bf16 a step of 0.005 is lost to rounding. Where weights are whole on every rank (one device,
 ZeRO 1 and 2) each rank keeps a whole copy, 4 bytes a trained parameter, and frozen parts are
-shared with the trained model. ZeRO 3 keeps it in shards as it keeps the model: 4 bytes a parameter
-divided by the ranks, and no communication to follow.
+shared with the trained model. ZeRO 3 and FSDP2 keep it in shards as they keep the model: 4 bytes a
+parameter divided by the ranks, and no communication to follow.
 
 Source: He et al. 2020, "Momentum Contrast" (arXiv 1911.05722), equation 2.
 """

@@ -1,4 +1,4 @@
-"""What a run asks of an engine; `deepspeed.py` and `accelerate.py` answer it."""
+"""What a run asks of an engine; `accelerate.py`, `fsdp.py` and `deepspeed.py` answer it."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
@@ -12,7 +12,7 @@ from mmscale.contracts import NamedTensor
 
 @runtime_checkable
 class Engine(Protocol):
-    """Holds the model, shards it or not, and applies updates; two implementations.
+    """Holds the model, shards it or not, and applies updates; three implementations.
 
     One update is `begin_update`, any number of `call`s and `backward`s of which the last
     says so, then `part_norms`, then `apply` or `skip_update`. Gradients are averaged over ranks.

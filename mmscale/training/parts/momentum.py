@@ -55,7 +55,7 @@ class Momentum(Part):
         return replace(rows, momentum_image=self._rows[0], momentum_text=self._rows[1])
 
     def encode(self, batch: Batch) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d"]]:
-        """Unit rows of the batch's images and captions, without a graph. Collective under ZeRO 3.
+        """Unit rows of the batch's images and captions, without a graph. Collective in shards.
 
         Args:
             batch: This rank's rows, on the device; cached features go through the heads alone.
