@@ -12,7 +12,7 @@ from PIL import Image
 
 import mmscale
 from tests.whole.command import run
-from tests.whole.small_run import ALONE, SETTINGS, succeed, words_for
+from tests.whole.small_run import ALONE, SETTINGS, metrics, succeed, words_for
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +88,13 @@ def test_a_run_with_adapters_is_loaded_and_exported_whole(trained, synthetic, tm
             f"model.weights={trained}",
             f"model.text.adapter={adapter}",
             "model.vision.frozen=true",
+            "loss.terms=[{kind: infonce}, {kind: matryoshka, widths: [16]}]",
         ]
     )
+    evaluated = [line for line in metrics(tmp_path / "run") if "eval/i2t_r1" in line][-1]
+    recalls = [name for name in evaluated if name.endswith("_r10")]
+    assert {f"{name}@16" for name in recalls} <= set(evaluated)
+    assert "eval/images@16" not in evaluated
     model, _, tokenizer = mmscale.load(tmp_path / "run")
     tokens = tokenizer(["a red circle", "two squares"])
     with torch.no_grad():
