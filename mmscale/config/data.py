@@ -77,8 +77,9 @@ class DataConfig(Section):
     follows from the position; going on in mid-epoch reads the epoch's part before it again."""
     epoch_samples: Positive | None = None
     """With `resampled`: images that count as an epoch; default the first shard's times shards."""
-    workers: Annotated[int, Field(ge=0)] = 2
-    """Decoding processes a rank; 0 decodes in the training process."""
+    workers: Literal["auto"] | Annotated[int, Field(ge=0)] = 2
+    """Decoding processes a rank; 0 decodes in the training process; `auto`: from the cores and
+    ranks of the machine, where there is an accelerator."""
     lanes: Literal["auto"] | Positive = "auto"
     """Sub-streams that an epoch is cut into; must divide the batch, the world must divide it."""
     shuffle_buffer: Positive = 8192

@@ -26,8 +26,12 @@ from mmscale.data.pixels import TrainTransform, open_picture, stack_rows
 from mmscale.data.reader import SampleReader
 from mmscale.data.schedule import Schedule
 from mmscale.data.shards import ShardSet
+from mmscale.data.workers import worker_count
 from mmscale.errors import DataError
 from mmscale.parallel.signals import outlive_termination
+from mmscale.parallel.world import rank_cores
+
+_CPU = torch.device("cpu")
 
 
 @dataclass
@@ -57,15 +61,23 @@ class TrainStream:
     """Decodes this rank's rows of every global batch."""
 
     def __init__(
-        self, config: Config, shards: ShardSet, schedule: Schedule, spec: InputSpec, world: World
+        self,
+        config: Config,
+        shards: ShardSet,
+        schedule: Schedule,
+        spec: InputSpec,
+        world: World,
+        device: torch.device = _CPU,
     ):
         self.schedule = schedule
+        self._workers = worker_count(config.data.workers, device, rank_cores(world))
         self._config, self._shards, self._spec, self._world = config, shards, spec, world
 
     def batches(self, position: Position) -> Iterator[tuple[Batch, Position]]:
         """Endless batches from `position` on, each with the position after it."""
         turns = _Turns(self._config, self._shards, self.schedule, self._spec, self._world, position)
-        workers = self._config.data.workers
+        workers = self._workers
+        turns.make_room(workers)
         loader = DataLoader(
             turns,
             batch_size=None,
@@ -149,9 +161,13 @@ class _Turns(IterableDataset):
         self._position, self._turn = position, 0
         self.lane_count = schedule.lanes // world.size
         self._first_lane = world.rank * self.lane_count
-        rows = schedule.lane_items * schedule.rows_per_item
-        parts = sections(self.lane_count, data.workers) if data.workers else []
-        self._handover = Handover([rows * len(lanes) for lanes in parts], spec.image_size)
+        self._handover: Handover
+
+    def make_room(self, workers: int) -> None:
+        """Memory for what so many workers hand over, before they are started."""
+        rows = self._schedule.lane_items * self._schedule.rows_per_item
+        parts = sections(self.lane_count, workers) if workers else []
+        self._handover = Handover([rows * len(lanes) for lanes in parts], self._spec.image_size)
 
     def pixels_of(self, share: Share) -> Tensor:
         """The rows of a share: to be copied before the next batch is asked for."""

@@ -19,9 +19,11 @@ from mmscale.data.features import EncodedBatch, FeatureTable, KeptParts, SampleB
 from mmscale.data.lanes import sections
 from mmscale.data.shards import ShardSet
 from mmscale.data.stream import pad
+from mmscale.data.workers import worker_count
 from mmscale.engine.feed import images_on
 from mmscale.errors import DataError
 from mmscale.parallel.peers import gather_objects, gather_rows
+from mmscale.parallel.world import promised_world, rank_cores
 
 Call = Callable[..., Any]
 
@@ -53,8 +55,9 @@ class Encoder:
         cls, config: Config, call: Call, device: torch.device, spec: InputSpec, peers: Peers
     ) -> "Encoder":
         """With a run's settings."""
-        rows, workers = config.eval.batch_size, config.data.workers
-        return cls(call, device, spec, peers, rows, workers, config.data.max_damaged)
+        workers = worker_count(config.data.workers, device, rank_cores(promised_world()))
+        rows, most_damaged = config.eval.batch_size, config.data.max_damaged
+        return cls(call, device, spec, peers, rows, workers, most_damaged)
 
 
 def encode(

@@ -48,6 +48,20 @@ def promised_world(environ: Mapping[str, str] = os.environ) -> World:
     return World()
 
 
+def local_ranks(world: World, environ: Mapping[str, str] = os.environ) -> int:
+    """Ranks of this world on this machine; all of them where the launcher does not say."""
+    return _number(environ, "LOCAL_WORLD_SIZE", _number(environ, "LOCAL_SIZE", world.size))
+
+
+def rank_cores(world: World, environ: Mapping[str, str] = os.environ) -> int:
+    """Cores that a rank has for itself: its task's, or its share of those this process may use."""
+    if world.launcher == "slurm" and "SLURM_CPUS_PER_TASK" in environ:
+        return _number(environ, "SLURM_CPUS_PER_TASK", 1)
+    allowed = getattr(os, "sched_getaffinity", None)
+    cores = len(allowed(0)) if allowed else os.cpu_count() or 1
+    return max(1, cores // local_ranks(world, environ))
+
+
 def _number(environ: Mapping[str, str], name: str, default: int) -> int:
     value = environ.get(name, str(default))
     if not value.isdecimal():

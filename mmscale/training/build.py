@@ -95,7 +95,7 @@ def build_stage(job: Job, start: Start, say: Tell) -> Stage:
     encoder = Encoder.of(config, inference.call, inference.device, spec, job.peers)
     features, held_out = encoded_sets(config, model, encoder, job.shards, say)
     stream: TrainStream | CachedStream = (
-        TrainStream(config, job.shards, schedule, spec, job.world)
+        TrainStream(config, job.shards, schedule, spec, job.world, inference.device)
         if features is None
         else CachedStream(schedule, job.shards, features, job.world)
     )

@@ -30,7 +30,7 @@ from mmscale.model.kept import kept_towers, tower_files
 from mmscale.model.presets import fill_preset, stand_in_line
 from mmscale.parallel.device import DevicePolicy, choose
 from mmscale.parallel.peers import connect
-from mmscale.parallel.world import join_ranks
+from mmscale.parallel.world import join_ranks, local_ranks
 from mmscale.preflight import begin, require_outputs
 from mmscale.training.stage import Job, Start
 
@@ -117,6 +117,6 @@ def _require_whole_weights(run: Config, kind: str) -> None:
 
 def _share_cores(policy: DevicePolicy, world: World) -> None:
     """Ranks on one machine's CPU share its cores, unless the user said how."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world.size)))
+    local = local_ranks(world)
     if policy.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and local > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
