@@ -49,9 +49,14 @@ def lines_of(path: Path) -> int:
 
 
 def functions(path: Path) -> Iterator[Function]:
-    """Every function of a file, those in classes and functions too."""
+    """Every function of a file, those in classes and functions too; but for a GPU's kernels.
+
+    These take each pointer and size by itself.
+    """
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            if any(ast.unparse(decorator) == "triton.jit" for decorator in node.decorator_list):
+                continue
             given = node.args
             named = [*given.posonlyargs, *given.args, *given.kwonlyargs]
             bound = bool(named) and named[0].arg in ("self", "cls")

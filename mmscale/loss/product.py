@@ -32,7 +32,7 @@ def product(
     a: Float[Tensor, "r k"], b: Float[Tensor, "k c"], precision: Precision
 ) -> Float[Tensor, "r c"]:
     """The matrix product; without a gradient of its own."""
-    if precision == "bf16" and a.dtype == torch.float32:
+    if precision == "bf16" and a.dtype != torch.float64:
         a, b = a.bfloat16(), b.bfloat16()
         if a.device.type == "cuda":
             return torch.mm(a, b, out_dtype=torch.float32)

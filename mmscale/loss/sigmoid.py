@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmscale.config.loss import SigLIPTerm
+from mmscale.loss import kernels
 from mmscale.loss.contrast import Contrast, Direction, PairRows, direction, directions
 from mmscale.loss.mining import Mining
 from mmscale.loss.strips import Sums, sum_over_rows
@@ -45,7 +46,15 @@ def siglip(
         ways: tuple[Direction, ...] = (replace(way, precision=pairs.precision),)
     else:
         ways = directions(pairs)
-    losses = [sum_over_rows(sums, [way], scale, bias)[0] / len(pairs.ids) for way in ways]
+
+    def total(way: Direction) -> Float[Tensor, ""]:
+        if mining is None and kernels.run_on(way.rows):
+            from mmscale.loss.kernels import fused
+
+            return fused.siglip_sum(way, scale, bias)
+        return sum_over_rows(sums, [way], scale, bias)[0]
+
+    losses = [total(way) / len(pairs.ids) for way in ways]
     loss: Tensor = losses[0] if len(losses) == 1 else (losses[0] + losses[1]) / 2
     return loss
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mmscale.config.loss import Precision
+from mmscale.loss import kernels
 from mmscale.loss.contrast import wide
 from mmscale.loss.product import add_product, product
 
@@ -48,6 +49,12 @@ def sums_and_positives(
         first: Where this rank's rows begin among the columns.
         precision: Of the products of rows and columns.
     """
+    if kernels.run_on(rows):
+        from mmscale.loss.kernels import fused
+
+        return fused.sums_and_positives(
+            rows, columns, scale, column_ids=column_ids, first=first, precision=precision
+        )
     sums: tuple[Tensor, Tensor, Tensor] = _SumsAndPositives.apply(
         rows, columns, scale, column_ids, first, precision
     )
@@ -67,6 +74,10 @@ def bank_sum(
 
     Hidden are columns of the row's own id, and empty slots (id -1). The columns have no gradient.
     """
+    if kernels.run_on(rows):
+        from mmscale.loss.kernels import fused
+
+        return fused.bank_sum(rows, bank, scale, ids=ids, bank_ids=bank_ids, precision=precision)
     total: Tensor = _BankSum.apply(rows, bank, scale, ids, bank_ids, precision)
     return total
 

@@ -92,6 +92,11 @@ def this_machine() -> Machine:
     return Machine(gpus, torch.backends.mps.is_available())
 
 
+def has_tensor_cores() -> bool:
+    """Whether this process's CUDA device multiplies in bf16 and TF32."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= TF32_CAPABILITY
+
+
 def choose(config: EngineConfig, local_rank: int = 0) -> DevicePolicy:
     """Pick the device and precision that `config` allows and the machine has, and apply them.
 
