@@ -19,10 +19,13 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 # What open_clip's trainer needs and we must not have: seen only by the processes that run it.
 PEERS := $(VENV)/peers
 
+# The lowest versions that pyproject.toml allows.
+OLDEST ?= .venv-oldest
+
 DEMO_RUN := runs/demo
 DEMO_DATA := runs/demo-data
 
-.PHONY: help setup demo test test-slow test-soak check peers bench bench-data bench-loss bench-step gpu chaos
+.PHONY: help setup demo test test-slow test-soak test-oldest check peers bench bench-data bench-loss bench-step gpu chaos
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,6 +56,16 @@ test-slow: setup  ## what takes minutes
 
 test-soak: setup  ## tens of minutes: large samples, every registered model, second launchers
 	$(BIN)/python -m pytest -m soak --timeout 0 -s
+
+$(OLDEST)/.installed: pyproject.toml | $(STAMP)
+	$(BIN)/python -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check uv
+	$(OLDEST)/bin/uv pip install --python $(OLDEST)/bin/python --resolution lowest-direct -e ".[deepspeed,adapters,dev]"
+	touch $@
+
+test-oldest: $(OLDEST)/.installed  ## units and ranks with the lowest versions allowed (5 GB beside, in OLDEST=dir)
+	PATH="$(abspath $(OLDEST))/bin:$(PATH)" $(OLDEST)/bin/python -m pytest --numprocesses $(JOBS) --dist loadfile \
+		-m "not slow and not soak and not gpu" tests/unit tests/ranks
 
 check: setup  ## format, lint, layers, types
 	$(BIN)/ruff format --check .

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from pydantic import BaseModel
 
 from mmscale.config.load import PRESETS, load_config
@@ -224,6 +226,32 @@ def test_constraints_pin_every_direct_dependency():
         if 'extra == "oracle"' not in line
     }
     assert wanted <= pins
+
+
+def test_tested_versions_lie_in_the_ranges_of_the_project():
+    lines = (ROOT / "tools" / "constraints.txt").read_text("utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    for line in [*project["dependencies"], *project["optional-dependencies"]["deepspeed"]]:
+        wanted = Requirement(line)
+        assert wanted.specifier.contains(pins[canonicalize_name(wanted.name)]), line
+
+
+def test_openclips_trainer_can_be_installed_beside():
+    """It asks for webdataset 0.2.5 to 0.2.86; what it asks for of torch is a lower bound."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    ours = {one.name: one.specifier for one in map(Requirement, project["dependencies"])}
+    asked = [
+        Requirement(line)
+        for line in importlib.metadata.requires("open_clip_torch") or []
+        if 'extra == "training"' in line and line.startswith("webdataset")
+    ]
+    assert asked
+    for theirs in asked:
+        assert any(
+            theirs.specifier.contains(version) and ours["webdataset"].contains(version)
+            for version in ("0.2.86", "1.0.2")
+        )
 
 
 def test_ranks_exchange_no_pickles():

@@ -1,7 +1,7 @@
 """The engine that shards: `deepspeed.initialize` with ZeRO 1, 2 or 3; the one file that imports it.
 
 Private names of DeepSpeed 0.19 are used where its API has a gap; each is held by a test in
-`tests/ranks/`, and the version is pinned.
+`tests/ranks/`, and the range is narrow.
 """
 
 import logging
