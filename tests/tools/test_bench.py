@@ -50,7 +50,7 @@ def test_results_are_written_and_shown(monkeypatch, tmp_path, capsys):
         Result("data, 1 worker", "samples_per_second", 768, 1, "cpu", 900.0, 300.0, 3.0, 1000.0),
         Result("step", "time_s", 8, 2, "cpu", 0.25, None, None, None),
     ]
-    monkeypatch.setattr("tools.bench.results.run", lambda name: found)
+    monkeypatch.setattr("tools.bench.results.run", lambda name, device: found)
     path = tmp_path / "figures.json"
     assert bench_command(monkeypatch, "data", "--json", str(path)) == 0
     written = json.loads(path.read_text("utf-8"))["results"]

@@ -19,9 +19,12 @@ def bench(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here, as JSON.")
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Only there: cpu or cuda (loss); else wherever it can.")
+    ] = None,
 ) -> None:
     """Measure against open_clip, side by side in one run; needs `make peers`."""
-    found = results.run(name)
+    found = results.run(name, device)
     print(results.table(found))
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)

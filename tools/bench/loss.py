@@ -28,27 +28,31 @@ PEER_MATRICES = 4.1
 METRICS = ("time_s", "memory_bytes")
 
 
-def run(sizes: dict[int, tuple[int, ...]] | None = None, rounds: int = 3) -> list[Result]:
+def run(
+    sizes: dict[int, tuple[int, ...]] | None = None, rounds: int = 3, device: str | None = None
+) -> list[Result]:
     """Measure on the CPU, and on the accelerator where there is one.
 
     Args:
         sizes: Rows of the global batch, by the number of ranks.
         rounds: Turns of each side; large batches take one.
+        device: The only one to measure on, `cuda` or `cpu`; None: each that is here.
 
     Raises:
-        ConfigError: This system does not tell a process's peak of memory.
+        ConfigError: This system does not tell a process's peak of memory, or has no such device.
     """
     if not Path("/proc/self/clear_refs").exists():
         raise ConfigError("bench loss reads a process's memory from /proc; run it on Linux")
     results = []
-    for device in dict.fromkeys(("cpu", choose(EngineConfig()).device.type)):
+    found = choose(EngineConfig.model_validate({"device": device or "auto"})).device.type
+    for place in dict.fromkeys((device or "cpu", found)):
         for ranks, batches in (sizes or SIZES).items():
-            if device != "cpu" and torch.accelerator.device_count() < ranks:
+            if place != "cpu" and torch.accelerator.device_count() < ranks:
                 continue
             for n in batches:
-                sides = ["ours", "limit"] + ["peer"] * peer_fits(n, device)
+                sides = ["ours", "limit"] + ["peer"] * peer_fits(n, place)
                 turns = 1 if n >= LARGE else rounds
-                results += compare(sides, n, ranks, device, turns)
+                results += compare(sides, n, ranks, place, turns)
     return results
 
 

@@ -43,17 +43,19 @@ class Result:
     limit: float | None
 
 
-def run(name: str) -> list[Result]:
-    """Measure.
+def run(name: str, device: str | None = None) -> list[Result]:
+    """Measure; on one device, where one is named.
 
     Raises:
         ConfigError: There is no such bench, or the peers are not installed.
     """
     if name not in BENCHES:
         raise ConfigError(f"bench {name}: there is no such bench; choose of {', '.join(BENCHES)}")
+    if device is not None and name != "loss":
+        raise ConfigError(f"bench {name} has no --device; leave it out")
     peers_folder()
     module = importlib.import_module(f"tools.bench.{name}")
-    results: list[Result] = module.run()
+    results: list[Result] = module.run() if device is None else module.run(device=device)
     return results
 
 
