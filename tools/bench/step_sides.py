@@ -94,6 +94,8 @@ def ours(
         }
     )  # fmt: skip
     model, _ = build_model(config.model, None, 0)
+    # ZeRO-3 leaves nothing of them in the model.
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     plan, policy = plan_batch(config, world.size), choose(config.engine)
     kind = "accelerate" if deepspeed is None else "deepspeed"
     engine = build_engine(kind, model.train(), config, plan, policy, world)
@@ -119,7 +121,7 @@ def ours(
         for step in range(steps):
             train_step(learner, batch, Step(RunState(step), RATE))
 
-    return run, sum(parameter.numel() for parameter in model.parameters())
+    return run, parameters
 
 
 def peer(world: World, rows: int, tokens: int, chunks: int) -> tuple[Run, int]:
