@@ -53,6 +53,13 @@ state. *Good on*: trained there by a test. Nothing here was tried on a GPU.
 Parameters that the pooled features do not depend on (a mask token, the tower's own pooling when
 another is chosen) are never trained, so weight decay does not eat them.
 
+`model.preset=hf:NAME_OR_PATH` takes a whole `CLIPModel`, `SiglipModel` (SigLIP 2 of fixed size is
+one), `ChineseCLIPModel`, `AltCLIPModel` or `VisionTextDualEncoderModel`: its projections, pooling,
+scale, bias (where a `siglip` term has one), tokenizer and preprocessing. Its weights are its own
+(`model.weights=pretrained`) unless `random` or a file is asked for. Positions of CLIPs, SigLIPs and
+ViTs are interpolated to another `data.image_size`. Both halves of one such model as two towers,
+which would leave out its projections, are refused; SigLIP 2 of any size (NaFlex) is no preset.
+
 What a model's folder says is obeyed, or refused in a sentence: sentence-transformers' pooling,
 CLIP's end token, padding, the size of the position table (`data.image_size`); a half of a whole
 CLIP is taken without its projection, which is told. A text tower needs its tokenizer's files

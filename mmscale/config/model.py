@@ -186,10 +186,11 @@ class ModelConfig(Section):
     """Two towers, their heads and the logit scale."""
 
     preset: PathSetting | None = None
-    """`small`, `medium`, `medium-mobilebert`, `large` or `openclip:NAME`; explicit settings win."""
+    """`small`, `medium`, `medium-mobilebert`, `large`, `hf:NAME`, `openclip:NAME`; words win."""
     weights: PathSetting = "random"
     """A run or checkpoint whose weights the run begins with. For `openclip:NAME` also `random`, an
-    OpenCLIP tag, a file, or `pretrained`: those in the folder of `local-dir:` or the hub's page."""
+    OpenCLIP tag, a file, or `pretrained`: those in the folder of `local-dir:` or the hub's page;
+    for `hf:NAME` `pretrained`, its default, `random` or a file."""
     vision: VisionConfig = VisionConfig()
     """Image encoder."""
     text: TextConfig = TextConfig()

@@ -7,10 +7,11 @@ import torch
 
 from mmscale.config.model import ModelConfig
 from mmscale.contracts import InputSpec
+from mmscale.errors import ConfigError
 from mmscale.model.fusion import Fusion
 from mmscale.model.heads import Head
 from mmscale.model.inputs import join_inputs
-from mmscale.model.presets import fill_preset, is_whole_openclip
+from mmscale.model.presets import fill_preset, is_whole_hf, is_whole_openclip
 from mmscale.model.scale import LogitScale
 from mmscale.model.tower import Tower
 from mmscale.model.towers import build_text, build_vision
@@ -43,6 +44,14 @@ def build_model(
             whole, pixels, tokens = build_whole_openclip(config, image_size, fill)
         whole.fusion = _build_fusion(config, whole.vision, whole.text, seed)
         return whole, join_inputs(pixels, tokens)
+    if is_whole_hf(config):
+        from mmscale.model.hf_preset import build_whole_hf
+
+        with drawing_from(seed, 0):
+            whole, pixels, tokens = build_whole_hf(config, image_size, fill)
+        whole.fusion = _build_fusion(config, whole.vision, whole.text, seed)
+        return whole, join_inputs(pixels, tokens)
+    _require_whole(config)
     with drawing_from(seed, 0):
         vision, pixels = build_vision(config.vision, image_size)
     with drawing_from(seed, 1):
@@ -57,6 +66,17 @@ def build_model(
     fusion = _build_fusion(config, vision, text, seed)
     model = TwoTower(vision, text, heads, LogitScale(config.logit_scale), frozen, fusion)
     return model, join_inputs(pixels, tokens)
+
+
+def _require_whole(config: ModelConfig) -> None:
+    """Refuse both halves of one trained model without the projections between them."""
+    towers = config.vision, config.text
+    if config.vision.name != config.text.name or any(t.weights == "random" for t in towers):
+        return
+    raise ConfigError(
+        f"model.vision.name and model.text.name are both {config.vision.name}, whose projections "
+        f"and scale two towers leave out: set model.preset={config.vision.name} in their place."
+    )
 
 
 def _without_tower_weights(model: ModelConfig) -> ModelConfig:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
-from mmscale.config.model import TowerConfig
+from mmscale.config.model import ModelConfig, TowerConfig
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.model.foreign import require_harmless
 from mmscale.model.hub import hub_call
@@ -36,9 +36,14 @@ def model_folder(name: str, key: str) -> str:
         return str(path)
     if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
         raise ConfigError(
-            f"{key}.name=hf:{name} is no folder: give one that holds config.json and the weights."
+            f"{named(name, key)} is no folder: give one that holds config.json and the weights."
         )
     return name
+
+
+def named(name: str, key: str) -> str:
+    """Setting and value that ask for a model, as messages say it."""
+    return f"{key}{'' if key == 'model.preset' else '.name'}=hf:{name}"
 
 
 def read_config(name: str, key: str) -> PretrainedConfig:
@@ -50,11 +55,11 @@ def read_config(name: str, key: str) -> PretrainedConfig:
     """
     if read_json(name, "adapter_config.json"):
         raise ConfigError(
-            f"{key}.name=hf:{name} holds an adapter (adapter_config.json), which names the model "
+            f"{named(name, key)} holds an adapter (adapter_config.json), which names the model "
             f"below it: merge the adapter into that model and give the result."
         )
     read_json(name, "config.json")
-    with hub_call(f"{key}.name=hf:{name}", BRING, remote=not Path(name).is_dir()):
+    with hub_call(named(name, key), BRING, remote=not Path(name).is_dir()):
         return AutoConfig.from_pretrained(name)
 
 
@@ -81,9 +86,9 @@ def small_files(folder: str, is_text: bool) -> Iterator[tuple[str, bytes]]:
         folder: The model's, or its name on the hub.
         is_text: With the tokenizer.
     """
-    names = ["config.json", "preprocessor_config.json"]
+    names = ["config.json", "preprocessor_config.json", "processor_config.json"]
     if is_text:
-        names = ["config.json", "1_Pooling/config.json", "modules.json", *_tokenizer_files(folder)]
+        names += ["1_Pooling/config.json", "modules.json", *_tokenizer_files(folder)]
     for name in dict.fromkeys(names):
         if (found := file_of(folder, name)) is not None:
             yield name, found.read_bytes()
@@ -146,7 +151,7 @@ def build_hf_model(
     model_class: type[PreTrainedModel],
     config: PretrainedConfig,
     name: str,
-    tower: TowerConfig,
+    tower: TowerConfig | ModelConfig,
     key: str,
 ) -> PreTrainedModel:
     """The tower in fp32 with the weights that `tower.weights` asks for.
@@ -185,7 +190,7 @@ def class_for(config: PretrainedConfig, mapping: Mapping[Any, Any], name: str, k
     """The model class that `mapping` has for this config."""
     if type(config) not in mapping:
         raise ConfigError(
-            f"{key}.name=hf:{name} is a {config.model_type} model, which cannot serve as this "
+            f"{named(name, key)} is a {config.model_type} model, which cannot serve as this "
             f"tower; choose an encoder."
         )
     found = mapping[type(config)]
@@ -202,7 +207,7 @@ def _pretrained(
     load: Callable[..., Any] = model_class.from_pretrained
     words = {"config": config, "dtype": torch.float32, "output_loading_info": True, **extra}
     bring = f"{BRING}, set {key}.weights to a file, or to random to train it from scratch"
-    what = f"{key}.name=hf:{name} with pretrained weights"
+    what = f"{named(name, key)} with pretrained weights"
     with hub_call(what, bring, remote=not Path(name).is_dir()), _quiet():
         try:
             model, report = load(name, ignore_mismatched_sizes=True, **words)

@@ -77,19 +77,24 @@ class HfTextTower(Tower):
         None where a causal model pools at a caption's end, which padding behind it cannot reach.
         """
         trunk: Any = self.trunk
-        library = vars(sys.modules[type(trunk).__module__])
         if self.pooling == "model" and trunk.config.model_type in POOLED:
             return None
-        is_made = "create_bidirectional_mask" in library and not trunk.config.is_decoder
-        if is_made and trunk.config._attn_implementation == "sdpa":
-            return mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
-        return mask.long()
+        return ready_mask(trunk, mask)
 
     def checkpoint_blocks(self) -> bool:
         return checkpoint_hf(self.trunk)
 
     def block_parameters(self) -> list[list[str]]:
         return chain(self.trunk)
+
+
+def ready_mask(trunk: Any, mask: Bool[Tensor, "b t"]) -> Tensor:
+    """Hide padding from a model by a mask that an accelerator need not look at."""
+    library = vars(sys.modules[type(trunk).__module__])
+    is_made = "create_bidirectional_mask" in library and not trunk.config.is_decoder
+    if is_made and trunk.config._attn_implementation == "sdpa":
+        return mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
+    return mask.long()
 
 
 def build_hf_text(name: str, config: TextConfig) -> tuple[Tower, TextInput]:

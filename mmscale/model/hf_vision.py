@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
 from transformers import MODEL_MAPPING, PreTrainedModel
 
 from mmscale.config.model import VisionConfig
@@ -30,6 +31,14 @@ KEY = "model.vision"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _CLS = re.compile(r"cls_token|class_embedding")
+# Types whose position table is interpolated to another size of image.
+RESIZED = (
+    "clip_vision_model",
+    "siglip_vision_model",
+    "chinese_clip_vision_model",
+    "altclip_vision_model",
+    "vit",
+)
 BILINEAR = 2  # PIL's number for the resampling in preprocessor_config.json
 
 
@@ -83,16 +92,58 @@ def build_hf_vision(
     size = agreed_size(image_size, config.options, "image_size")
     own = getattr(model_config, "image_size", None)
     override(model_config, config.options, KEY, name)
-    if size and hasattr(model_config, "image_size"):
+    is_resized = size != own and config.weights != "random" and model_config.model_type in RESIZED
+    if size and hasattr(model_config, "image_size") and not is_resized:
         model_config.image_size = size
     model_class = class_for(model_config, MODEL_MAPPING, name, KEY)
     with at_size(size, own, f"hf:{name}"):
         trunk = build_hf_model(model_class, model_config, folder, config, KEY)
+    if size and is_resized:
+        resize_positions(trunk, size, f"hf:{name}")
     pixels = image_input(folder, config, size or getattr(model_config, "image_size", None))
     with constructing(KEY, f"hf:{name} at {pixels.image_size} pixels"):
         tower = HfVisionTower(trunk, pixels.image_size, config.pooling)
     tower.left_out = left_out_line(whole, "vision_config", KEY, name)
     return tower, pixels
+
+
+def resize_positions(trunk: Any, size: int, owner: str) -> None:
+    """Give a vision model that holds its weights a table of positions for images of `size` pixels.
+
+    The learnt grid is interpolated as timm does it: bicubic, antialiased; leading tokens stay.
+
+    Raises:
+        ConfigError: It keeps positions in another way.
+    """
+    own, patch = trunk.config.image_size, getattr(trunk.config, "patch_size", None)
+    embeddings: Any = getattr(trunk, "embeddings", None)
+    table = getattr(embeddings, "position_embedding", None)
+    as_parameter = getattr(embeddings, "position_embeddings", None)
+    is_known = isinstance(table, nn.Embedding) or isinstance(as_parameter, nn.Parameter)
+    if not is_known or not isinstance(patch, int) or not isinstance(own, int):
+        raise ConfigError(
+            f"data.image_size={size}: the weights of {owner} are for images of {own} pixels, and "
+            f"have no table of positions that could be interpolated; set data.image_size={own}, or "
+            f"leave it out."
+        )
+    rows = as_parameter if table is None else table.weight[None]
+    side, prefix = size // patch, rows.shape[1] - (own // patch) ** 2
+    # In the order in memory of any other table, so that sums over it are those of one.
+    rows = resample_abs_pos_embed(rows.detach(), [side, side], num_prefix_tokens=prefix).clone(
+        memory_format=torch.contiguous_format
+    )
+    trunk.config.image_size = size
+    if table is None:
+        patches = embeddings.patch_embeddings
+        embeddings.position_embeddings = nn.Parameter(rows)
+        embeddings.image_size = patches.image_size = (size, size)
+        patches.num_patches = side * side
+        return
+    table.weight, table.num_embeddings = nn.Parameter(rows[0]), rows.shape[1]
+    embeddings.image_size, embeddings.num_patches = size, side * side
+    embeddings.num_positions = rows.shape[1]
+    places = torch.arange(rows.shape[1]).expand(1, -1)
+    embeddings.register_buffer("position_ids", places, persistent=False)
 
 
 def image_input(folder: str, config: VisionConfig, size: int | None) -> ImageInput:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from mmscale.config.model import ModelConfig, TowerConfig
-from mmscale.model.presets import fill_preset, is_whole_openclip
+from mmscale.model.presets import fill_preset, is_whole
 
 PARTS = ("vision", "text")
 _OPENCLIP_CONFIG = "open_clip_config.json"
@@ -22,11 +22,13 @@ def tower_files(model: ModelConfig) -> dict[str, bytes]:
         model: As the run was built from; its preset is filled here if it is not yet.
     """
     model = _filled(model)
-    parts = PARTS[:1] if is_whole_openclip(model) else PARTS
+    parts = PARTS[:1] if is_whole(model) else PARTS
     return {
         f"{part}/{name}": content
         for part in parts
-        for name, content in _files_of(getattr(model, part), part, model.weights)
+        for name, content in _files_of(
+            getattr(model, part), part, model.weights, part == "text" or is_whole(model)
+        )
     }
 
 
@@ -48,7 +50,7 @@ def kept_towers(
         else getattr(filled, part).name
         for part in PARTS
     }
-    if is_whole_openclip(filled):
+    if is_whole(filled):
         names = dict.fromkeys(PARTS, names["vision"])
         filled = filled.model_copy(update={"preset": names["vision"]})
     towers = {
@@ -96,7 +98,9 @@ def _kept_name(tower: TowerConfig, part: str, folder: Path, files: Collection[st
     return f"{scheme}{folder.resolve() / part}"
 
 
-def _files_of(tower: TowerConfig, part: str, weights: str) -> Iterator[tuple[str, bytes]]:
+def _files_of(
+    tower: TowerConfig, part: str, weights: str, has_text: bool
+) -> Iterator[tuple[str, bytes]]:
     # Each library is imported for its own towers only.
     source, _, name = str(tower.name).partition(":")
     if source == "timm":
@@ -115,7 +119,7 @@ def _files_of(tower: TowerConfig, part: str, weights: str) -> Iterator[tuple[str
         folder = model_folder(name, f"model.{part}")
         # What cannot be had is told as where the tower is built, which comes after this.
         read_config(folder, f"model.{part}")
-        yield from small_files(folder, part == "text")
+        yield from small_files(folder, has_text)
 
 
 def _json(content: object) -> bytes:

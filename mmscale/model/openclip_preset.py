@@ -5,14 +5,12 @@ Both towers keep OpenCLIP's projections and no head follows. Its weights come fr
 """
 
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import open_clip
-import torch
 from open_clip.factory import _find_checkpoint_in_dir, load_checkpoint
 from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIPTextCfg
@@ -34,13 +32,10 @@ from mmscale.model.openclip_towers import (
     require_own_pooling,
 )
 from mmscale.model.presets import OPENCLIP
-from mmscale.model.scale import LogitScale
+from mmscale.model.scale import LogitScale, take_scale
 from mmscale.model.stretched import stretch_openclip
 from mmscale.model.two_tower import TwoTower
 from mmscale.model.weights import UNREADABLE, first_line, read_weights
-
-# Scales clipped at 100 in training are stored a rounding above it.
-_SLACK = 1e-3
 
 
 def build_whole_openclip(
@@ -68,7 +63,8 @@ def build_whole_openclip(
     _require_same_padding(model.text, tokens, name)
     scale = LogitScale(config.logit_scale)
     if fill and config.weights != "random":
-        _take_scale(scale, model, f"model.weights={config.weights} of openclip:{name}")
+        origin = f"model.weights={config.weights} of openclip:{name}"
+        take_scale(scale, model.logit_scale, model.logit_bias, origin)
     vision = OpenClipVision(model.visual, pixels.image_size)
     text = OpenClipText(model.text, tokens.pad_token)
     if getattr(model, "text_decoder", None) is not None:
@@ -219,17 +215,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
-
-
-def _take_scale(scale: LogitScale, model: Any, origin: str) -> None:
-    """The model's own scale, and its bias where the objective has one: a softmax sees none."""
-    own = model.logit_scale.detach().reshape(1)
-    if float(own) > scale.log_max + _SLACK:
-        raise ConfigError(
-            f"{origin} has a logit scale of {float(own.exp()):.1f}, above model.logit_scale.max="
-            f"{math.exp(scale.log_max):g}, which would cut it off; raise model.logit_scale.max."
-        )
-    with torch.no_grad():
-        scale.log_scale.copy_(own.clamp(0.0, math.inf))
-        if scale.bias is not None and model.logit_bias is not None:
-            scale.bias.copy_(model.logit_bias.reshape(1))

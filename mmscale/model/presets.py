@@ -8,6 +8,7 @@ from mmscale.errors import ConfigError
 from mmscale.model.sources import did_you_mean
 
 OPENCLIP = "openclip:"
+HF = "hf:"
 
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {
@@ -76,6 +77,17 @@ def is_whole_openclip(config: ModelConfig) -> bool:
     return preset.startswith(OPENCLIP) and config.vision.name == config.text.name == preset
 
 
+def is_whole_hf(config: ModelConfig) -> bool:
+    """Whether a filled config asks for a model of Hugging Face's with its own projections."""
+    preset = config.preset or ""
+    return preset.startswith(HF) and config.vision.name == config.text.name == preset
+
+
+def is_whole(config: ModelConfig) -> bool:
+    """Whether a filled config asks for both towers of one model, as it is."""
+    return is_whole_openclip(config) or is_whole_hf(config)
+
+
 def _explicit(words: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in words.items() if name not in ("vision", "text")}
 
@@ -88,9 +100,15 @@ def _settings(preset: str) -> dict[str, Any]:
         whole = openclip_config(preset.removeprefix(OPENCLIP), "model.preset")
         towers = {"vision": {"name": preset}, "text": {"name": preset}}
         return {**towers, "embed_dim": whole["embed_dim"]}
+    if preset.startswith(HF):
+        from mmscale.model.hf_preset import read_whole, width_of
+
+        _, config = read_whole(preset.removeprefix(HF))
+        towers = {"vision": {"name": preset}, "text": {"name": preset}}
+        return {**towers, "embed_dim": width_of(config), "weights": "pretrained"}
     if preset not in PRESETS:
         raise ConfigError(
             f"model.preset={preset} does not exist{did_you_mean(preset, PRESETS)}: choose one of "
-            f"{', '.join(PRESETS)} or openclip:NAME."
+            f"{', '.join(PRESETS)}, hf:NAME_OR_PATH or openclip:NAME."
         )
     return dict(PRESETS[preset])

@@ -14,6 +14,8 @@ from mmscale.config.model import LogitScaleConfig, ModelConfig
 from mmscale.config.values import StepsOf, whole_steps
 from mmscale.errors import ConfigError
 
+# Scales clipped at 100 in training are stored a rounding above it.
+_SLACK = 1e-3
 SMALL_SET = 1_000
 SMALL_SET_TEMPERATURE = 0.8
 
@@ -64,6 +66,24 @@ class LogitScale(nn.Module):
         log_scale = _wide(self.log_scale)
         clamped = log_scale.detach().clamp(0.0, self.log_max)
         return (clamped + (log_scale - log_scale.detach())).exp()
+
+
+def take_scale(scale: LogitScale, log_scale: Tensor, bias: Tensor | None, origin: str) -> None:
+    """A whole model's own scale, and its bias where the objective has one: a softmax sees none.
+
+    Raises:
+        ConfigError: The scale lies above `model.logit_scale.max`.
+    """
+    own = log_scale.detach().reshape(1)
+    if float(own) > scale.log_max + _SLACK:
+        raise ConfigError(
+            f"{origin} has a logit scale of {float(own.exp()):.1f}, above model.logit_scale.max="
+            f"{math.exp(scale.log_max):g}, which would cut it off; raise model.logit_scale.max."
+        )
+    with torch.no_grad():
+        scale.log_scale.copy_(own.clamp(0.0, math.inf))
+        if scale.bias is not None and bias is not None:
+            scale.bias.copy_(bias.reshape(1))
 
 
 def with_scale_fitted(model: ModelConfig, num_images: int) -> ModelConfig:
