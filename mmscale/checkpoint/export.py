@@ -19,7 +19,7 @@ from mmscale.contracts import InputSpec
 from mmscale.errors import ConfigError
 from mmscale.model.adapters import adapted, merge_adapter
 from mmscale.model.dual_encoder import DualEncoder, Tokenizer
-from mmscale.model.presets import is_whole_openclip
+from mmscale.model.presets import is_whole_hf, is_whole_openclip
 from mmscale.outputs import publish
 
 # Largest difference of a unit embedding's element between our model and an exported one.
@@ -277,6 +277,8 @@ def _open_clip(config: Config) -> str | None:
 
 
 def _hf(config: Config) -> str | None:
+    if is_whole_hf(config.model):
+        return _own_projections(config)
     for part in ("vision", "text"):
         name = getattr(config.model, part).name
         if not str(name).startswith("hf:"):
@@ -291,6 +293,10 @@ def _hf(config: Config) -> str | None:
     return _head(config, {"image": True, "text": True})
 
 
+def _own_projections(config: Config) -> str:
+    return f"model.preset={config.model.preset} has projections of its own, not heads of ours"
+
+
 def _onnx(config: Config) -> str | None:
     missing = next((name for name in ONNX_NEEDS if find_spec(name) is None), None)
     return missing and f"--to onnx needs {missing} (pip install 'mmscale[onnx]')"
@@ -303,6 +309,8 @@ def _sentence_transformers(config: Config) -> str | None:
             "'mmscale[sentence-transformers]')"
         )
     model = config.model
+    if is_whole_hf(model):
+        return _own_projections(config)
     for part, sources in (("vision", ("hf:", "timm:")), ("text", ("hf:",))):
         tower = getattr(model, part)
         if not str(tower.name).startswith(sources):

@@ -15,13 +15,13 @@ from transformers import (
     CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
+    DeiTConfig,
+    DeiTModel,
     GPT2Config,
     GPT2Model,
     T5Config,
     T5EncoderModel,
-    ViTConfig,
     ViTImageProcessor,
-    ViTModel,
 )
 
 from mmscale.config.model import ModelConfig, TextConfig, VisionConfig
@@ -142,8 +142,9 @@ def test_a_projection_of_sentence_transformers_is_not_left_out_unasked(bert_fold
 
 
 def test_another_image_size_than_the_position_table_is_named(tmp_path):
-    vit = ViTConfig(image_size=64, patch_size=8, intermediate_size=16, **TINY)
-    ViTModel(vit).save_pretrained(tmp_path)
+    # Of a type whose table is not interpolated.
+    deit = DeiTConfig(image_size=64, patch_size=8, intermediate_size=16, **TINY)
+    DeiTModel(deit).save_pretrained(tmp_path)
     ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path)
     config = VisionConfig(name=f"hf:{tmp_path}")
     assert build_vision(config, 64)[1].image_size == build_vision(config, None)[1].image_size == 64
