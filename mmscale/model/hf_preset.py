@@ -239,7 +239,7 @@ def whole_pixels(folder: str, image_size: int | None) -> ImageInput:
             f"size, or of both sides, then a normalisation; change its preprocessor_config.json."
         )
     return ImageInput(
-        image_size=image_size or sides.pop(),
+        image_size=image_size or int(sides.pop() or 0),
         mean=triple(processor.image_mean),
         std=triple(processor.image_std),
         interpolation=interpolation,

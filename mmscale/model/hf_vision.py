@@ -126,7 +126,7 @@ def resize_positions(trunk: Any, size: int, owner: str) -> None:
             f"have no table of positions that could be interpolated; set data.image_size={own}, or "
             f"leave it out."
         )
-    rows = as_parameter if table is None else table.weight[None]
+    rows: Any = as_parameter if table is None else table.weight[None]
     side, prefix = size // patch, rows.shape[1] - (own // patch) ** 2
     # In the order in memory of any other table, so that sums over it are those of one.
     rows = resample_abs_pos_embed(rows.detach(), [side, side], num_prefix_tokens=prefix).clone(
