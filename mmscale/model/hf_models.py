@@ -21,6 +21,11 @@ from mmscale.model.sources import check_options, constructing
 from mmscale.model.weights import UNREADABLE, first_line, load_strictly, read_weights, refuse
 
 BRING = "point it at a folder that holds the model (hf:/path/to/folder)"
+PRESET = "model.preset"
+# Types of which a whole model is taken.
+WHOLE = ("clip", "siglip", "chinese_clip", "altclip", "vision-text-dual-encoder")
+# Trained on rows that are padded to the whole context, without a mask; pooled at the last place.
+WHOLE_ROWS = ("siglip",)
 # Tensors of older checkpoints that towers compute themselves, and task heads on top of the tower.
 SPARE = ("pooler.", "embeddings.position_ids", "cls.", "lm_head.", "classifier.")
 
@@ -43,7 +48,7 @@ def model_folder(name: str, key: str) -> str:
 
 def named(name: str, key: str) -> str:
     """Setting and value that ask for a model, as messages say it."""
-    return f"{key}{'' if key == 'model.preset' else '.name'}=hf:{name}"
+    return f"{key}{'' if key == PRESET else '.name'}=hf:{name}"
 
 
 def read_config(name: str, key: str) -> PretrainedConfig:
@@ -61,6 +66,30 @@ def read_config(name: str, key: str) -> PretrainedConfig:
     read_json(name, "config.json")
     with hub_call(named(name, key), BRING, remote=not Path(name).is_dir()):
         return AutoConfig.from_pretrained(name)
+
+
+def read_whole(name: str) -> tuple[str, PretrainedConfig]:
+    """Folder or hub name of a whole model, and its configuration.
+
+    Raises:
+        ConfigError: There is none, or it is no dual encoder that can be taken whole.
+    """
+    folder = model_folder(name, PRESET)
+    config = read_config(folder, PRESET)
+    if config.model_type not in WHOLE:
+        raise ConfigError(
+            f"{PRESET}=hf:{name} is a {config.model_type} model, which cannot be taken whole (types "
+            f"that can: {', '.join(WHOLE)}): give such a model, or name towers "
+            f"(model.vision.name, model.text.name)."
+        )
+    return folder, config
+
+
+def width_of(config: PretrainedConfig) -> int:
+    """Width of a whole model's embeddings."""
+    if config.model_type in WHOLE_ROWS:
+        return int(config.vision_config.hidden_size)
+    return int(config.projection_dim)
 
 
 def part_of(whole: PretrainedConfig, part: str) -> PretrainedConfig:

@@ -19,12 +19,14 @@ from mmscale.errors import ConfigError
 from mmscale.model.freezing import apply_settings, chain
 from mmscale.model.hf_models import (
     BRING,
+    PRESET,
+    WHOLE_ROWS,
     build_hf_model,
     checkpoint_hf,
     class_for,
-    model_folder,
-    read_config,
     read_json,
+    read_whole,
+    width_of,
 )
 from mmscale.model.hf_text import hf_text_input, max_positions, ready_mask
 from mmscale.model.hf_vision import resize_positions
@@ -36,10 +38,6 @@ from mmscale.model.stretched import stretch_hf
 from mmscale.model.tower import Tower, look
 from mmscale.model.two_tower import TwoTower
 
-KEY = "model.preset"
-WHOLE = ("clip", "siglip", "chinese_clip", "altclip", "vision-text-dual-encoder")
-# Trained on rows that are padded to the whole context, without a mask; pooled at the last place.
-WHOLE_ROWS = ("siglip",)
 # Causal and pooled at the end token, which padding behind it cannot reach.
 AT_END = ("clip",)
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
@@ -104,30 +102,6 @@ class HfWholeText(Tower):
         return chain(self.trunk, ("text_projection",))
 
 
-def read_whole(name: str) -> tuple[str, PretrainedConfig]:
-    """Folder or hub name of a whole model, and its configuration.
-
-    Raises:
-        ConfigError: There is none, or it is no dual encoder that can be taken whole.
-    """
-    folder = model_folder(name, KEY)
-    config = read_config(folder, KEY)
-    if config.model_type not in WHOLE:
-        raise ConfigError(
-            f"{KEY}=hf:{name} is a {config.model_type} model, which cannot be taken whole (types "
-            f"that can: {', '.join(WHOLE)}): give such a model, or name towers "
-            f"(model.vision.name, model.text.name)."
-        )
-    return folder, config
-
-
-def width_of(config: PretrainedConfig) -> int:
-    """Width of a whole model's embeddings."""
-    if config.model_type in WHOLE_ROWS:
-        return int(config.vision_config.hidden_size)
-    return int(config.projection_dim)
-
-
 def build_whole_hf(
     config: ModelConfig, image_size: int | None, fill: bool = True
 ) -> tuple[TwoTower, ImageInput, TextInput]:
@@ -172,11 +146,11 @@ def build_whole_hf(
 
 
 def _create(whole: PretrainedConfig, folder: str, config: ModelConfig, pixels: ImageInput) -> Any:
-    model_class = class_for(whole, MODEL_MAPPING, folder, KEY)
+    model_class = class_for(whole, MODEL_MAPPING, folder, PRESET)
     size, vision = pixels.image_size, whole.vision_config
     if config.weights == "random" and hasattr(vision, "image_size"):
         vision.image_size = size
-    model: Any = build_hf_model(model_class, whole, folder, config, KEY)
+    model: Any = build_hf_model(model_class, whole, folder, config, PRESET)
     if getattr(model.vision_model.config, "image_size", size) != size:
         resize_positions(model.vision_model, size, f"hf:{folder}")
     return model
@@ -201,14 +175,14 @@ def _refuse_contradictions(config: ModelConfig, name: str, width: int) -> None:
         own = tower.pooling == "auto" and tower.weights in ("pretrained", "random")
         if tower.options or not own:
             raise ConfigError(
-                f"model.{part}.options, .weights and .pooling do not go with {KEY}=hf:{name}, "
+                f"model.{part}.options, .weights and .pooling do not go with {PRESET}=hf:{name}, "
                 f"which is taken as it is: leave them out, or name the towers and no preset."
             )
     asked = config.head.model_dump(exclude_defaults=True)
     if asked:
         setting, value = next(iter(asked.items()))
         raise ConfigError(
-            f"model.head.{setting}={value}, but {KEY}=hf:{name} has no head of ours; leave "
+            f"model.head.{setting}={value}, but {PRESET}=hf:{name} has no head of ours; leave "
             f"model.head out, or name the towers and no preset."
         )
 
@@ -221,7 +195,7 @@ def whole_pixels(folder: str, image_size: int | None) -> ImageInput:
     """
     for file in ("preprocessor_config.json", "processor_config.json"):
         read_json(folder, file)
-    what = f"the preprocessing of {KEY}=hf:{folder}"
+    what = f"the preprocessing of {PRESET}=hf:{folder}"
     with hub_call(what, f"{BRING} and its preprocessor", remote=not Path(folder).is_dir()):
         processor: Any = AutoImageProcessor.from_pretrained(folder)
     size, crop = dict(processor.size), dict(processor.crop_size or {})

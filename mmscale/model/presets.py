@@ -101,7 +101,7 @@ def _settings(preset: str) -> dict[str, Any]:
         towers = {"vision": {"name": preset}, "text": {"name": preset}}
         return {**towers, "embed_dim": whole["embed_dim"]}
     if preset.startswith(HF):
-        from mmscale.model.hf_preset import read_whole, width_of
+        from mmscale.model.hf_models import read_whole, width_of
 
         _, config = read_whole(preset.removeprefix(HF))
         towers = {"vision": {"name": preset}, "text": {"name": preset}}
