@@ -78,8 +78,8 @@ def read_whole(name: str) -> tuple[str, PretrainedConfig]:
     config = read_config(folder, PRESET)
     if config.model_type not in WHOLE:
         raise ConfigError(
-            f"{PRESET}=hf:{name} is a {config.model_type} model, which cannot be taken whole (types "
-            f"that can: {', '.join(WHOLE)}): give such a model, or name towers "
+            f"{PRESET}=hf:{name} is a {config.model_type} model, which cannot be taken whole "
+            f"({', '.join(WHOLE)} can): give such a model, or name towers "
             f"(model.vision.name, model.text.name)."
         )
     return folder, config
