@@ -59,6 +59,7 @@ scale, bias (where a `siglip` term has one), tokenizer and preprocessing. Its we
 (`model.weights=pretrained`) unless `random` or a file is asked for. Positions of CLIPs, SigLIPs and
 ViTs are interpolated to another `data.image_size`. Both halves of one such model as two towers,
 which would leave out its projections, are refused; SigLIP 2 of any size (NaFlex) is no preset.
+`mmscale export --to clip` writes a run back in the class that its preset came from.
 
 What a model's folder says is obeyed, or refused in a sentence: sentence-transformers' pooling,
 CLIP's end token, padding, the size of the position table (`data.image_size`); a half of a whole

@@ -125,6 +125,7 @@ def _write(what: Exported, to: str, folder: Path) -> None:
 def _writers() -> dict[str, Writer]:
     # Each brings its own library.
     from mmscale.checkpoint.export_adapter import write_adapters
+    from mmscale.checkpoint.export_clip import write_clip
     from mmscale.checkpoint.export_hf import write_hf
     from mmscale.checkpoint.export_onnx import write_onnx
     from mmscale.checkpoint.export_openclip import write_openclip
@@ -136,6 +137,7 @@ def _writers() -> dict[str, Writer]:
         "onnx": write_onnx,
         "sentence_transformers": write_sentence_transformers,
         "adapter": write_adapters,
+        "clip": write_clip,
     }
 
 
@@ -293,6 +295,13 @@ def _hf(config: Config) -> str | None:
     return _head(config, {"image": True, "text": True})
 
 
+def _clip(config: Config) -> str | None:
+    if is_whole_hf(config.model):
+        return None
+    named = f"model.vision.name={config.model.vision.name}"
+    return f"{named}: --to clip writes a whole model of model.preset=hf:NAME"
+
+
 def _own_projections(config: Config) -> str:
     return f"model.preset={config.model.preset} has projections of its own, not heads of ours"
 
@@ -362,5 +371,6 @@ _REFUSALS: dict[str, Callable[[Config], str | None]] = {
     "onnx": _onnx,
     "sentence_transformers": _sentence_transformers,
     "adapter": _adapter,
+    "clip": _clip,
 }
 FORMATS = tuple(_REFUSALS)

@@ -79,13 +79,15 @@ def _require_own_pooling(what: Exported) -> None:
 def processor(what: Exported) -> dict[str, object]:
     """The evaluation transform in transformers' words: `preprocessor_config.json`."""
     spec = what.spec
+    square = {"height": spec.image_size, "width": spec.image_size}
+    is_squashed = spec.resize == "squash"
     return {
-        "image_processor_type": "CLIPImageProcessor",
+        "image_processor_type": "SiglipImageProcessor" if is_squashed else "CLIPImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": spec.image_size},
+        "size": square if is_squashed else {"shortest_edge": spec.image_size},
         "resample": _BILINEAR if spec.interpolation == "bilinear" else _BICUBIC,
-        "do_center_crop": True,
-        "crop_size": {"height": spec.image_size, "width": spec.image_size},
+        "do_center_crop": not is_squashed,
+        "crop_size": None if is_squashed else square,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

@@ -88,7 +88,9 @@ def doctor(
 @app.command()
 def export(
     run: Run,
-    to: Annotated[str, typer.Option(help="open_clip, hf, onnx, sentence_transformers or adapter.")],
+    to: Annotated[
+        str, typer.Option(help="open_clip, hf, onnx, sentence_transformers, adapter, clip.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write.", callback=folder_out)],
     words: Words = None,
 ) -> int:

@@ -71,7 +71,8 @@ def build_model(
 def _require_whole(config: ModelConfig) -> None:
     """Refuse both halves of one trained model without the projections between them."""
     towers = config.vision, config.text
-    if config.vision.name != config.text.name or any(t.weights == "random" for t in towers):
+    is_one = config.vision.name is not None and config.vision.name == config.text.name
+    if not is_one or any(tower.weights == "random" for tower in towers):
         return
     raise ConfigError(
         f"model.vision.name and model.text.name are both {config.vision.name}, whose projections "

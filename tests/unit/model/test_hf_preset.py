@@ -183,6 +183,12 @@ def test_both_halves_of_one_model_without_its_projections_are_refused(tmp_path, 
         build_model(ModelConfig.model_validate(towers), None, 0)
 
 
+def test_so_are_both_halves_of_one_openclip_model():
+    tower = {"name": "openclip:ViT-B-32"}
+    with pytest.raises(ConfigError, match=r"set model\.preset=openclip:ViT-B-32"):
+        build_model(ModelConfig.model_validate({"vision": tower, "text": tower}), None, 0)
+
+
 def test_the_default_of_weights_survives_a_stored_configuration(tmp_path):
     save_whole(tmp_path, "clip")
     config = validate({"data": {"train": "none"}, "model": {"preset": f"hf:{tmp_path}"}})
