@@ -120,18 +120,18 @@ def schema() -> int:
 
 @app.command()
 def sbatch(
-    name: Annotated[
+    script: Annotated[
         str | None, typer.Argument(help="train, pack, eval or sweep; none: all are listed.")
     ] = None,
 ) -> int:
     """Print where a job's script for SLURM lies: sbatch OPTIONS "$(mmscale sbatch train)" ..."""
     files = {file.stem: file for file in sorted(_SLURM.iterdir())}
-    if name is None:
+    if script is None:
         say("\n".join(str(file) for file in files.values()))
         return 0
-    if name not in files:
-        raise ConfigError(f"{name}: no such script; there are {', '.join(files)}")
-    say(str(files[name]))
+    if script not in files:
+        raise ConfigError(f"{script}: no such script; there are {', '.join(files)}")
+    say(str(files[script]))
     return 0
 
 
