@@ -211,7 +211,10 @@ def checkpoint_hf(model: Any) -> bool:
     """Switch transformers' checkpointing on; False where the model has none."""
     if not model.supports_gradient_checkpointing:
         return False
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    # Its name in earlier releases, deprecated in later ones.
+    before = "gradient_checkpointing_enable"
+    enable = getattr(model, "activation_checkpointing_enable", None) or getattr(model, before)
+    enable({"use_reentrant": False})
     return True
 
 

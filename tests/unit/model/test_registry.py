@@ -2,6 +2,7 @@
 
 import dataclasses
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import open_clip
@@ -52,7 +53,10 @@ WIDTHS = {
 @pytest.mark.parametrize("name", CURATED)
 def test_every_curated_architecture_has_its_registered_figures(name):
     """Built whole from its configuration, on the meta device, with every figure read again."""
-    assert measure(name) == [entries()[name]]
+    (found,), registered = measure(name), entries()[name]
+    assert replace(found, flops=registered.flops) == registered
+    # Releases of a library make a mask with some operations more or less.
+    assert found.flops == pytest.approx(registered.flops, rel=1e-6)
 
 
 @pytest.mark.parametrize(
