@@ -32,7 +32,7 @@ from mmscale.model.hf_text import hf_text_input, max_positions, ready_mask
 from mmscale.model.hf_vision import resize_positions
 from mmscale.model.hub import hub_call
 from mmscale.model.inputs import ImageInput, TextInput, triple
-from mmscale.model.presets import HF
+from mmscale.model.presets import HF, require_taken_as_it_is
 from mmscale.model.scale import LogitScale, take_scale
 from mmscale.model.stretched import stretch_hf
 from mmscale.model.tower import Tower, look
@@ -118,7 +118,7 @@ def build_whole_hf(
     """
     name = str(config.preset).removeprefix(HF)
     folder, whole = read_whole(name)
-    _refuse_contradictions(config, name, width_of(whole))
+    require_taken_as_it_is(config, f"hf:{name}", width_of(whole), pooling=False)
     pixels = whole_pixels(folder, image_size)
     weights = config.weights if fill else "random"
     model = _create(whole, folder, config.model_copy(update={"weights": weights}), pixels)
@@ -162,29 +162,6 @@ def _half(model: PreTrainedModel, parts: tuple[str, ...]) -> PreTrainedModel:
     vars(half)["_modules"] = {n: m for n, m in model.named_children() if n in parts}
     vars(half)["_parameters"] = {}
     return half
-
-
-def _refuse_contradictions(config: ModelConfig, name: str, width: int) -> None:
-    if config.embed_dim != width:
-        raise ConfigError(
-            f"model.embed_dim={config.embed_dim}, but hf:{name} is {width} wide; leave "
-            f"model.embed_dim out, or name the towers (model.vision.name, model.text.name)."
-        )
-    for part in ("vision", "text"):
-        tower = getattr(config, part)
-        own = tower.pooling == "auto" and tower.weights in ("pretrained", "random")
-        if tower.options or not own:
-            raise ConfigError(
-                f"model.{part}.options, .weights and .pooling do not go with {PRESET}=hf:{name}, "
-                f"which is taken as it is: leave them out, or name the towers and no preset."
-            )
-    asked = config.head.model_dump(exclude_defaults=True)
-    if asked:
-        setting, value = next(iter(asked.items()))
-        raise ConfigError(
-            f"model.head.{setting}={value}, but {PRESET}=hf:{name} has no head of ours; leave "
-            f"model.head out, or name the towers and no preset."
-        )
 
 
 def whole_pixels(folder: str, image_size: int | None) -> ImageInput:

@@ -31,7 +31,7 @@ from mmscale.model.openclip_towers import (
     openclip_tokens,
     require_own_pooling,
 )
-from mmscale.model.presets import OPENCLIP
+from mmscale.model.presets import OPENCLIP, require_taken_as_it_is
 from mmscale.model.scale import LogitScale, take_scale
 from mmscale.model.stretched import stretch_openclip
 from mmscale.model.two_tower import TwoTower
@@ -54,7 +54,9 @@ def build_whole_openclip(
     """
     name = str(config.preset).removeprefix(OPENCLIP)
     whole = openclip_config(name, "model.preset")
-    _refuse_contradictions(config, name, whole["embed_dim"])
+    for part in ("vision", "text"):
+        require_own_pooling(getattr(config, part), f"model.{part}", name)
+    require_taken_as_it_is(config, f"OpenCLIP's {name}", whole["embed_dim"], pooling=True)
     model = _create(name, config.weights, image_size, whole["text_cfg"], fill)
     pixels = openclip_pixels(model.visual.image_size, open_clip.get_model_preprocess_cfg(model))
     own = whole["text_cfg"].get("context_length", CLIPTextCfg.context_length)
@@ -93,29 +95,6 @@ def _require_same_padding(text: Any, tokens: TextInput, name: str) -> None:
         f"openclip:{name}: its tokenizer pads with {tokens.pad_token} and its text tower takes "
         f"{text.config.pad_token_id} for padding; set pad_token_id in the tower's config.json."
     )
-
-
-def _refuse_contradictions(config: ModelConfig, name: str, width: int) -> None:
-    if config.embed_dim != width:
-        raise ConfigError(
-            f"model.embed_dim={config.embed_dim}, but OpenCLIP's {name} is {width} wide; leave "
-            f"model.embed_dim out, or name the towers (model.vision.name, model.text.name)."
-        )
-    for part in ("vision", "text"):
-        tower = getattr(config, part)
-        require_own_pooling(tower, f"model.{part}", name)
-        if tower.options or tower.weights not in ("pretrained", "random"):
-            raise ConfigError(
-                f"model.{part}.options and .weights do not go with model.preset=openclip:{name}, "
-                f"which is taken as it is: leave them out, or name the towers and no preset."
-            )
-    asked = config.head.model_dump(exclude_defaults=True)
-    if asked:
-        setting, value = next(iter(asked.items()))
-        raise ConfigError(
-            f"model.head.{setting}={value}, but model.preset=openclip:{name} has no head of ours; "
-            f"leave model.head out, or name the towers and no preset."
-        )
 
 
 def _create(

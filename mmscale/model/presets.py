@@ -88,6 +88,41 @@ def is_whole(config: ModelConfig) -> bool:
     return is_whole_openclip(config) or is_whole_hf(config)
 
 
+def require_taken_as_it_is(config: ModelConfig, called: str, width: int, pooling: bool) -> None:
+    """Refuse settings of towers and heads that a whole model does not take.
+
+    Args:
+        config: `model`, filled.
+        called: The model, in a sentence.
+        width: Of its embeddings.
+        pooling: Its towers' pooling has a rule of its own.
+
+    Raises:
+        ConfigError: There is such a setting.
+    """
+    if config.embed_dim != width:
+        raise ConfigError(
+            f"model.embed_dim={config.embed_dim}, but {called} is {width} wide; leave "
+            f"model.embed_dim out, or name the towers (model.vision.name, model.text.name)."
+        )
+    settings = ".options and .weights" if pooling else ".options, .weights and .pooling"
+    for part in ("vision", "text"):
+        tower = getattr(config, part)
+        is_own = tower.weights in ("pretrained", "random") and (pooling or tower.pooling == "auto")
+        if tower.options or not is_own:
+            raise ConfigError(
+                f"model.{part}{settings} do not go with model.preset={config.preset}, which is "
+                f"taken as it is: leave them out, or name the towers and no preset."
+            )
+    asked = config.head.model_dump(exclude_defaults=True)
+    if asked:
+        setting, value = next(iter(asked.items()))
+        raise ConfigError(
+            f"model.head.{setting}={value}, but model.preset={config.preset} has no head of ours; "
+            f"leave model.head out, or name the towers and no preset."
+        )
+
+
 def _explicit(words: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in words.items() if name not in ("vision", "text")}
 
