@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mmscale.config.deepspeed import zero_stage
 from mmscale.config.rules import expanded_stages
 from mmscale.config.schema import Config
 from mmscale.contracts import World
@@ -49,6 +50,11 @@ def engine_kind(config: Config, world: World) -> str:
         return config.engine.kind
     sharded = config.engine.deepspeed is not None or world.launcher == "deepspeed"
     return "deepspeed" if sharded else "accelerate"
+
+
+def is_zero_3(config: Config, kind: str) -> bool:
+    """Whether weights are whole only while they are used; `kind` as `engine_kind` says."""
+    return kind == "deepspeed" and zero_stage(config.engine.deepspeed) == 3
 
 
 def plan_batch(config: Config, world: int) -> BatchPlan:

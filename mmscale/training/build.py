@@ -13,7 +13,6 @@ from mmscale.checkpoint.files import Checkpoint, newest_sound
 from mmscale.checkpoint.resume import require_same_run
 from mmscale.checkpoint.state import RunState
 from mmscale.config.data import OWN_MODEL
-from mmscale.config.deepspeed import zero_stage
 from mmscale.config.loss import PrototypesTerm
 from mmscale.config.rules import (
     expanded_stages,
@@ -36,7 +35,7 @@ from mmscale.engine.ema import averaged, copy_of
 from mmscale.engine.encode import Encoder
 from mmscale.engine.footprint import count_flops
 from mmscale.engine.inference import Inference
-from mmscale.engine.plan import BatchPlan
+from mmscale.engine.plan import BatchPlan, is_zero_3
 from mmscale.engine.protocol import Engine
 from mmscale.errors import CheckpointError, LaunchError
 from mmscale.loss.objective import Objective
@@ -322,21 +321,15 @@ def _follower(job: Job, config: Config, model: nn.Module, start: Start) -> nn.Mo
     """What becomes the momentum encoder; taken before an engine shards the model."""
     if not needs_momentum(config):
         return None
-    follower = copy_of(model, share_frozen=not _is_sharded(job, config))
+    follower = copy_of(model, share_frozen=not is_zero_3(config, job.kind))
     if start.checkpoint is not None:
         start.checkpoint.load_momentum(averaged(follower, model))
     return follower
 
 
-def _is_sharded(job: Job, config: Config) -> bool:
-    """Whether weights are whole only while they are used."""
-    return job.kind == "deepspeed" and zero_stage(config.engine.deepspeed) == 3
-
-
 def _is_compiled(job: Job, config: Config, timetable: Timetable) -> bool:
-    updates = timetable.total_steps
-    whole = not _is_sharded(job, config)
-    return whole and is_compiled(config.engine.compile, job.policy, updates)
+    choice, updates = config.engine.compile, timetable.total_steps
+    return not is_zero_3(config, job.kind) and is_compiled(choice, job.policy, updates)
 
 
 def _with_lengths(spec: InputSpec, wanted: bool) -> InputSpec:

@@ -9,7 +9,6 @@ from mmscale.checkpoint.files import Checkpoint
 from mmscale.checkpoint.lock import RunLock
 from mmscale.checkpoint.resume import first_weights
 from mmscale.checkpoint.state import RunState
-from mmscale.config.deepspeed import zero_stage
 from mmscale.config.load import stage_config
 from mmscale.config.model import ModelConfig
 from mmscale.config.rules import (
@@ -23,7 +22,7 @@ from mmscale.data.shards import open_train
 from mmscale.encoding import Tell
 from mmscale.engine.before_training import update_fault
 from mmscale.engine.optimizer import optimizer_kind
-from mmscale.engine.plan import engine_kind, plan_batch, stage_lengths
+from mmscale.engine.plan import engine_kind, is_zero_3, plan_batch, stage_lengths
 from mmscale.errors import ConfigError
 from mmscale.loss.product import require_precision
 from mmscale.model.kept import kept_towers, tower_files
@@ -107,8 +106,7 @@ def towers_of(model: ModelConfig, source: Checkpoint | None) -> ModelConfig:
 
 def _require_whole_weights(run: Config, kind: str) -> None:
     """Refuse compiled blocks whose weights are gathered within them."""
-    sharded = kind == "deepspeed" and zero_stage(run.engine.deepspeed) == 3
-    if sharded and run.engine.compile == "blocks":
+    if is_zero_3(run, kind) and run.engine.compile == "blocks":
         raise ConfigError(
             "engine.compile=blocks under ZeRO-3, which gathers weights while a block runs: set "
             "engine.compile=off, or engine.deepspeed to stage 1 or 2"
