@@ -82,11 +82,12 @@ def as_json(results: Sequence[Result]) -> dict[str, Any]:
 def table(results: Sequence[Result]) -> str:
     """Results as aligned text, a line each."""
     names = [field.name for field in fields(Result)]
-    rows = [names, *([_shown(getattr(result, name)) for name in names] for result in results)]
+    rows = [names, *([shown(getattr(result, name)) for name in names] for result in results)]
     return in_columns(rows, left={0, 1, 4})
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A figure as tables have it."""
     if value is None:
         return "-"
     if isinstance(value, float):

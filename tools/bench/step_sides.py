@@ -25,6 +25,7 @@ IMAGE, CONTEXT, VOCABULARY, EMBED = 112, 77, 49408, 192
 VISION = {"width": 192, "layers": 6, "head_width": 64, "patch_size": 16, "image_size": IMAGE}
 TEXT = {"width": 192, "layers": 4, "heads": 3, "context_length": CONTEXT, "vocab_size": VOCABULARY}
 RATE, CLIP_NORM, BETAS, EPS, DECAY = 1e-3, 1.0, (0.9, 0.98), 1e-6, 0.2
+OPTIM = {"lr": RATE, "betas": BETAS, "eps": EPS, "weight_decay": DECAY, "clip_norm": CLIP_NORM}
 WARM_STEPS = 2
 
 Run = Callable[[int], None]
@@ -52,14 +53,30 @@ def main(side: str, rows: int, tokens: int, chunks: int, steps: int) -> None:
     leave()
 
 
-def make_rows(rows: int, tokens: int, rank: int) -> tuple[Tensor, Tensor]:
+def make_rows(rows: int, tokens: int, rank: int, side: int = IMAGE) -> tuple[Tensor, Tensor]:
     """Pixels and captions, which end with the largest id and are padded with zeros."""
     draw = torch.Generator().manual_seed(rank)
-    pixels = torch.randn(rows, 3, IMAGE, IMAGE, generator=draw)
+    pixels = torch.randn(rows, 3, side, side, generator=draw)
     ids = torch.zeros(rows, CONTEXT, dtype=torch.int64)
     ids[:, :tokens] = torch.randint(1, VOCABULARY - 1, (rows, tokens), generator=draw)
     ids[:, tokens - 1] = VOCABULARY - 1
     return pixels, ids
+
+
+def batch_of(pixels: Tensor, ids: Tensor, tokens: int, first: int = 0) -> Batch:
+    """These rows with an image each, captions cut to `tokens`, on the device where they lie."""
+    trimmed = ids[:, :tokens]
+    identity = torch.arange(first, first + len(ids), device=ids.device)
+    return Batch(
+        image=pixels,
+        tokens=trimmed,
+        mask=trimmed > 0,
+        image_ids=identity,
+        match_ids=identity,
+        labels=torch.full_like(identity, -1),
+        keys=[f"{index}#0" for index in range(first, first + len(ids))],
+        captions=[""] * len(ids),
+    )
 
 
 def ours(
@@ -86,10 +103,7 @@ def ours(
             "train": {
                 "global_batch_size": rows * world.size, "micro_batch_size": rows // chunks,
             },
-            "optim": {
-                "lr": RATE, "betas": BETAS, "eps": EPS, "weight_decay": DECAY,
-                "clip_norm": CLIP_NORM,
-            },
+            "optim": OPTIM,
             "engine": {"device": "cpu", "precision": "fp32", "deepspeed": deepspeed},
         }
     )  # fmt: skip
@@ -102,19 +116,7 @@ def ours(
     peers = connect(world)
     objective = Objective(config, peers)
     pixels, ids = make_rows(rows, tokens, world.rank)
-    first = peers.first_row(rows)
-    trimmed, identity = ids[:, :tokens], torch.arange(first, first + rows)
-    batch = Batch(
-        image=pixels,
-        tokens=trimmed,
-        mask=trimmed > 0,
-        image_ids=identity,
-        match_ids=identity,
-        labels=torch.full((rows,), -1),
-        keys=[f"{index}#0" for index in identity.tolist()],
-        captions=[""] * rows,
-    )
-
+    batch = batch_of(pixels, ids, tokens, peers.first_row(rows))
     learner = Learner(engine, objective, peers, rows // chunks)
 
     def run(steps: int) -> None:
@@ -134,15 +136,7 @@ def peer(world: World, rows: int, tokens: int, chunks: int) -> tuple[Run, int]:
     torch.manual_seed(0)
     model: Any = open_clip.CLIP(EMBED, VISION, TEXT, output_dict=True)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    named = list(model.named_parameters())
-    plain = [p for n, p in named if p.ndim < 2 or "bn" in n or "ln" in n or "bias" in n]
-    decayed = [p for _, p in named if all(p is not other for other in plain)]
-    optimizer = torch.optim.AdamW(
-        [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": DECAY}],
-        lr=RATE,
-        betas=BETAS,
-        eps=EPS,
-    )
+    optimizer = peer_optimizer(model)
     several = world.size > 1
     wrapped = DistributedDataParallel(model) if several else model
     loss = ClipLoss(
@@ -152,24 +146,42 @@ def peer(world: World, rows: int, tokens: int, chunks: int) -> tuple[Run, int]:
         rank=world.rank,
         world_size=world.size,
     )
-    arguments = Namespace(
-        device="cpu", precision="fp32", distill=False, accum_freq=chunks, skip_scheduler=True,
-        horovod=False, grad_clip_norm=CLIP_NORM, log_every_n_steps=10**9, rank=world.rank,
-        local_rank=world.local_rank, world_size=world.size, batch_size=rows // chunks,
-        wandb=False, log_local=False,
-    )  # fmt: skip
+    arguments = peer_arguments(world, rows, chunks, "cpu", "fp32")
     batches = list(
         zip(*(x.chunk(chunks) for x in make_rows(rows, tokens, world.rank)), strict=True)
     )
 
     def run(steps: int) -> None:
-        data = {"train": _Loaded(batches * steps, rows * steps * world.size)}
+        data = {"train": Loaded(batches * steps, rows * steps * world.size)}
         train_one_epoch(wrapped, data, loss, 0, optimizer, None, None, None, arguments)
 
     return run, parameters
 
 
-class _Loaded:
+def peer_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """AdamW over the groups that open_clip's `main` makes."""
+    named = list(model.named_parameters())
+    plain = [p for n, p in named if p.ndim < 2 or "bn" in n or "ln" in n or "bias" in n]
+    decayed = [p for _, p in named if all(p is not other for other in plain)]
+    return torch.optim.AdamW(
+        [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": DECAY}],
+        lr=RATE,
+        betas=BETAS,
+        eps=EPS,
+    )
+
+
+def peer_arguments(world: World, rows: int, chunks: int, device: str, precision: str) -> Namespace:
+    """What `train_one_epoch` reads of the command line of open_clip's `main`."""
+    return Namespace(
+        device=device, precision=precision, distill=False, accum_freq=chunks, skip_scheduler=True,
+        horovod=False, grad_clip_norm=CLIP_NORM, log_every_n_steps=10**9, rank=world.rank,
+        local_rank=world.local_rank, world_size=world.size, batch_size=rows // chunks,
+        wandb=False, log_local=False,
+    )  # fmt: skip
+
+
+class Loaded:
     """Batches in memory, as open_clip_train takes its data."""
 
     def __init__(self, batches: list[tuple[Tensor, Tensor]], samples: int):

@@ -17,6 +17,8 @@ from typing import Annotated, Any
 
 import typer
 
+from tools.bench.results import shown
+
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_SECONDS = 480
 SIDES = ("ours", "ours_compiled", "open_clip", "open_clip_compiled")
@@ -153,15 +155,9 @@ def _page(out: Path) -> str:
 
 def _table(results: list[dict[str, Any]]) -> list[str]:
     names = list(dict.fromkeys(name for result in results for name in result))
-    shown = [[_shown(result.get(name)) for name in names] for result in results]
+    cells = [[shown(result.get(name)) for name in names] for result in results]
     rule = ["---"] * len(names)
-    return [f"| {' | '.join(row)} |" for row in (names, rule, *shown)]
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+    return [f"| {' | '.join(row)} |" for row in (names, rule, *cells)]
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ table of the operations of three more updates is written there.
 import json
 import sys
 import time
-from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,18 @@ from torch import Tensor
 from torch.profiler import profile
 
 from mmscale.config.load import validate
-from mmscale.contracts import Batch, World
+from mmscale.config.schema import Config
+from mmscale.contracts import World
 from mmscale.parallel.device import choose, memory_peak
+from tools.bench.step_sides import (
+    OPTIM,
+    RATE,
+    Loaded,
+    batch_of,
+    make_rows,
+    peer_arguments,
+    peer_optimizer,
+)
 
 # By device: a real model on a card, and one that shows on a CPU that the program runs.
 SIZES: dict[str, dict[str, Any]] = {
@@ -33,8 +42,6 @@ SIZES: dict[str, dict[str, Any]] = {
         "text": {"width": 64, "layers": 2, "heads": 2},
     },
 }
-CONTEXT, VOCABULARY = 77, 49408
-RATE, CLIP_NORM, BETAS, EPS, DECAY = 1e-3, 1.0, (0.9, 0.98), 1e-6, 0.2
 # Compiling, choosing kernels and filling the allocator are over after so many updates.
 WARM_STEPS = 6
 
@@ -43,9 +50,10 @@ Run = Callable[[int], None]
 
 def main(side: str, device: str, rows: int, chunks: int, tokens: int, steps: int) -> Run:
     """Measure `steps` updates after a few others, and print the figures."""
-    run, flops, peak = SIDES[side](device, rows, chunks, tokens)
+    flops, where = flops_of(device, rows, tokens), torch.device(device)
+    peak = choose(config_of(device, rows).engine).peak_flops
+    run = SIDES[side](device, rows, chunks, tokens)
     run(WARM_STEPS)
-    where = torch.device(device)
     start = time.perf_counter()
     run(steps)
     seconds = (time.perf_counter() - start) / steps
@@ -73,34 +81,17 @@ def _wait(device: str) -> None:
         torch.accelerator.synchronize()
 
 
-def make_rows(device: str, rows: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """Pixels as numbers, and captions that end with the largest id and are padded with zeros."""
-    draw = torch.Generator().manual_seed(0)
-    side = SIZES[device]["image"]
-    pixels = torch.randn(rows, 3, side, side, generator=draw)
-    ids = torch.zeros(rows, CONTEXT, dtype=torch.int64)
-    ids[:, :tokens] = torch.randint(1, VOCABULARY - 1, (rows, tokens), generator=draw)
-    ids[:, tokens - 1] = VOCABULARY - 1
+def rows_on(device: str, rows: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """The rows of `make_rows`, on the device."""
+    pixels, ids = make_rows(rows, tokens, 0, SIZES[device]["image"])
     return pixels.to(device), ids.to(device)
 
 
-def ours(
-    device: str, rows: int, chunks: int, tokens: int, compiled: bool = False
-) -> tuple[Run, float, float | None]:
-    """Our update on one device: what runs some of them, FLOPs of one, and the device's peak."""
-    from mmscale.checkpoint.state import RunState
-    from mmscale.engine.accelerate import AccelerateEngine
-    from mmscale.engine.compiled import compile_blocks
-    from mmscale.engine.footprint import count_flops
-    from mmscale.loss.objective import Objective
-    from mmscale.model.build import build_model
-    from mmscale.parallel.peers import Alone
-    from mmscale.training.part import Step
-    from mmscale.training.step import Learner, launch
-
+def config_of(device: str, rows: int) -> Config:
+    """Of ours."""
     size = SIZES[device]
     tower = {"name": f"openclip:{size['name']}", "weights": "random"}
-    config = validate(
+    return validate(
         {
             "data": {"train": "none"},
             "model": {
@@ -109,31 +100,38 @@ def ours(
                 "embed_dim": size["embed"],
             },
             "train": {"global_batch_size": rows},
-            "optim": {
-                "lr": RATE, "betas": BETAS, "eps": EPS, "weight_decay": DECAY,
-                "clip_norm": CLIP_NORM,
-            },
+            "optim": OPTIM,
             "engine": {"device": device, "precision": "bf16"},
         }
-    )  # fmt: skip
-    policy = choose(config.engine)
-    model, spec = build_model(config.model, None, 0)
-    flops = count_flops(model.train(), spec).update(rows, tokens)
+    )
+
+
+def flops_of(device: str, rows: int, tokens: int) -> float:
+    """Of one update of either side, counted on the CPU."""
+    from mmscale.engine.footprint import count_flops
+    from mmscale.model.build import build_model
+
+    model, spec = build_model(config_of(device, rows).model, None, 0)
+    return count_flops(model.train(), spec).update(rows, tokens)
+
+
+def ours(device: str, rows: int, chunks: int, tokens: int, compiled: bool = False) -> Run:
+    """Our update on one device: what runs some of them."""
+    from mmscale.checkpoint.state import RunState
+    from mmscale.engine.accelerate import AccelerateEngine
+    from mmscale.engine.compiled import compile_blocks
+    from mmscale.loss.objective import Objective
+    from mmscale.model.build import build_model
+    from mmscale.parallel.peers import Alone
+    from mmscale.training.part import Step
+    from mmscale.training.step import Learner, launch
+
+    config = config_of(device, rows)
+    model, _ = build_model(config.model, None, 0)
     if compiled:
         compile_blocks([model.vision, model.text])
-    engine = AccelerateEngine(model, config, policy, World())
-    pixels, ids = make_rows(device, rows, tokens)
-    trimmed, identity = ids[:, :tokens].contiguous(), torch.arange(rows, device=device)
-    batch = Batch(
-        image=pixels,
-        tokens=trimmed,
-        mask=trimmed > 0,
-        image_ids=identity,
-        match_ids=identity,
-        labels=torch.full((rows,), -1, device=device),
-        keys=[f"{row}#0" for row in range(rows)],
-        captions=[""] * rows,
-    )
+    engine = AccelerateEngine(model.train(), config, choose(config.engine), World())
+    batch = batch_of(*rows_on(device, rows, tokens), tokens)
     learner = Learner(engine, Objective(config, Alone()), Alone(), rows // chunks)
 
     def run(steps: int) -> None:
@@ -145,25 +143,20 @@ def ours(
             before = launched
         _wait(device)
 
-    return run, flops, policy.peak_flops
+    return run
 
 
-def ours_compiled(
-    device: str, rows: int, chunks: int, tokens: int
-) -> tuple[Run, float, float | None]:
+def ours_compiled(device: str, rows: int, chunks: int, tokens: int) -> Run:
     """The same with `engine.compile=blocks`."""
     return ours(device, rows, chunks, tokens, compiled=True)
 
 
-def open_clip(
-    device: str, rows: int, chunks: int, tokens: int, compiled: bool = False
-) -> tuple[Run, float, float | None]:
+def open_clip(device: str, rows: int, chunks: int, tokens: int, compiled: bool = False) -> Run:
     """`train_one_epoch` of open_clip_train, set up as its `main` does, with `amp_bf16`."""
     import open_clip as library
     from open_clip.loss import ClipLoss
     from open_clip_train.train import train_one_epoch
 
-    _, flops, peak = ours(device, rows, chunks, tokens)
     size = SIZES[device]
     settings = library.get_model_config(size["name"])
     torch.manual_seed(0)
@@ -173,52 +166,23 @@ def open_clip(
         {**settings["text_cfg"], **size["text"]},
         output_dict=True,
     ).to(device)
-    named = list(model.named_parameters())
-    plain = [p for n, p in named if p.ndim < 2 or "bn" in n or "ln" in n or "bias" in n]
-    decayed = [p for _, p in named if all(p is not other for other in plain)]
-    optimizer = torch.optim.AdamW(
-        [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": DECAY}],
-        lr=RATE,
-        betas=BETAS,
-        eps=EPS,
-    )
+    optimizer = peer_optimizer(model)
     trained = torch.compile(model) if compiled else model
-    arguments = Namespace(
-        device=device, precision="amp_bf16", distill=False, accum_freq=chunks, skip_scheduler=True,
-        horovod=False, grad_clip_norm=CLIP_NORM, log_every_n_steps=10**9, rank=0, local_rank=0,
-        world_size=1, batch_size=rows // chunks, wandb=False, log_local=False,
-    )  # fmt: skip
-    batches = list(zip(*(x.chunk(chunks) for x in make_rows(device, rows, tokens)), strict=True))
+    arguments = peer_arguments(World(), rows, chunks, device, "amp_bf16")
+    batches = list(zip(*(x.chunk(chunks) for x in rows_on(device, rows, tokens)), strict=True))
     loss = ClipLoss(cache_labels=True)
 
     def run(steps: int) -> None:
-        data = {"train": _Loaded(batches * steps, rows * steps)}
+        data = {"train": Loaded(batches * steps, rows * steps)}
         train_one_epoch(trained, data, loss, 0, optimizer, None, None, None, arguments)
         _wait(device)
 
-    return run, flops, peak
+    return run
 
 
-def open_clip_compiled(
-    device: str, rows: int, chunks: int, tokens: int
-) -> tuple[Run, float, float | None]:
+def open_clip_compiled(device: str, rows: int, chunks: int, tokens: int) -> Run:
     """The same with `--torchcompile`."""
     return open_clip(device, rows, chunks, tokens, compiled=True)
-
-
-class _Loaded:
-    """Batches on the device, as open_clip_train takes its data."""
-
-    def __init__(self, batches: list[tuple[Tensor, Tensor]], samples: int):
-        self.dataloader = self
-        self.num_batches, self.num_samples = len(batches), samples
-        self._batches = batches
-
-    def set_epoch(self, epoch: int) -> None:
-        """Nothing is shuffled."""
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(self._batches)
 
 
 SIDES = {
