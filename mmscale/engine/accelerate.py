@@ -12,7 +12,8 @@ from mmscale.config.schema import Config
 from mmscale.contracts import NamedTensor, World
 from mmscale.engine.ema import Replica
 from mmscale.engine.optimizer import (
-    clip_divisor,
+    decide_on_device,
+    decides_on_device,
     optimizer_kind,
     parameter_groups,
     persistent_buffers,
@@ -42,12 +43,8 @@ class AccelerateEngine:
         groups = parameter_groups(model, config.optim)
         self._kind = optimizer_kind(config.optim, policy.fused_optimizer, sharded=False)
         optimizer = self._kind.build(groups)
-        # torch's fused optimizers read a divisor and a flag from the device.
-        self.decides_on_device = (
-            policy.runs_ahead
-            and self._accelerator.scaler is None
-            and getattr(optimizer, "_step_supports_amp_scaling", False)
-        )
+        can_skip = self._accelerator.scaler is None and decides_on_device(optimizer)
+        self.decides_on_device = policy.runs_ahead and can_skip
         self._optimizer = self._accelerator.prepare_optimizer(optimizer)
         # accelerate loads the optimizer's state anew: these are the groups that it goes by.
         self.groups: list[dict[str, Any]] = self._optimizer.param_groups
@@ -88,9 +85,7 @@ class AccelerateEngine:
     ) -> None:
         set_rates(self._optimizer.param_groups, factor)
         if applied is not None:
-            inner: Any = self._optimizer.optimizer
-            inner.grad_scale = clip_divisor(torch.as_tensor(total_norm), self._clip)
-            inner.found_inf = applied.logical_not().float()
+            decide_on_device(self._optimizer.optimizer, total_norm, self._clip, applied)
         elif self._clip is not None and total_norm > self._clip:
             gradients = [
                 p.grad for part in self._parts.values() for p in part if p.grad is not None

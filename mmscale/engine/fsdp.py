@@ -24,7 +24,8 @@ from mmscale.contracts import NamedTensor, World
 from mmscale.engine.ema import averaged
 from mmscale.engine.loss_scale import LossScale
 from mmscale.engine.optimizer import (
-    clip_divisor,
+    decide_on_device,
+    decides_on_device,
     optimizer_kind,
     parameter_groups,
     part_names,
@@ -68,12 +69,8 @@ class FsdpEngine:
         self._optimizer: Any = self._kind.build(self.groups)
         self.groups = self._optimizer.param_groups
         self._scale = LossScale() if policy.dtype == torch.float16 else None
-        # torch's fused optimizers read a divisor and a flag from the device.
-        self.decides_on_device = (
-            policy.runs_ahead
-            and self._scale is None
-            and getattr(self._optimizer, "_step_supports_amp_scaling", False)
-        )
+        can_skip = self._scale is None and decides_on_device(self._optimizer)
+        self.decides_on_device = policy.runs_ahead and can_skip
 
     def call(self, mode: str, *inputs: Any) -> Any:
         # Weights come in the precision of products; autocast brings what they meet to it.
@@ -115,8 +112,7 @@ class FsdpEngine:
     ) -> None:
         set_rates(self.groups, factor)
         if applied is not None:
-            self._optimizer.grad_scale = clip_divisor(torch.as_tensor(total_norm), self._clip)
-            self._optimizer.found_inf = applied.logical_not().float()
+            decide_on_device(self._optimizer, total_norm, self._clip, applied)
         elif self._clip is not None and total_norm > self._clip:
             torch._foreach_mul_(self._gradients(), self._clip / (total_norm + 1e-6))
         self._optimizer.step()

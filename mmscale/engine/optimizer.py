@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from timm.optim import create_optimizer_v2, get_optimizer_info
 from torch import Tensor, nn
 
@@ -81,11 +80,19 @@ def set_rates(groups: list[dict[str, Any]], factor: float) -> None:
         group["lr"] = group["base_lr"] * factor * group["balance"]
 
 
-def clip_divisor(total_norm: Tensor, limit: float | None) -> Float[Tensor, ""]:
-    """What a gradient of this norm is divided by so that it is clipped; on the norm's device."""
-    if limit is None:
-        return torch.ones_like(total_norm, dtype=torch.float32)
-    return ((total_norm + 1e-6) / limit).clamp(min=1).float()
+def decides_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its update reads a divisor and a flag from the device: torch's fused ones do."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def decide_on_device(
+    optimizer: Any, total_norm: float | Tensor, clip_norm: float | None, applied: Tensor
+) -> None:
+    """Let the coming update clip a gradient of this norm, and pass where `applied` is false."""
+    norm = torch.as_tensor(total_norm)
+    divisor = torch.ones_like(norm) if clip_norm is None else (norm + 1e-6) / clip_norm
+    optimizer.grad_scale = divisor.clamp(min=1).float()
+    optimizer.found_inf = applied.logical_not().float()
 
 
 def trained_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
