@@ -25,4 +25,4 @@ def load(path: str | PathLike[str], *words: str) -> Any:
         CheckpointError: Neither, or damaged.
         ConfigError: A word would make it another model.
     """
-    return import_module("mmscale.evaluation").load(path, *words)
+    return import_module("mmscale.evaluation.trained").load(path, *words)

@@ -26,7 +26,7 @@ from mmscale.outputs import file_output, require_file, writing
 @app.command("eval")
 def evaluate(run: Run, data: Data, words: Words = None, json_file: Json = None) -> int:
     """Recall of both directions on held-out pairs (Karpathy's protocol)."""
-    from mmscale.evaluation import evaluate_set
+    from mmscale.evaluation.retrieval import evaluate_set
     from mmscale.parallel.peers import Alone
 
     figures = evaluate_set(*_trained(run, data, words), Alone())
@@ -98,7 +98,7 @@ def export(
     require_there(run, "run or checkpoint")
     from mmscale.checkpoint.export import Exported, require_exportable
     from mmscale.checkpoint.export import export as write
-    from mmscale.evaluation import load_on_cpu
+    from mmscale.evaluation.trained import load_on_cpu
 
     exported = Exported(
         *load_on_cpu(run, words or (), lambda config: require_exportable(config, to, out)), out
@@ -170,7 +170,7 @@ def compare(
 
 
 def _search_for_suspects(run: Path, data: str, words: list[str] | None) -> None:
-    from mmscale.evaluation import embed_set
+    from mmscale.evaluation.retrieval import embed_set
     from mmscale.parallel.peers import Alone
     from mmscale.report.examples import Examples, choose_suspects
 
@@ -194,7 +194,7 @@ def _diagnosed_npz(path: Path) -> dict[str, Any]:
 def _diagnosed_run(run: Path, data: str | None, words: list[str] | None) -> dict[str, Any]:
     from mmscale.diagnostics.doctor import InTraining
     from mmscale.diagnostics.of_run import Course, diagnose_run
-    from mmscale.evaluation import embed_set
+    from mmscale.evaluation.retrieval import embed_set
     from mmscale.parallel.peers import Alone
     from mmscale.report.metrics import read_metrics
 
@@ -207,7 +207,7 @@ def _diagnosed_run(run: Path, data: str | None, words: list[str] | None) -> dict
 
 
 def _pairs(run: Path, data: str | None, words: list[str] | None) -> Any:
-    from mmscale.evaluation import embed_set
+    from mmscale.evaluation.retrieval import embed_set
     from mmscale.parallel.peers import Alone
 
     return embed_set(*_trained(run, data, words), Alone())
@@ -217,7 +217,7 @@ def _trained(run: Path, data: str | None, words: list[str] | None) -> tuple[Any,
     """The model of a run or checkpoint, and the pairs to look at."""
     from mmscale.data.grouping import copies_line
     from mmscale.data.shards import open_shards
-    from mmscale.evaluation import load_trained
+    from mmscale.evaluation.trained import load_trained
 
     require_there(run, "run or checkpoint")
     trained = load_trained(run, words or ())

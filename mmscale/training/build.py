@@ -27,7 +27,6 @@ from mmscale.data.caption_text import with_cleaning
 from mmscale.data.features import CachedStream, FeatureTable
 from mmscale.data.schedule import Schedule, plan_schedule
 from mmscale.data.stream import TrainStream
-from mmscale.encoding import Tell, encoded_sets, own_neighbours
 from mmscale.engine.before_training import fit_heads, gaps_line
 from mmscale.engine.build import build_engine
 from mmscale.engine.compiled import caption_lengths, compile_blocks, is_compiled
@@ -38,6 +37,7 @@ from mmscale.engine.inference import Inference
 from mmscale.engine.plan import BatchPlan, is_zero_3
 from mmscale.engine.protocol import Engine
 from mmscale.errors import CheckpointError, LaunchError
+from mmscale.evaluation.encoded import Tell, encoded_sets, own_neighbours
 from mmscale.loss.objective import Objective
 from mmscale.model.batch_norm import connect_batch_norms
 from mmscale.model.build import build_model

@@ -12,11 +12,11 @@ from mmscale.contracts import InputSpec
 from mmscale.data.features import SampleBatches
 from mmscale.data.stream import pad
 from mmscale.diagnostics.pairs import Pairs
-from mmscale.encoding import HeldOut
 from mmscale.engine.compiled import evaluating
 from mmscale.engine.feed import images_on
 from mmscale.errors import DataError
-from mmscale.evaluation import require_sound_model
+from mmscale.evaluation.encoded import HeldOut
+from mmscale.evaluation.retrieval import require_sound_model
 from mmscale.training.step import Learner
 
 

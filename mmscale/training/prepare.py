@@ -19,11 +19,11 @@ from mmscale.config.schema import Config
 from mmscale.contracts import World
 from mmscale.data.schedule import plan_schedule
 from mmscale.data.shards import open_train
-from mmscale.encoding import Tell
 from mmscale.engine.before_training import update_fault
 from mmscale.engine.optimizer import optimizer_kind
 from mmscale.engine.plan import engine_kind, is_zero_3, plan_batch, stage_lengths
 from mmscale.errors import ConfigError
+from mmscale.evaluation.encoded import Tell
 from mmscale.loss.product import require_precision
 from mmscale.model.kept import kept_towers, tower_files
 from mmscale.model.presets import fill_preset, stand_in_line

@@ -18,9 +18,9 @@ from mmscale.data.features import CachedStream
 from mmscale.data.schedule import Schedule
 from mmscale.data.shards import ShardSet
 from mmscale.data.stream import TrainStream
-from mmscale.encoding import HeldOut
 from mmscale.engine.footprint import Flops
 from mmscale.engine.plan import BatchPlan
+from mmscale.evaluation.encoded import HeldOut
 from mmscale.parallel.device import DevicePolicy
 from mmscale.parallel.failure import Watchdog
 from mmscale.parallel.signals import StopSignal

@@ -9,7 +9,8 @@ from mmscale.checkpoint.files import Checkpoint, step_folder
 from mmscale.contracts import World
 from mmscale.data.arrange import Neighbours, mean_by_image, nearest
 from mmscale.data.shards import open_shards
-from mmscale.evaluation import embed_set, load_trained
+from mmscale.evaluation.retrieval import embed_set
+from mmscale.evaluation.trained import load_trained
 from mmscale.parallel.peers import connect
 from tests.whole.command import run
 from tests.whole.small_run import (

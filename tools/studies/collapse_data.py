@@ -9,10 +9,10 @@ from torch import Tensor
 
 from mmscale.config.load import load_config
 from mmscale.data.shards import ShardSet, open_shards, open_train
-from mmscale.encoding import FeatureCache
 from mmscale.engine.encode import Encoder, encode
 from mmscale.engine.inference import Inference
 from mmscale.errors import ConfigError
+from mmscale.evaluation.encoded import FeatureCache
 from mmscale.model.build import build_model
 from mmscale.parallel.device import choose
 from mmscale.parallel.peers import Alone

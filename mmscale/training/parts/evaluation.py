@@ -8,7 +8,7 @@ from mmscale.config.schema import CheckpointConfig
 from mmscale.diagnostics.pairs import Pairs
 from mmscale.engine.compiled import evaluating
 from mmscale.errors import ConfigError, Stop
-from mmscale.evaluation import evaluate
+from mmscale.evaluation.retrieval import evaluate
 from mmscale.parallel.peers import gather_objects
 from mmscale.training.part import Part, StepResult
 from mmscale.training.parts.momentum import Momentum

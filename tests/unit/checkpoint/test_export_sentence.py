@@ -9,7 +9,7 @@ from PIL import Image
 
 from mmscale.checkpoint.export import export, require_exportable
 from mmscale.errors import ConfigError
-from mmscale.evaluation import Transform
+from mmscale.evaluation.trained import Transform
 from mmscale.model.dual_encoder import Tokenizer
 from tests.unit.checkpoint.test_export import (
     CAPTIONS,

@@ -16,7 +16,7 @@ from mmscale.data.decoded_cache import Shrinking
 from mmscale.data.pixels import SIDE, decode, in_rgb, thumbnail
 from mmscale.data.shard_writer import Treatment, prepare_image
 from mmscale.errors import DataError
-from mmscale.evaluation import Transform
+from mmscale.evaluation.trained import Transform
 
 # Every upper byte with several lower ones.
 RAMP = np.linspace(0, 65535, 128 * 128).astype(np.uint16).reshape(128, 128)

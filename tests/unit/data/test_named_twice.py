@@ -7,8 +7,8 @@ import pytest
 
 from mmscale.data.schedule import plan_schedule
 from mmscale.data.shards import open_shards, open_train
-from mmscale.encoding import encoded_sets
 from mmscale.errors import ConfigError
+from mmscale.evaluation.encoded import encoded_sets
 
 
 @pytest.fixture

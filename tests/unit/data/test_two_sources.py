@@ -26,7 +26,7 @@ from mmscale.diagnostics.retrieval import recalls
 from mmscale.engine.encode import Encoder, encode
 from mmscale.engine.inference import Inference
 from mmscale.errors import DataError
-from mmscale.evaluation import embed
+from mmscale.evaluation.retrieval import embed
 from mmscale.model.build import build_model
 from mmscale.parallel.device import choose
 from mmscale.parallel.peers import Alone

@@ -10,7 +10,7 @@ import torch
 from mmscale.data.caption_text import with_cleaning
 from mmscale.data.features import FeatureTable
 from mmscale.data.shards import open_shards
-from mmscale.encoding import FeatureCache
+from mmscale.evaluation.encoded import FeatureCache
 from mmscale.model.build import build_model
 from mmscale.parallel.peers import Alone
 from tests.ranks.tiny import tiny_config

@@ -1,0 +1,1 @@
+"""Trained models on whole sets: encoded, compared, and found again."""
