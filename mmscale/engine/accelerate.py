@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mmscale.config.schema import Config
 from mmscale.contracts import NamedTensor, World
+from mmscale.engine.casts import Casts
 from mmscale.engine.ema import Replica
 from mmscale.engine.optimizer import (
     decide_on_device,
@@ -38,6 +39,7 @@ class AccelerateEngine:
         self.label = "accelerate"
         self.device = policy.device
         self.module = model.to(policy.device)
+        self._casts = Casts(policy.device, policy.dtype)
         self._clip = config.optim.clip_norm
         self._parts = trained_parts(model)
         groups = parameter_groups(model, config.optim)
@@ -50,10 +52,11 @@ class AccelerateEngine:
         self.groups: list[dict[str, Any]] = self._optimizer.param_groups
 
     def call(self, mode: str, *inputs: Any) -> Any:
-        with self._accelerator.autocast():
+        with self._casts.forward():
             return self.module(mode, *inputs)
 
     def begin_update(self) -> None:
+        self._casts.begin()
         self._optimizer.zero_grad(set_to_none=True)
 
     def backward(self, loss: Tensor, last: bool, scaled: bool = False) -> None:
@@ -63,6 +66,7 @@ class AccelerateEngine:
             self._accelerator.backward(loss)
         if not last:
             return
+        self._casts.end()
         trained = [p for part in self._parts.values() for p in part]
         for parameter in trained:
             # The optimizer would pass over what took no part in this update: in sharded gradients
@@ -140,6 +144,7 @@ class AccelerateEngine:
         self._kind.resume(self._optimizer.optimizer, updates)
 
     def close(self) -> None:
+        self._casts.end()
         self._accelerator.free_memory()
 
 
