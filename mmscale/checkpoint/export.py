@@ -35,12 +35,14 @@ class Exported:
         encoder: The model on the CPU in fp32, in evaluation mode.
         spec: What it is fed.
         out: Folder that the files are going to lie in.
+        page: Of the hub, ORG/NAME, if they are going to lie there and not on this machine.
     """
 
     config: Config
     encoder: DualEncoder
     spec: InputSpec
     out: Path
+    page: str | None = None
 
     def sample(self) -> tuple[Tensor, Tensor]:
         """Pixels [2 3 h w] and tokens [2 t] to compare models on."""

@@ -37,7 +37,10 @@ def write_adapters(what: Exported, folder: Path) -> None:
     towers = {part: model.get_submodule(part) for part in ("vision", "text")}
     towers = {part: tower for part, tower in towers.items() if adapted(tower)}
     for part, tower in towers.items():
-        _write(tower, folder / part, str(getattr(what.config.model, part).name))
+        source, _, path = str(getattr(what.config.model, part).name).partition(":")
+        # A checkpoint's own copy of a tower's configuration is no place for others to look.
+        base = path if source == "hf" and what.page is None else None
+        _write(tower, folder / part, base)
     rest = {
         name: parameter.detach().contiguous()
         for name, parameter in model.named_parameters()
@@ -50,14 +53,13 @@ def write_adapters(what: Exported, folder: Path) -> None:
         _check(what, part, tower, folder / part)
 
 
-def _write(tower: Any, folder: Path, name: str) -> None:
+def _write(tower: Any, folder: Path, base: str | None) -> None:
     from peft import get_peft_model_state_dict
 
     trunk = tower.trunk
     config = copy.deepcopy(trunk.peft_config[NAME])
     config.inference_mode = True
-    source, _, path = name.partition(":")
-    config.base_model_name_or_path = path if source == "hf" else None
+    config.base_model_name_or_path = base
     config.save_pretrained(folder)
     tensors = get_peft_model_state_dict(trunk, adapter_name=NAME, save_embedding_layers=False)
     save_file(

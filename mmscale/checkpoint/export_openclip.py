@@ -77,14 +77,18 @@ def write_openclip(what: Exported, folder: Path) -> None:
         text["hf_tokenizer_name"] = _BESIDE
     if "hf_model_name" in text:
         text |= {"hf_model_name": str(folder.resolve()), "hf_model_pretrained": False}
-        (folder / "README.md").write_text(_MOVED)
+        if what.page is None:
+            (folder / "README.md").write_text(_MOVED)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
     content = {"model_cfg": settings, "preprocess_cfg": preprocessing(what.spec)}
     write_json(folder / CONFIG, content)
     _check(what, folder)
     if "hf_model_name" in text:
-        text["hf_model_name"] = str(what.out.resolve())
-        write_json(folder / CONFIG, content)
+        text["hf_model_name"] = what.page or str(what.out.resolve())
+    if what.page is not None and "hf_tokenizer_name" in text:
+        # Of a page, OpenCLIP takes the tokenizer from where this says.
+        text["hf_tokenizer_name"] = what.page
+    write_json(folder / CONFIG, content)
 
 
 def _whole(what: Exported, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -12,7 +12,6 @@ from mmscale.cli.command import (
     Words,
     app,
     file_out,
-    folder_out,
     reading,
     require_there,
     say,
@@ -83,32 +82,6 @@ def doctor(
         say(line)
     write_json(json_file, diagnosis)
     return 0 if diagnosis["verdict"] == "healthy" else 3
-
-
-@app.command()
-def export(
-    run: Run,
-    to: Annotated[
-        str, typer.Option(help="open_clip, hf, onnx, sentence_transformers, adapter, clip.")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder to write.", callback=folder_out)],
-    words: Words = None,
-) -> int:
-    """Write a trained model in the format of OpenCLIP, Hugging Face, ONNX and others."""
-    require_there(run, "run or checkpoint")
-    from mmscale.checkpoint.export import Exported, require_exportable
-    from mmscale.checkpoint.export import export as write
-    from mmscale.evaluation.trained import load_on_cpu
-
-    exported = Exported(
-        *load_on_cpu(run, words or (), lambda config: require_exportable(config, to, out)), out
-    )
-    with writing("--out", out):
-        write(exported, to)
-    say(f"{to} files in {out}")
-    if (out / "README.md").exists():
-        say(f"{out / 'README.md'} says how they are loaded once they have been moved")
-    return 0
 
 
 @app.command()
