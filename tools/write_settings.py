@@ -23,8 +23,9 @@ Written by `tools/write_settings.py` from `mmscale/config/schema.py`; a test fai
 date. A setting is an entry of a YAML file (`train: {duration: 5 epochs}`) or a word of a command
 (`train.duration="5 epochs"`). Where two of them say different things, the later one wins.
 A *duration* is a number with its unit: `300 steps`, `5 epochs`, `1M samples`. A path with `[]` is
-a setting of each entry of a list, one with `[name]` of each entry whose `kind` is that name. A
-*ramp* is a number, or `{from: 0, to: 1, over: 1 epochs}`, with `start: DURATION` if it is to wait.
+a setting of each entry of a list, one with `[name]` of each entry whose `kind` is that name, one
+with `NAME` of each entry of a mapping. A *ramp* is a number, or `{from: 0, to: 1, over: 1 epochs}`,
+with `start: DURATION` if it is to wait.
 """
 NAMES = {
     str: "text",
@@ -62,14 +63,19 @@ def group(name: str, annotation: Any) -> Iterator[tuple[str, FieldInfo]]:
 
 
 def settings(section: Any, prefix: str) -> Iterator[tuple[str, FieldInfo]]:
-    """Dotted path and field of every leaf; an entry of a list is written `list[].name`."""
+    """Dotted path and field of every leaf; an entry of a list is written `list[].name`.
+
+    One of a mapping is written `mapping.NAME.name`.
+    """
     for name, field in section.model_fields.items():
         if is_section(field.annotation):
             yield from settings(field.annotation, f"{prefix}{name}.")
             continue
         yield prefix + name, field
+        is_named = get_origin(field.annotation) is dict
         for entry in entries(field.annotation):
-            yield from settings(entry, f"{prefix}{name}[{tag(entry)}].")
+            place = ".NAME" if is_named else f"[{tag(entry)}]"
+            yield from settings(entry, f"{prefix}{name}{place}.")
 
 
 def entries(annotation: Any) -> list[Any]:

@@ -69,7 +69,7 @@ class DataConfig(Section):
     """Packed folder with its manifest, globs or brace lists of tars beside one, `http(s)://` of
     either, or a list of such; or sources with weights: `[{shards: a, weight: 2}, {shards: b}]`."""
     eval: PathsSetting | None = None
-    """Packed folder of held-out pairs; without it nothing is evaluated."""
+    """Packed folder of held-out pairs; without it and `eval.sets` nothing is evaluated."""
     allow_pipe: bool = False
     """Let `pipe:COMMAND` in `data.train` run the command; what it writes is the shard."""
     resampled: bool = False

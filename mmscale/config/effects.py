@@ -13,6 +13,7 @@ from mmscale.config.explain import in_yaml
 from mmscale.config.model import HeadConfig
 from mmscale.config.rules import (
     expanded_stages,
+    is_evaluated,
     may_match,
     needs_momentum,
     places,
@@ -74,7 +75,7 @@ def ineffective(
         if not any(effect.holds(stretch) for stretch in stretches):
             yield path, _sentence(path, value, effect)
     for number, stage in enumerate(config.stages):
-        if stage.patience is not None and config.data.eval is None:
+        if stage.patience is not None and not is_evaluated(config):
             path = f"stages.{number}.patience"
             yield path, _sentence(path, stage.patience, _EVALUATED)
 
@@ -193,17 +194,20 @@ def _adapter(part: str) -> dict[str, Effect | None]:
     return {kind: _trains(part), **details}
 
 
-_EVALUATED = Effect(
+_PROBED = Effect(
     "with held-out pairs (data.eval)", lambda stretch: stretch.config.data.eval is not None
 )
+_EVALUATED = Effect(
+    "with held-out pairs (data.eval or eval.sets)", lambda stretch: is_evaluated(stretch.config)
+)
 _PLATEAU = Effect(
-    "with optim.schedule=plateau and held-out pairs (data.eval)",
-    lambda s: s.config.optim.schedule == "plateau" and s.config.data.eval is not None,
+    "with optim.schedule=plateau and held-out pairs (data.eval or eval.sets)",
+    lambda s: s.config.optim.schedule == "plateau" and is_evaluated(s.config),
 )
 _METRIC = Effect(
-    "with stop.patience, a stage's patience or optim.schedule=plateau, and data.eval",
+    "with stop.patience, a stage's patience or optim.schedule=plateau, and data.eval or eval.sets",
     lambda s: (
-        s.config.data.eval is not None
+        is_evaluated(s.config)
         and (
             s.config.stop.patience is not None or s.patience or s.config.optim.schedule == "plateau"
         )
@@ -308,8 +312,8 @@ EFFECTS: dict[str, Effect | None] = {
     **_always("optim.", "name", "options", "lr", "weight_decay", "betas", "eps", "warmup"),
     **_always("optim.", "clip_norm"),
     "optim.schedule": Effect(
-        "as plateau with held-out pairs (data.eval)",
-        lambda s: s.config.optim.schedule != "plateau" or s.config.data.eval is not None,
+        "as plateau with held-out pairs (data.eval or eval.sets)",
+        lambda s: s.config.optim.schedule != "plateau" or is_evaluated(s.config),
     ),
     "optim.plateau.patience": _PLATEAU,
     "optim.plateau.factor": _PLATEAU,
@@ -336,9 +340,9 @@ EFFECTS: dict[str, Effect | None] = {
     ),
     "eval.every": _EVALUATED,
     # The verbs read these of a finished run.
-    **_always("eval.", "batch_size", "weights", "rerank"),
+    **_always("eval.", "sets", "batch_size", "weights", "rerank"),
     "probe.every": None,
-    "probe.held_out": _EVALUATED,
+    "probe.held_out": _PROBED,
     "guard.action": None,
     **dict.fromkeys((f"guard.{name}" for name in ("patience", "grace", "verdicts")), _GUARDED),
     **_always("checkpoint.", "every", "keep", "best", "failures"),

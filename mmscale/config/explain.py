@@ -8,11 +8,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from mmscale.config.evaluation import EvalSetConfig
 from mmscale.config.loss import AnyTerm
 from mmscale.config.paths import FAULT
 from mmscale.config.schema import Config
 
 TERMS = ["loss", "terms"]
+SETS = ["eval", "sets"]
 KINDS = {get_args(term.model_fields["kind"].annotation)[0]: term for term in get_args(AnyTerm)}
 
 # Names that users bring from other trainers, and the setting that they mean here.
@@ -65,6 +67,10 @@ def explain(error: ValidationError) -> list[str]:
             path, sentence = _about_term(parts, fault)
             terms.setdefault(path, sentence)
             continue
+        if parts[:2] == SETS and len(parts) > 2:
+            path = ".".join(parts[:4])
+            about_paths.setdefault(path, _about_set(path, parts, fault))
+            continue
         if fault["type"] == "extra_forbidden":
             value = fault["input"]
             # `trian.duration=...` fails at `trian`; the whole path has the better neighbour.
@@ -112,6 +118,17 @@ def _about_term(parts: list[str], fault: Any) -> tuple[str, str]:
     about = (field.description or "").rstrip(".").replace(chr(10), " ")
     default = f"its default is {field.default}"
     return path, f"{path}={in_yaml(value)} must be {_rule(fault)} ({about}); {default}"
+
+
+def _about_set(path: str, parts: list[str], fault: Any) -> str:
+    """Sentence of a fault in an entry of `eval.sets`; a name follows them."""
+    known = {
+        f"{'.'.join(parts[:3])}.{name}": field for name, field in EvalSetConfig.model_fields.items()
+    }
+    if fault["type"] == FAULT:
+        return f"{path}={fault['msg']}"
+    rules = {"extra_forbidden": "unknown", "missing": "missing"}
+    return _sentence(path, fault["input"], [rules.get(fault["type"]) or _rule(fault)], known)
 
 
 def in_yaml(value: Any) -> str:

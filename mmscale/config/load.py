@@ -20,8 +20,10 @@ from mmscale.config.paths import is_path, path_of
 from mmscale.config.rules import (
     data_faults,
     expanded_stages,
+    figure_faults,
     fill_logit_scale,
     fusion_faults,
+    is_evaluated,
     negatives_faults,
     objective_faults,
     stage_faults,
@@ -125,6 +127,7 @@ def validate(settings: dict[str, Any]) -> Config:
         *fusion_faults(config),
         *negatives_faults(config),
         *width_faults(config),
+        *figure_faults(config),
     ]
     if faults:
         raise ConfigError("\n".join(faults))
@@ -288,7 +291,7 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"engine.kind=accelerate contradicts engine.deepspeed={engine.deepspeed}; "
             "remove one of the two"
         )
-    if config.checkpoint.best is not None and data.eval is None:
+    if config.checkpoint.best is not None and not is_evaluated(config):
         yield (
             f"checkpoint.best={config.checkpoint.best} is measured on held-out pairs, and there "
             "are none; set data.eval, or remove it"

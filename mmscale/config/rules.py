@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from mmscale.config.data import DataConfig, SourceConfig
+from mmscale.config.evaluation import MAIN, logged, set_named_in
 from mmscale.config.loss import TERMS, AnyTerm, LossConfig, MatryoshkaTerm
 from mmscale.config.schema import Config
 from mmscale.config.term import Needs
@@ -150,6 +151,33 @@ def negatives_faults(config: Config) -> Iterator[str]:
             f"({_who(lambda n: n.mining)} do; hinge and hn_nce have settings of their own); "
             "add one or set negatives.mining.kind=none"
         )
+
+
+def is_evaluated(config: Config) -> bool:
+    """Whether there is any set to evaluate on."""
+    return config.data.eval is not None or bool(config.eval.sets)
+
+
+def figure_faults(config: Config) -> Iterator[str]:
+    """Figures that the run waits for or chooses by, of a set that it does not have."""
+    if not is_evaluated(config):
+        return
+    names = [*([MAIN] if config.data.eval is not None else []), *config.eval.sets]
+    waits = (
+        config.stop.patience is not None
+        or config.optim.schedule == "plateau"
+        or any(stage.patience is not None for stage in config.stages)
+    )
+    settings = {
+        "checkpoint.best": config.checkpoint.best,
+        "stop.metric": config.stop.metric if waits else None,
+    }
+    for setting, figure in settings.items():
+        if figure is None or (name := set_named_in(figure)) in names:
+            continue
+        about = "data.eval" if name == MAIN else f"the evaluation set {name}"
+        others = " or ".join(logged(known, "FIGURE") for known in names)
+        yield f"{setting}={figure} is a figure of {about}, and there is none; name {others}"
 
 
 def _who(asks: Callable[[Needs], bool]) -> str:

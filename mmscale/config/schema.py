@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mmscale.config.data import DataConfig
+from mmscale.config.evaluation import EvalConfig
 from mmscale.config.loss import LossConfig
 from mmscale.config.model import ModelConfig
 from mmscale.config.paths import PathSetting
@@ -76,19 +77,6 @@ class EngineConfig(Section):
     """Without DeepSpeed on several ranks: gather a block's weights anew for each pass over it."""
 
 
-class EvalConfig(Section):
-    """Retrieval on held-out pairs."""
-
-    every: Duration | None = Duration(1, "epochs")
-    """How often; null: only at the end."""
-    batch_size: Positive = 128
-    """Rows a rank encodes at once."""
-    weights: Literal["trained", "ema"] = "trained"
-    """What is evaluated: the trained weights, or their running mean (`model.momentum`)."""
-    rerank: Annotated[int, Field(ge=0)] = 0
-    """First candidates of each query that fusion puts in another order, reported apart; 0 = off."""
-
-
 class CheckpointConfig(Section):
     """What is kept of a run."""
 
@@ -97,7 +85,8 @@ class CheckpointConfig(Section):
     keep: Positive = 2
     """How many of the newest that were due are kept; one that a stop left is kept besides."""
     best: str | None = None
-    """Metric of the evaluations, such as `eval/i2t_r1`: its best checkpoint is kept besides."""
+    """Figure of the evaluations, such as `eval/i2t_r1` or of a named set `eval/coco/i2t_r1`: its
+    best checkpoint is kept besides."""
     best_is: Literal["max", "min"] = "max"
     """Whether the largest or the smallest value of `best` is the best."""
     failures: Annotated[int, Field(ge=0)] = 3
@@ -147,7 +136,7 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     """DeepSpeed or accelerate."""
     eval: EvalConfig = EvalConfig()
-    """Retrieval."""
+    """Evaluation sets."""
     probe: ProbeConfig = ProbeConfig()
     """Health figures."""
     guard: GuardConfig = GuardConfig()

@@ -181,7 +181,8 @@ class StopConfig(Section):
     """What ends a run before its time."""
 
     metric: str = "eval/mean"
-    """Figure of the evaluations that early stopping, plateaus and stages' patience watch."""
+    """Figure of the evaluations that early stopping, plateaus and stages' patience watch, such as
+    `eval/NAME/mean` of a named set."""
     patience: Positive | None = None
     """Evaluations without a new best after which the run ends as if complete; null: never."""
     above_chance: Positive | None = 500

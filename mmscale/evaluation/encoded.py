@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from mmscale.config.evaluation import MAIN, setting_of
 from mmscale.config.schema import Config
 from mmscale.contracts import InputSpec, Peers, World
 from mmscale.data.arrange import Neighbours
@@ -37,23 +38,34 @@ _PROBES = ("a photograph of two dogs, running", "  A  Caf\u00c3\u00a9 &amp;amp; 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The pairs that a run is evaluated on; `table`: their features, where towers are frozen."""
+    """A set that a run is evaluated on; `table`: its features, where towers are frozen."""
 
     shards: ShardSet
     spec: InputSpec
     table: FeatureTable | None
 
 
-def _shared(train: ShardSet, held_out: ShardSet) -> str | None:
+def _shared(setting: str, train: ShardSet, held_out: ShardSet) -> str | None:
     """What is told where a run is evaluated on shards that it trains on."""
     trained = {place_of(path) for path in train.paths}
     same = sum(place_of(path) in trained for path in held_out.paths)
     if not same:
         return None
     return (
-        f"data.eval: {same} of its {len(held_out.paths)} shards are in data.train too; recalls and "
+        f"{setting}: {same} of its {len(held_out.paths)} shards are in data.train too; recalls and "
         "verdicts are not of held-out pairs"
     )
+
+
+def open_sets(config: Config) -> dict[str, ShardSet]:
+    """The shards of every set that a run is evaluated on, by name: `data.eval` is `main`.
+
+    Raises:
+        DataError: A set has no shard, or no manifest.
+    """
+    places = {MAIN: config.data.eval} if config.data.eval else {}
+    places |= {name: chosen.data for name, chosen in config.eval.sets.items()}
+    return {name: open_shards(setting_of(name), where) for name, where in places.items()}
 
 
 def encoded_sets(
@@ -62,18 +74,21 @@ def encoded_sets(
     encoder: Encoder,
     shards: ShardSet,
     tell: Tell,
-) -> tuple[FeatureTable | None, HeldOut | None]:
-    """Cached features of the training set, and the held-out pairs."""
+) -> tuple[FeatureTable | None, dict[str, HeldOut]]:
+    """Cached features of the training set, and the held-out pairs of every evaluation set."""
     spec = encoder.spec
-    held_out = open_shards("data.eval", config.data.eval) if config.data.eval else None
+    sets = open_sets(config)
     if config.data.match == "image" and (line := _copies("data.train", shards)):
         tell(line)
-    if held_out and (line := _copies("data.eval", held_out)):
-        tell(line)
-    if held_out and (line := _shared(shards, held_out)):
-        tell(line)
+    for name, held_out in sets.items():
+        for line in (
+            _copies(setting_of(name), held_out),
+            _shared(setting_of(name), shards, held_out),
+        ):
+            if line:
+                tell(line)
     if config.data.feature_cache is None:
-        return None, HeldOut(held_out, spec, None) if held_out else None
+        return None, {name: HeldOut(held_out, spec, None) for name, held_out in sets.items()}
     limit = config.data.cache_gb * 1e9
     cache = FeatureCache(Path(config.data.feature_cache), model, spec, limit)
 
@@ -86,7 +101,7 @@ def encoded_sets(
 
         return cache.table(which, encoder.peers, make)
 
-    return table(shards), HeldOut(held_out, spec, table(held_out)) if held_out else None
+    return table(shards), {name: HeldOut(own, spec, table(own)) for name, own in sets.items()}
 
 
 def _copies(setting: str, shards: ShardSet) -> str | None:

@@ -43,7 +43,7 @@ def evaluate(
     peers: Peers,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[dict[str, float], Pairs]:
-    """Recall on held-out pairs, named as it is logged, and their embeddings. Collective.
+    """Recall on held-out pairs with their mean, and the pairs' embeddings. Collective.
 
     Args:
         config: The run.
@@ -63,8 +63,7 @@ def evaluate(
     pairs = embed(call, device, table)
     require_sound_model(pairs, cached=held_out.table is not None)
     figures = _figures(config, encoder, held_out.shards, table, pairs)
-    named = {f"eval/{name}": value for name, value in figures.items()}
-    return named | {"eval/mean": fmean(figures[name] for name in RECALLS)}, pairs
+    return figures | {"mean": fmean(figures[name] for name in RECALLS)}, pairs
 
 
 def require_sound_model(pairs: Pairs, cached: bool) -> None:

@@ -26,6 +26,7 @@ from rich.table import Column
 from rich.text import Text
 
 from mmscale.contracts import World
+from mmscale.report.metrics import set_names
 
 PLAIN_SECONDS = 5.0  # between two lines where stderr is a file
 PACE_UPDATES = 50
@@ -69,19 +70,12 @@ class TrainingConsole:
             self.say(status)
 
     def evaluation(self, line: Mapping[str, Any]) -> None:
-        """Write the recalls of an evaluation line."""
-        if "eval/i2t_r1" not in line or "eval/t2i_r1" not in line:
-            return
-        self._recall = line["eval/i2t_r1"], line["eval/t2i_r1"]
-        i2t, t2i = (
-            " / ".join(_number(line.get(f"eval/{way}_{recall}"), ".1f") for recall in RECALLS)
-            for way in ("i2t", "t2i")
-        )
-        over = f"{_number(line.get('eval/images'), ',')} images"
-        self.say(
-            f"step {line.get('step', '?')}: R@1/5/10 image to text {i2t}, text to image {t2i} "
-            f"(percent, {over}, {_number(line.get('eval/captions'), ',')} captions)"
-        )
+        """Write what an evaluation line holds of each set."""
+        if "eval/i2t_r1" in line and "eval/t2i_r1" in line:
+            self._recall = line["eval/i2t_r1"], line["eval/t2i_r1"]
+            self.say(f"step {line.get('step', '?')}: {_recalls(line, 'eval/')}")
+        for name in set_names([line]):
+            self.say(f"step {line.get('step', '?')}, {name}: {_recalls(line, f'eval/{name}/')}")
 
     def close(self) -> None:
         """Leave the terminal as it was found."""
@@ -159,6 +153,18 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _recalls(line: Mapping[str, Any], prefix: str) -> str:
+    i2t, t2i = (
+        " / ".join(_number(line.get(f"{prefix}{way}_{recall}"), ".1f") for recall in RECALLS)
+        for way in ("i2t", "t2i")
+    )
+    over = f"{_number(line.get(f'{prefix}images'), ',')} images"
+    return (
+        f"R@1/5/10 image to text {i2t}, text to image {t2i} "
+        f"(percent, {over}, {_number(line.get(f'{prefix}captions'), ',')} captions)"
+    )
 
 
 def _number(value: float | None, form: str) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from mmscale.config.loss import AnyTerm
 from mmscale.loss.objective import named
 from mmscale.report.console import duration
-from mmscale.report.metrics import TOP, WAYS, Lines, series
+from mmscale.report.metrics import TOP, WAYS, Lines, series, set_names
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,31 @@ class Recalls:
     rows: list[tuple[str, list[tuple[str, str]]]]
 
 
-def collect_recalls(lines: Lines) -> Recalls | None:
-    """Recalls of the last line that holds any, beside what drawing blindly gives."""
-    held = [line for line in lines if any(f"eval/{way}_r1" in line for way in WAYS)]
+def collect_recalls(lines: Lines, prefix: str = "eval/") -> Recalls | None:
+    """Recalls of the last line that holds any, beside what drawing blindly gives.
+
+    Args:
+        lines: The log.
+        prefix: What the figures of the evaluation set begin with.
+    """
+    held = [line for line in lines if any(f"{prefix}{way}_r1" in line for way in WAYS)]
     if not held:
         return None
-    line = held[-1]
+    line = {
+        key.removeprefix(prefix): value for key, value in held[-1].items() if key.startswith(prefix)
+    }
     rows = [
-        (name, [(_text(line.get(f"eval/{way}_r{k}"), ".1f"), _chance(line, way, k)) for k in TOP])
+        (name, [(_text(line.get(f"{way}_r{k}"), ".1f"), _chance(line, way, k)) for k in TOP])
         for way, name in WAYS.items()
     ]
-    images, captions = (_text(line.get(f"eval/{key}"), ",") for key in ("images", "captions"))
-    return Recalls(_text(line.get("step"), ","), images, captions, rows)
+    images, captions = (_text(line.get(key), ",") for key in ("images", "captions"))
+    return Recalls(_text(held[-1].get("step"), ","), images, captions, rows)
+
+
+def collect_sets(lines: Lines) -> dict[str, Recalls]:
+    """Recalls of the last evaluation of each named set."""
+    found = {name: collect_recalls(lines, f"eval/{name}/") for name in set_names(lines)}
+    return {name: recalls for name, recalls in found.items() if recalls}
 
 
 def collect_facts(lines: Lines) -> list[tuple[str, str]]:
@@ -104,7 +117,7 @@ def _last(training: Lines, key: str, form: str, unit: str = "") -> str | None:
 
 
 def _chance(line: Mapping[str, Any], way: str, k: int) -> str:
-    images, captions = line.get("eval/images"), line.get("eval/captions")
+    images, captions = line.get("images"), line.get("captions")
     if not images or not captions:
         return "?"
     if way == "i2t":

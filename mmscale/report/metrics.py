@@ -207,3 +207,9 @@ def mean_recall(line: Mapping[str, Any]) -> float | None:
     """Mean of the six, percent; None for a line that does not hold them all."""
     values = [line[name] for name in RECALLS if isinstance(line.get(name), (int, float))]
     return statistics.fmean(values) if len(values) == len(RECALLS) else None
+
+
+def set_names(lines: Lines) -> list[str]:
+    """Names of the evaluation sets beside `data.eval`, in the order in which they appear."""
+    keys = dict.fromkeys(key for line in lines for key in line if key.startswith("eval/"))
+    return list(dict.fromkeys(key.split("/")[1] for key in keys if key.count("/") == 2))

@@ -8,7 +8,7 @@ from typing import Any
 from mmscale.config.load import read_yaml
 from mmscale.errors import ConfigError
 from mmscale.report.examples import Examples
-from mmscale.report.facts import collect_facts, collect_recalls
+from mmscale.report.facts import collect_facts, collect_recalls, collect_sets
 from mmscale.report.health import draw_health
 from mmscale.report.maps import NAMES, SIZE, draw_maps
 from mmscale.report.metrics import Lines, read_metrics
@@ -18,6 +18,7 @@ from mmscale.report.plots import (
     draw_loss,
     draw_recall,
     draw_schedule,
+    draw_sets,
     draw_terms,
     draw_time,
 )
@@ -98,6 +99,7 @@ def write_page(run_dir: Path, layout: str | None = None) -> Page:
         causes=doctor["causes"],
         remedies=doctor["remedies"],
         recalls=collect_recalls(lines),
+        sets=collect_sets(lines),
         training=training,
         space=space,
         maps=draw_maps(moments, examples, layout),
@@ -167,6 +169,11 @@ def training_pictures(lines: Lines) -> list[Plot]:
             draw_recall(lines),
             "Both directions should rise together; a fall while the loss still sinks is "
             "overfitting.",
+        ),
+        (
+            "Every evaluation set",
+            draw_sets(lines),
+            "A set that falls while the others rise is what the training forgets.",
         ),
         (
             "Gradient norms",

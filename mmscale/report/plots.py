@@ -21,7 +21,7 @@ from mmscale.report.figure import (
     log_axis,
     step_axis,
 )
-from mmscale.report.metrics import EMPTY, Lines, Series, series, smoothed
+from mmscale.report.metrics import EMPTY, MEAN_RECALL, Lines, Series, series, set_names, smoothed
 
 HEIGHT = 3.1  # inches, of every picture of half the page's width
 RECALL_STYLES = {"r1": ("-", 1.0), "r5": ("--", 0.75), "r10": (":", 0.75)}
@@ -126,6 +126,29 @@ def draw_recall(lines: Lines) -> str | None:
             step_axis(axes, num_ticks=5)
             if axes.lines:
                 axes.legend(loc="best")
+        return data_uri(figure)
+
+
+def draw_sets(lines: Lines) -> str | None:
+    """The mean recall on each evaluation set over the run, where there are several."""
+    curves = {
+        name: curve
+        for name, key in (
+            ("data.eval", MEAN_RECALL),
+            *((name, f"eval/{name}/mean") for name in set_names(lines)),
+        )
+        if (curve := series(lines, key)) is not None
+    }
+    if not set_names(lines) or not curves:
+        return None
+    with drawing(HALF_WIDTH, HEIGHT) as figure:
+        axes = figure.subplots()
+        for name, curve in curves.items():
+            _draw_line(axes, curve, label=literal(name))
+        axes.set_ylim(0, 100)
+        axes.set_ylabel("mean recall (percent)")
+        step_axis(axes)
+        axes.legend(loc="best")
         return data_uri(figure)
 
 

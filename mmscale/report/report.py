@@ -90,10 +90,10 @@ class Report:
         """Record the embedding space's figures (`health/*`)."""
         self._write(line)
 
-    def evaluation(self, line: Mapping[str, Any], pairs: Pairs) -> None:
-        """Record the recalls on held-out pairs (`eval/*`), and what the space looks like."""
+    def evaluation(self, line: Mapping[str, Any], pairs: Pairs | None) -> None:
+        """Record the figures on evaluation sets (`eval/*`), and what the space looks like."""
         self._write(line)
-        if self._space:
+        if self._space and pairs is not None:
             try:
                 self._space.write(line["step"], snapshot(pairs))
             except OSError as error:

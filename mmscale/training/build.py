@@ -92,7 +92,7 @@ def build_stage(job: Job, start: Start, say: Tell) -> Stage:
     spec = _with_lengths(spec, compiled or job.policy.runs_ahead)
     inference = Inference(model, job.policy)
     encoder = Encoder.of(config, inference.call, inference.device, spec, job.peers)
-    features, held_out = encoded_sets(config, model, encoder, job.shards, say)
+    features, sets = encoded_sets(config, model, encoder, job.shards, say)
     stream: TrainStream | CachedStream = (
         TrainStream(config, job.shards, schedule, spec, job.world, inference.device)
         if features is None
@@ -120,7 +120,7 @@ def build_stage(job: Job, start: Start, say: Tell) -> Stage:
         follower=follower,
         stream=stream,
         spec=spec,
-        held_out=held_out,
+        sets=sets,
         flops=flops,
         timetable=timetable,
         start=start,

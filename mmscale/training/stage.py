@@ -11,6 +11,7 @@ from mmscale.checkpoint.files import Checkpoint
 from mmscale.checkpoint.saver import Saver
 from mmscale.checkpoint.state import RunState
 from mmscale.checkpoint.write import Kept
+from mmscale.config.evaluation import MAIN
 from mmscale.config.schema import Config
 from mmscale.config.values import Duration
 from mmscale.contracts import InputSpec, Peers, World
@@ -137,6 +138,7 @@ class Stage:
     Attributes:
         config: The stage's.
         follower: Becomes the momentum encoder, where one is wanted.
+        sets: What it is evaluated on, by name.
         start: Where it begins.
         end: `RunState.step` at which it ends.
     """
@@ -148,8 +150,13 @@ class Stage:
     follower: nn.Module | None
     stream: TrainStream | CachedStream
     spec: InputSpec
-    held_out: HeldOut | None
+    sets: Mapping[str, HeldOut]
     flops: Flops | None
     timetable: Timetable
     start: Start
     end: int
+
+    @property
+    def held_out(self) -> HeldOut | None:
+        """The pairs of `data.eval`, by which the run is judged and shown."""
+        return self.sets.get(MAIN)

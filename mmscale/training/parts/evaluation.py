@@ -1,14 +1,15 @@
-"""Recall on the held-out pairs every so often, and which evaluation was the best."""
+"""Figures on the evaluation sets every so often, and which evaluation was the best."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from mmscale.checkpoint.state import Best, RunState
+from mmscale.config.evaluation import MAIN
 from mmscale.config.schema import CheckpointConfig
 from mmscale.diagnostics.pairs import Pairs
 from mmscale.engine.compiled import evaluating
 from mmscale.errors import ConfigError, Stop
-from mmscale.evaluation.retrieval import evaluate
+from mmscale.evaluation.sets import as_logged, evaluate_sets
 from mmscale.parallel.peers import gather_objects
 from mmscale.training.part import Part, StepResult
 from mmscale.training.parts.momentum import Momentum
@@ -32,7 +33,7 @@ class Evaluation(Part):
         """Take what is evaluated.
 
         Args:
-            stage: The model and its held-out pairs.
+            stage: The model and its evaluation sets.
             services: Takes the figures.
             momentum: Evaluated in the model's place, where `eval.weights` says so.
         """
@@ -70,14 +71,14 @@ class Evaluation(Part):
             self._is_owed, self.is_fresh = False, True
 
     def evaluate(self, state: RunState) -> Pairs | None:
-        """Measure and report; returns the held-out pairs' embeddings, None without any. Collective.
+        """Measure every set and report; returns the embeddings of `data.eval`'s pairs. Collective.
 
         Raises:
             ConfigError: `checkpoint.best` is not measured.
             Stop: A rank was told to end; all of them leave after the same batch.
         """
         stage, services = self._stage, self._services
-        if stage.held_out is None:
+        if not stage.sets:
             return None
 
         def heard(done: int, total: int) -> None:
@@ -87,14 +88,16 @@ class Evaluation(Part):
 
         engine = stage.learner.engine
         with evaluating(engine.module):
-            figures, pairs = evaluate(
+            found = evaluate_sets(
                 stage.config,
                 engine.call if self._momentum is None else self._momentum.call,
                 engine.device,
-                stage.held_out,
+                stage.sets,
                 stage.learner.peers,
                 heard,
             )
+        figures = as_logged(found)
+        pairs = found[MAIN].pairs if MAIN in found else None
         services.report.evaluation({"step": state.step, **figures}, pairs)
         self.metrics, self.best = figures, _best(stage.config.checkpoint, self.best, figures, state)
         return pairs

@@ -239,3 +239,19 @@ def test_an_edited_file_of_a_run_is_drawn_or_refused_in_a_sentence(full_folder, 
 def test_a_folder_without_metrics_is_told(tmp_path):
     with pytest.raises(DataError, match=r"metrics\.jsonl"):
         write_page(tmp_path)
+
+
+def test_every_evaluation_set_has_its_table_and_its_curve(tmp_path):
+    def line(step, value):
+        own = {f"{way}_r{k}": value + k for way in ("i2t", "t2i") for k in (1, 5, 10)}
+        own |= {"mean": value, "images": 20, "captions": 100}
+        return {"step": step, **{f"eval/coco/{name}": figure for name, figure in own.items()}}
+
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("".join(json.dumps(line(step, 2.0 * step)) + "\n" for step in (5, 10)))
+    written = write_page(tmp_path)
+    page = Reader(written.path)
+    assert ("section", {"class": "card", "id": "set-coco"}) in page.tags
+    assert "30.0" in page.text, "R@10 of the last line"
+    assert "after step 10 over 20 images and 100 captions" in page.text
+    assert [picture.title for picture in written.pictures] == ["Every evaluation set"]

@@ -1,0 +1,65 @@
+"""Settings of the evaluations: when they are made, and on which sets."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+
+from mmscale.config.paths import PathsSetting
+from mmscale.config.values import Duration, Positive, Section
+
+# What `data.eval` is called where sets have names.
+MAIN = "main"
+PREFIX = "eval/"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+class EvalSetConfig(Section):
+    """One named evaluation set."""
+
+    data: PathsSetting
+    """Packed folder of held-out pairs, or globs, brace lists or URLs of tars, as `data.eval`."""
+
+
+def _with_sound_names(sets: dict[str, Any]) -> dict[str, Any]:
+    for name in sets:
+        if name == MAIN:
+            raise ValueError("without a set named main, which is data.eval")
+        if not _NAME.fullmatch(name):
+            raise ValueError(
+                f"without {name!r}: a set's name has letters, digits, `.`, `_` and `-`"
+            )
+    return sets
+
+
+class EvalConfig(Section):
+    """Figures on held-out data."""
+
+    every: Duration | None = Duration(1, "epochs")
+    """How often; null: only at the end."""
+    sets: Annotated[dict[str, EvalSetConfig], AfterValidator(_with_sound_names)] = Field(
+        default_factory=dict
+    )
+    """Further sets by name, `{coco: {data: shards/coco/val}}`: logged as `eval/coco/i2t_r1`."""
+    batch_size: Positive = 128
+    """Rows a rank encodes at once."""
+    weights: Literal["trained", "ema"] = "trained"
+    """What is evaluated: the trained weights, or their running mean (`model.momentum`)."""
+    rerank: Annotated[int, Field(ge=0)] = 0
+    """First candidates of each query that fusion puts in another order, reported apart; 0 = off."""
+
+
+def setting_of(name: str) -> str:
+    """The setting that names a set's data."""
+    return "data.eval" if name == MAIN else f"eval.sets.{name}.data"
+
+
+def logged(name: str, figure: str) -> str:
+    """What a figure of a set is called in the log."""
+    return f"{PREFIX}{figure}" if name == MAIN else f"{PREFIX}{name}/{figure}"
+
+
+def set_named_in(figure: str) -> str:
+    """The set that a logged figure is of."""
+    name, slash, _ = figure.removeprefix(PREFIX).partition("/")
+    return name if slash else MAIN
