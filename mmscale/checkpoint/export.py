@@ -36,6 +36,7 @@ class Exported:
         spec: What it is fed.
         out: Folder that the files are going to lie in.
         page: Of the hub, ORG/NAME, if they are going to lie there and not on this machine.
+        int8: Quantise ONNX graphs, and what that costs; None: leave them as they are.
     """
 
     config: Config
@@ -43,6 +44,7 @@ class Exported:
     spec: InputSpec
     out: Path
     page: str | None = None
+    int8: "Cost | None" = None
 
     def sample(self) -> tuple[Tensor, Tensor]:
         """Pixels [2 3 h w] and tokens [2 t] to compare models on."""
@@ -57,6 +59,10 @@ class InexpressibleError(ConfigError):
 
 
 Writer = Callable[[Exported, Path], None]
+# Towers as an engine calls them: `image` and `text` give rows, `heads` their unit rows.
+Call = Callable[..., Any]
+# Of graphs in fp32 and the same in int8: figures by name, as they are written beside them.
+Cost = Callable[[Call, Call], dict[str, Any]]
 
 
 def export(what: Exported, to: str) -> None:

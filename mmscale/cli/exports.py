@@ -1,13 +1,15 @@
 """Verbs that hand a trained model to other tools: `export`, `push`."""
 
+import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mmscale.cli.command import Run, Words, app, folder_out, require_there, say
-from mmscale.errors import ConfigError
+from mmscale.cli.command import Run, Words, app, folder_out, reading, require_there, say, tell
+from mmscale.errors import ConfigError, DataError
 from mmscale.outputs import writing
 
 To = Annotated[str, typer.Option(help="open_clip, hf, onnx, sentence_transformers, adapter, clip.")]
@@ -19,15 +21,39 @@ def export(
     to: To,
     out: Annotated[Path, typer.Option(help="Folder to write.", callback=folder_out)],
     words: Words = None,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="With --to onnx: matrices in a byte a number.")
+    ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            help="With --int8: pairs on which its cost is measured; default the run's data.eval.",
+            callback=reading,
+        ),
+    ] = None,
 ) -> int:
-    """Write a trained model in the format of OpenCLIP, Hugging Face, ONNX and others."""
+    """Write a trained model in the format of OpenCLIP, Hugging Face, ONNX and others.
+
+    With --int8 it is told how far embeddings and recall differ from those of the model itself.
+    """
     require_there(run, "run or checkpoint")
+    if int8 and to != "onnx":
+        raise ConfigError(f"--int8 --to {to}: only onnx has it; give --to onnx, or leave it out")
+    if data is not None and not int8:
+        raise ConfigError(f"--data {data}: only --int8 measures something on it; leave it out")
     from mmscale.checkpoint.export import export as write
 
     exported, _ = _loaded(run, to, out, words)
+    if int8:
+        exported = _with_cost(exported, data)
     with writing("--out", out):
         write(exported, to)
     say(f"{to} files in {out}")
+    if int8:
+        from mmscale.evaluation.quantised import cost_lines
+
+        say("\n".join(cost_lines(json.loads((out / "mmscale.json").read_text("utf-8"))["int8"])))
     if (out / "README.md").exists():
         say(f"{out / 'README.md'} says how they are loaded once they have been moved")
     return 0
@@ -89,3 +115,21 @@ def _loaded(
     trained = load_trained(run, words or (), lambda config: require_exportable(config, to, out))
     encoder = DualEncoder(trained.model.cpu().float(), trained.spec.pad_token)
     return Exported(trained.config, encoder, trained.spec, out, page), trained.checkpoint
+
+
+def _with_cost(exported: Any, data: str | None) -> Any:
+    """With what measures the cost of int8: on pairs if some are at hand."""
+    from mmscale.data.shards import open_shards
+    from mmscale.evaluation.quantised import cost_on_pairs, cost_on_sample
+
+    config, where = exported.config, data or exported.config.data.eval
+    try:
+        shards = open_shards("--data" if data else "data.eval", where) if where else None
+    except DataError as error:
+        if data:
+            raise
+        tell(f"warning: {error}: the recall that int8 costs is not measured; name pairs by --data")
+        shards = None
+    if shards is None:
+        return replace(exported, int8=cost_on_sample(exported))
+    return replace(exported, int8=cost_on_pairs(config, exported.spec, shards))
