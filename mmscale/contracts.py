@@ -5,7 +5,7 @@ shared embedding width, `f` feature width of a tower, `t` tokens, `c h w` channe
 width. `scale` is 1/temperature everywhere.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -63,6 +63,8 @@ class InputSpec:
             middle cut out, its `longest` side and black around it, or `squash`: both sides.
         caption_lengths: Tokens that a batch's captions are padded to, the first that is enough; ()
             for as many as its longest has.
+        teachers: What each frozen teacher of the objective is fed, by its name; their tokens are
+            made with the model's own.
     """
 
     image_size: int
@@ -75,6 +77,7 @@ class InputSpec:
     unknown_token: int | None = None
     resize: str = "shortest"
     caption_lengths: tuple[int, ...] = ()
+    teachers: Mapping[str, "InputSpec"] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,8 @@ class Batch:
         captions: The caption texts.
         cut: How many of these captions have more tokens than the tower takes.
         damaged: One line for each sample of these rows that could not be decoded and was replaced.
+        teacher_tokens: Token ids of the captions as each teacher reads them, by its name; -1 behind
+            the last.
     """
 
     image: UInt8[Tensor, "b c h w"] | Float[Tensor, "b c h w"] | Float[Tensor, "b f"]
@@ -107,6 +112,7 @@ class Batch:
     captions: list[str]
     cut: int = 0
     damaged: list[str] = field(default_factory=list)
+    teacher_tokens: Mapping[str, Int64[Tensor, "b u"]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -190,6 +196,21 @@ class Prototypes:
 
 
 @dataclass(frozen=True)
+class Taught:
+    """What a frozen teacher makes of a rank's rows, without a graph.
+
+    Attributes:
+        image: Unit rows, of the teacher's own width.
+        text: Unit rows.
+        scale: 1 / the teacher's temperature.
+    """
+
+    image: Float[Tensor, "b e"]
+    text: Float[Tensor, "b e"]
+    scale: Float[Tensor, "1"]
+
+
+@dataclass(frozen=True)
 class LossInput:
     """All that the objective is computed from: what the engine's step made of this rank's rows.
 
@@ -210,6 +231,7 @@ class LossInput:
         bias: Added to each logit by losses that judge every pair alone; None without one.
         prototypes: Clusterings of the training images, one a number of clusters; () in the first
             epoch, None where the run makes none.
+        teachers: What each teacher that a term looks at now makes of the same rows, by its name.
     """
 
     image: Embeddings
@@ -227,6 +249,7 @@ class LossInput:
     class_logits: Float[Tensor, "b classes"] | None = None
     bias: Float[Tensor, "1"] | None = None
     prototypes: tuple[Prototypes, ...] | None = None
+    teachers: Mapping[str, Taught] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,11 @@ def _about_term(parts: list[str], fault: Any) -> tuple[str, str]:
         )
     field = KINDS[parts[3]].model_fields[parts[4]]
     about = (field.description or "").rstrip(".").replace(chr(10), " ")
-    default = f"its default is {field.default}"
+    if fault["type"] == FAULT:
+        return path, f"{path}={fault['msg']}"
+    if fault["type"] == "missing":
+        return path, f"{path} is not set: it has no default ({about}); add it"
+    default = "it has no default" if field.is_required() else f"its default is {field.default}"
     return path, f"{path}={in_yaml(value)} must be {_rule(fault)} ({about}); {default}"
 
 

@@ -26,6 +26,7 @@ from mmscale.config.rules import (
     is_evaluated,
     negatives_faults,
     objective_faults,
+    picture_faults,
     stage_faults,
     stage_settings,
     width_faults,
@@ -128,6 +129,7 @@ def validate(settings: dict[str, Any]) -> Config:
         *negatives_faults(config),
         *width_faults(config),
         *figure_faults(config),
+        *picture_faults(config),
     ]
     if faults:
         raise ConfigError("\n".join(faults))

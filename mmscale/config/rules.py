@@ -40,6 +40,17 @@ def needs_momentum_rows(config: Config) -> bool:
     return any(term.needs.momentum for term in trained_terms(config))
 
 
+def picture_faults(config: Config) -> Iterator[str]:
+    """Terms that encode pictures, of which cached features have none."""
+    kinds = sorted({term.kind for term in config.loss.terms if term.needs.pictures})
+    if kinds and config.data.feature_cache is not None and not config.stages:
+        yield (
+            f"data.feature_cache keeps features of the trained model's towers alone, but "
+            f"loss.terms holds {kinds[0]}, which encodes the pictures; set "
+            f"data.feature_cache=null, or remove the term"
+        )
+
+
 def labelled_kinds(config: Config) -> list[str]:
     """Kinds of the terms that look at the data's labels."""
     return sorted({term.kind for term in trained_terms(config) if term.needs.labels})

@@ -19,6 +19,7 @@ class Needs:
         queue: It contrasts with the rows of earlier batches, where the run keeps them.
         mining: `negatives.mining` says which of its negatives count.
         momentum: Rows of the momentum encoders.
+        pictures: The batch's pixels and captions, for a frozen teacher to encode.
         fusion: The head of the fusion model whose logits it takes.
         labels: Labels in the data.
         logit_scale: Scale and bias of the logits that its authors start from; it needs the bias.
@@ -29,6 +30,7 @@ class Needs:
     queue: bool = False
     mining: bool = False
     momentum: bool = False
+    pictures: bool = False
     fusion: Literal["matching", "classes"] | None = None
     labels: bool = False
     logit_scale: tuple[float, float] | None = None

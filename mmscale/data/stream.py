@@ -48,6 +48,7 @@ class Share:
     worker: int = 0
     turn: int = 0
     tokens: list[list[int]] = field(default_factory=list)
+    teacher_tokens: dict[str, list[list[int]]] = field(default_factory=dict)
     image_ids: list[int] = field(default_factory=list)
     match_ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
@@ -112,7 +113,18 @@ def assemble(shares: list[Share], pixels: Tensor, spec: InputSpec) -> Batch:
         captions=[caption for share in shares for caption in share.captions],
         cut=sum(share.cut for share in shares),
         damaged=[line for share in shares for line in share.damaged],
+        teacher_tokens={
+            name: _teacher_tokens(
+                [row for share in shares for row in share.teacher_tokens[name]], s
+            )
+            for name, s in spec.teachers.items()
+        },
     )
+
+
+def _teacher_tokens(rows: list[list[int]], spec: InputSpec) -> Tensor:
+    tokens, mask = pad(rows, spec.pad_token, spec.caption_lengths)
+    return tokens.masked_fill(~mask, -1)
 
 
 def _sound(share: Share | DataError) -> Share:
@@ -180,6 +192,8 @@ class _Turns(IterableDataset):
         if share.pixels is None:
             check_pixels(share.keys, self._handover.stamps(share.worker, share.turn))
         check_tokens(row, share.keys, share.captions, share.tokens, self._spec)
+        for name, spec in self._spec.teachers.items():
+            check_tokens(row, share.keys, share.captions, share.teacher_tokens[name], spec)
 
     def __iter__(self) -> Iterator[Share | DataError | None]:
         try:
@@ -231,6 +245,8 @@ class _Turns(IterableDataset):
         for items in turns:
             images += self._add_first(share, items, epoch, reader)
         share.tokens = self._spec.tokenize(share.captions)
+        for name, spec in self._spec.teachers.items():
+            share.teacher_tokens[name] = spec.tokenize(share.captions)
         share.cut = sum(are_cut(self._spec, share.captions, share.tokens))
         return share, images
 

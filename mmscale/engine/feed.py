@@ -20,6 +20,8 @@ from mmscale.parallel.device import DevicePolicy, send
 
 # Batches that are on the device before they are asked for; one more is on its way there.
 AHEAD = 2
+# Before the name of a teacher, where its tokens stand among a batch's tensors.
+_TEACHER = "teacher_tokens/"
 # A thread that waits looks this often whether it is to end, in seconds.
 _LOOK = 0.2
 
@@ -146,7 +148,7 @@ class _Slot:
                 moved[name] = target.copy_(pinned, non_blocking=True)
             self.arrived = torch.Event(device=self._device)
             self.arrived.record(self._stream)
-        return replace(batch, **moved)
+        return _holding(batch, moved)
 
     def _pinned(self, name: str, like: Tensor) -> Tensor:
         size = like.numel() * like.element_size()
@@ -159,13 +161,21 @@ class _Slot:
 
 def _tensors(batch: Batch) -> dict[str, Tensor]:
     named = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    own = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    return own | {_TEACHER + name: tokens for name, tokens in batch.teacher_tokens.items()}
+
+
+def _holding(batch: Batch, tensors: dict[str, Any]) -> Batch:
+    """The batch with these in the place of what `_tensors` gave."""
+    own = {name: value for name, value in tensors.items() if not name.startswith(_TEACHER)}
+    tokens = {name: tensors[_TEACHER + name] for name in batch.teacher_tokens}
+    return replace(batch, **own, teacher_tokens=tokens)
 
 
 def on_device(batch: Batch, device: torch.device, spec: InputSpec) -> Batch:
     """The rows on `device`, their pixels normalised."""
     moved: dict[str, Any] = {name: send(rows, device) for name, rows in _tensors(batch).items()}
-    return replace(batch, **moved | {"image": _numbers(moved["image"], spec)})
+    return _holding(batch, moved | {"image": _numbers(moved["image"], spec)})
 
 
 def images_on(images: Tensor, device: torch.device, spec: InputSpec) -> Tensor:

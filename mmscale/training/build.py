@@ -61,9 +61,11 @@ from mmscale.training.parts.non_finite import NonFinite
 from mmscale.training.parts.prototypes import EpochClusters
 from mmscale.training.parts.queue import Queue, RowBank
 from mmscale.training.parts.stopping import Stopping
+from mmscale.training.parts.teacher import Teachers
 from mmscale.training.prepare import towers_of
 from mmscale.training.stage import Job, Services, Stage, Start, Timetable
 from mmscale.training.step import Learner
+from mmscale.training.teachers import fed_with, open_teachers, teacher_terms
 
 
 def build_stage(job: Job, start: Start, say: Tell) -> Stage:
@@ -82,19 +84,19 @@ def build_stage(job: Job, start: Start, say: Tell) -> Stage:
     model, spec = _model(job, config, start)
     if start.checkpoint is not None and start.checkpoint is job.source:
         # A model of another kind has told itself by its tensors.
-        lanes = [plan.lanes for plan in job.plans]
-        require_same_run(start.checkpoint, job.config, job.kept.contents, lanes)
+        _require_same_run(job, start.checkpoint)
     _freeze(job, number, model, spec, say)
     timetable = _timetable(job, plan, schedule, start.state)
     ahead = checkpoints_ahead(config, timetable.total_steps - start.state.step, timetable.uncut)
     require_room(config, model, ahead, needs_momentum(config), job.world)
+    teachers = open_teachers(config, job.world, say)
     compiled = _is_compiled(job, config, timetable)
     spec = _with_lengths(spec, compiled or job.policy.runs_ahead)
-    inference = Inference(model, job.policy)
-    encoder = Encoder.of(config, inference.call, inference.device, spec, job.peers)
+    inference, device = Inference(model, job.policy), job.policy.device
+    encoder = Encoder.of(config, inference.call, device, spec, job.peers)
     features, sets = encoded_sets(config, model, encoder, job.shards, say)
     stream: TrainStream | CachedStream = (
-        TrainStream(config, job.shards, schedule, spec, job.world, inference.device)
+        TrainStream(config, job.shards, schedule, fed_with(spec, teachers), job.world, device)
         if features is None
         else CachedStream(schedule, job.shards, features, job.world)
     )
@@ -111,13 +113,13 @@ def build_stage(job: Job, start: Start, say: Tell) -> Stage:
     flops = count_flops(model.train(), spec) if is_counted else None
     engine = build_engine(job.kind, model.train(), config, plan, job.policy, job.world)
     _restore(engine, start, job)
-    objective = Objective(config, job.peers, timetable.uncut)
     return Stage(
         job=job,
         config=config,
         plan=plan,
-        learner=Learner(engine, objective, job.peers, plan.micro_rows),
+        learner=_learner(job, config, plan, engine, timetable),
         follower=follower,
+        teachers=teachers,
         stream=stream,
         spec=spec,
         sets=sets,
@@ -140,6 +142,7 @@ def build_parts(stage: Stage, services: Services) -> tuple[Part, ...]:
         *([momentum] if momentum else []),
         *_queue(stage),
         *_prototypes(stage),
+        *_teachers(stage),
         *_matching(stage),
         *_balance(stage),
         NonFinite(stage, services, evaluation),
@@ -208,6 +211,18 @@ def _prototypes(stage: Stage) -> Iterator[EpochClusters]:
             job.world,
             job.peers,
             stage.learner.engine.device,
+        )
+
+
+def _teachers(stage: Stage) -> Iterator[Teachers]:
+    if stage.teachers:
+        yield Teachers(
+            stage.teachers,
+            teacher_terms(stage.config),
+            stage.job.policy,
+            stage.spec,
+            stage.plan.micro_rows,
+            stage.timetable.uncut,
         )
 
 
@@ -325,6 +340,18 @@ def _follower(job: Job, config: Config, model: nn.Module, start: Start) -> nn.Mo
     if start.checkpoint is not None:
         start.checkpoint.load_momentum(averaged(follower, model))
     return follower
+
+
+def _require_same_run(job: Job, checkpoint: Checkpoint) -> None:
+    lanes = [plan.lanes for plan in job.plans]
+    require_same_run(checkpoint, job.config, job.kept.contents, lanes)
+
+
+def _learner(
+    job: Job, config: Config, plan: BatchPlan, engine: Engine, timetable: Timetable
+) -> Learner:
+    objective = Objective(config, job.peers, timetable.uncut)
+    return Learner(engine, objective, job.peers, plan.micro_rows)
 
 
 def _is_compiled(job: Job, config: Config, timetable: Timetable) -> bool:

@@ -27,6 +27,7 @@ from mmscale.parallel.failure import Watchdog
 from mmscale.parallel.signals import StopSignal
 from mmscale.report.report import Report
 from mmscale.training.step import Learner
+from mmscale.training.teachers import Teacher
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ class Stage:
     Attributes:
         config: The stage's.
         follower: Becomes the momentum encoder, where one is wanted.
+        teachers: Frozen models that its terms name.
         sets: What it is evaluated on, by name.
         start: Where it begins.
         end: `RunState.step` at which it ends.
@@ -148,6 +150,7 @@ class Stage:
     plan: BatchPlan
     learner: Learner
     follower: nn.Module | None
+    teachers: tuple[Teacher, ...]
     stream: TrainStream | CachedStream
     spec: InputSpec
     sets: Mapping[str, HeldOut]

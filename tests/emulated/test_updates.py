@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tests.conftest import SyntheticPairs
 from tests.emulated.run import SPOILT, STOPPED
 from tests.unit.model.tiny import save_bert
+from tests.unit.model.whole_hf import save_whole
 from tests.whole.command import explain, run
 from tests.whole.small_run import training_lines, words_for, write_settings
 
@@ -22,6 +23,13 @@ CHUNKS = ["train.micro_batch_size=4"]
 QUEUE = ["negatives.queue={size: 40, source: momentum}", "eval.weights=ema"]
 MINING = ["negatives.queue.size=40", "negatives.mining={kind: semi_hard, share: 0.2}"]
 QUIET = ["log.every=7 steps", "probe.every=7 steps"]
+
+
+def taught_by(folder: Path) -> str:
+    """Terms with a whole model of another size of pictures."""
+    save_whole(folder, "clip")
+    terms = [{"kind": "teacher", "model": f"hf:{folder}"}, {"kind": "infonce"}]
+    return f"loss.terms={json.dumps(terms)}"
 
 
 def run_on(
@@ -43,12 +51,14 @@ def run_on(
         pytest.param([*CHUNKS, *QUEUE, "engine.precision=bf16"], id="chunks, queue and momentum"),
         pytest.param(["loss.preset=siglip"], id="siglip"),
         pytest.param([*CHUNKS, "HF"], id="a hub's text tower"),
+        pytest.param(["TEACHER", *CHUNKS], id="a teacher"),
         pytest.param([*MINING, "engine.precision=fp32"], id="mining", marks=pytest.mark.slow),
     ],
 )
 def test_an_update_waits_for_nothing_but_the_record_of_the_one_before(words, synthetic, tmp_path):
     tower = f"model.text={{name: 'hf:{save_bert(tmp_path / 'bert')}', options: {{}}}}"
-    words = [tower if word == "HF" else word for word in words]
+    made = {"HF": lambda: tower, "TEACHER": lambda: taught_by(tmp_path / "clip")}
+    words = [made[word]() if word in made else word for word in words]
     found = run_on("card", [*words, *QUIET], tmp_path, synthetic)
     for update in UPDATES:
         inside = [row for row in found if row[0] == f"update {update}"]

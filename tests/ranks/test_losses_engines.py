@@ -48,6 +48,17 @@ MOMENTUM = [
     {"kind": "prototypes", "clusters": [3]},
 ]
 WIDTHS = [{"kind": "infonce"}, {"kind": "matryoshka", "widths": [4, 8], "weights": [0.5, 1]}]
+# Both forms, one fading out and one fading in.
+TAUGHT = [
+    {"kind": "infonce"},
+    {"kind": "teacher", "model": "teacher", "weight": FADING | {"start": "3 steps"}},
+    {
+        "kind": "teacher",
+        "model": "teacher",
+        "form": "feature",
+        "weight": {"from": 0, "to": 1, "over": "4 steps", "start": "2 steps"},
+    },
+]
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "infonce": {"loss__terms": [{"kind": "infonce"}]},
     "mixture": {"loss__terms": MIXTURE},
@@ -58,6 +69,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "model__momentum": 0.8,
     },
     "widths and queue": {"loss__terms": WIDTHS, "negatives": {"queue": QUEUE["queue"]}},
+    "teacher": {"loss__terms": TAUGHT},
 }
 CHUNKS = (1, 3)
 BIAS = "scale.bias"
@@ -92,6 +104,7 @@ ZERO = [
     ("mixture", 1, 3, torch.float32),
     ("mixture and queue", 3, 3, torch.float32),
     ("widths and queue", 3, 3, torch.float32),
+    ("teacher", 3, 3, torch.float32),
     *(("mixture", 3, stage, torch.float32) for stage in (1, 2, 3)),
 ]
 NARROW = [(name, 1, None, torch.float32) for name in {case[0] for case in ZERO}]

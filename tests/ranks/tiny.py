@@ -26,10 +26,14 @@ from mmscale.training.part import Step
 from mmscale.training.parts.momentum import Momentum
 from mmscale.training.parts.prototypes import EpochClusters
 from mmscale.training.parts.queue import Queue, RowBank
+from mmscale.training.parts.teacher import Teachers
 from mmscale.training.step import Learner, train_step
+from mmscale.training.teachers import Teacher, teacher_terms
 
 ROWS = 12
 CPU = torch.device("cpu")
+# Of the image tower of a teacher.
+TEACHER = {"width": 32, "layers": 1, "head_width": 16, "patch_size": 8, "image_size": 24}
 
 
 def tiny_config(**settings: Any) -> Config:
@@ -70,6 +74,7 @@ def joint_batch(seed: int = 0, dtype: torch.dtype = torch.float32) -> Batch:
         labels=image_ids % 3,
         keys=[f"{seed}-{row}#0" for row in range(ROWS)],
         captions=["a caption"] * ROWS,
+        teacher_tokens={"teacher": tokens},
     )
 
 
@@ -86,6 +91,7 @@ def share(batch: Batch, rank: int, world: int) -> Batch:
         labels=batch.labels[rows],
         keys=batch.keys[rows],
         captions=batch.captions[rows],
+        teacher_tokens={name: tokens[rows] for name, tokens in batch.teacher_tokens.items()},
     )
 
 
@@ -131,6 +137,7 @@ def train(
         *_momentum(engine, follower, config, micro),
         *_queue(config, peers, dtype),
         *_clusters(config, world),
+        *_teachers(config, micro, dtype),
     ]
     records, gradients = [], {}
     apply = engine.apply
@@ -176,6 +183,17 @@ def _clusters(config: Config, world: World) -> Iterator[EpochClusters]:
     """Of the images of `joint_batch`, made anew every three updates."""
     for term in [term for term in config.loss.terms if term.kind == "prototypes"][:1]:
         yield EpochClusters(term, ROWS, 3, 0, world, connect(world), CPU)
+
+
+def _teachers(config: Config, micro: int, dtype: torch.dtype) -> Iterator[Teachers]:
+    """A model of other weights, pictures and temperature, as wide as ours."""
+    if terms := teacher_terms(config):
+        sizes = tiny_config(model__vision__options=TEACHER, model__logit_scale={"init": 5.0})
+        model, spec = build_model(sizes.model, None, 5)
+        _, own = build_model(config.model, None, 0)
+        teacher = Teacher("teacher", model.requires_grad_(False).to(dtype), spec, 16, "")
+        policy = choose(config.engine)
+        yield Teachers([teacher], terms, policy, own, micro, whole_steps)
 
 
 def read_gradients(engine: Any, kind: str) -> dict[str, torch.Tensor]:

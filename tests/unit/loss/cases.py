@@ -1,6 +1,6 @@
 """Made-up inputs and every kind of term: what the tests of the losses go through."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from mmscale.config.loss import TERMS as SETTINGS
 from mmscale.config.loss import AnyTerm, LossConfig
 from mmscale.config.values import Ramp, whole_steps
-from mmscale.contracts import Bank, Embeddings, LossInput, Peers, Prototypes
+from mmscale.contracts import Bank, Embeddings, LossInput, Peers, Prototypes, Taught
 from mmscale.loss.mining import Mining
 from mmscale.loss.term import Given, compute
 
@@ -48,6 +48,9 @@ TERMS: dict[str, dict[str, Any]] = {
     "diversity": {"floor": 1.0},
     "distillation": {},
     "distillation by id": {"alpha": 0.0},
+    "teacher": {"model": "wider"},
+    "teacher own temperatures": {"model": "wider", "temperature": 0.2, "teacher_temperature": 0.1},
+    "teacher feature": {"model": "as wide", "form": "feature"},
     "matching": {},
     "classification": {},
     "matryoshka": {"widths": [2, 4]},
@@ -127,6 +130,10 @@ def made_up(leaf: dict, ids: torch.Tensor, seed: int = 1, with_bank: bool = Fals
         rows = torch.randn(*shape, generator=generator, dtype=torch.float64)
         return F.normalize(rows, dim=1).to(leaf["scale"].dtype)
 
+    def taught(width: int) -> Taught:
+        scale = torch.tensor([12.0], dtype=leaf["scale"].dtype)
+        return Taught(draw(rows, width), draw(rows, width), scale)
+
     rows = len(ids)
     bank = None
     if with_bank:
@@ -150,6 +157,7 @@ def made_up(leaf: dict, ids: torch.Tensor, seed: int = 1, with_bank: bool = Fals
         matching_targets=(torch.arange(rows) % 3 == 0).long(),
         class_logits=leaf["classes"],
         prototypes=(Prototypes(draw(CLUSTERS, WIDTH), scales, ids % CLUSTERS),),
+        teachers={"wider": taught(WIDTH + 3), "as wide": taught(WIDTH)},
     )
 
 
@@ -172,7 +180,18 @@ def share(rows: LossInput, rank: int, world: int) -> LossInput:
         matching_targets=cut(rows.matching_targets),
         class_logits=cut(rows.class_logits),
         prototypes=tuple(replace(one, cluster=cut(one.cluster)) for one in rows.prototypes),
+        teachers=of_rows(rows.teachers, cut),
     )
+
+
+def of_rows(
+    teachers: Mapping[str, Taught], choose: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, Taught]:
+    """Some of the rows that teachers made."""
+    return {
+        name: replace(taught, image=choose(taught.image), text=choose(taught.text))
+        for name, taught in teachers.items()
+    }
 
 
 def value_and_gradients(

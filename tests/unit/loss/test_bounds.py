@@ -1,6 +1,7 @@
 """Floor and chance values against the losses themselves."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 
 from mmscale.config.loss import TERMS, LossConfig
 from mmscale.config.values import whole_steps
-from mmscale.contracts import Bank, Embeddings, LossInput
+from mmscale.contracts import Bank, Embeddings, LossInput, Taught
 from mmscale.loss.term import Bounds, Counts, Given, compute
 from mmscale.parallel.peers import Alone
 from tests.unit.loss.cases import TERMS as CASES
@@ -99,6 +100,33 @@ def test_chance_of_distillation_counts_positives_in_the_queue(with_bank):
     ones = rows.image.unit
     rows = rows_of(ones, rows.bank, momentum_image=ones, momentum_text=ones)
     check(term("distillation"), rows, "chance")
+
+
+@pytest.mark.parametrize(
+    "settings", [term("teacher", model="one"), term("teacher", model="one", temperature=0.2)]
+)
+def test_a_teacher_is_matched_at_the_floor_and_met_by_chance(settings):
+    """0 where both find the same alike; at chance its own rows tell nothing of ours."""
+    rows = made_up(leaves(IDS), IDS)
+    own = Taught(
+        rows.image.unit,
+        rows.text.unit,
+        1 / torch.tensor([settings.temperature or 1 / 7], dtype=torch.float64),
+    )
+    loss, bounds = value_of(settings, replace(rows, teachers={"one": own}))
+    assert loss == pytest.approx(bounds.floor, abs=1e-12)
+    assert bounds.chance > 0
+    ones = torch.ones(8, 1, dtype=torch.float64)
+    check(settings, rows_of(ones, teachers={"one": own}), "chance")
+
+
+def test_a_teacher_of_unrelated_rows_is_met_by_chance():
+    rows, settings = made_up(leaves(IDS), IDS), term("teacher", model="one", form="feature")
+    image, text = (F.pad(side.unit, (0, 6)) for side in (rows.image, rows.text))
+    other = Taught(image.roll(6, 1), text.roll(6, 1), rows.scale)
+    wide = replace(rows, image=Embeddings(image, image, image), text=Embeddings(text, text, text))
+    check(settings, replace(wide, teachers={"one": other}), "chance")
+    check(settings, replace(wide, teachers={"one": Taught(image, text, rows.scale)}), "floor")
 
 
 @pytest.mark.parametrize(

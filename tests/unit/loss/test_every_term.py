@@ -17,6 +17,7 @@ from tests.unit.loss.cases import (
     leaves,
     loss,
     made_up,
+    of_rows,
     value_and_gradients,
 )
 
@@ -109,6 +110,7 @@ def rearranged(rows, order, relabel):
         ids=relabel(rows.ids[order]),
         bank=bank,
         prototypes=tuple(replace(one, cluster=put(one.cluster)) for one in rows.prototypes),
+        teachers=of_rows(rows.teachers, put),
     )
 
 

@@ -26,6 +26,8 @@ def without_numbers(value: Any) -> Any:
         return value.detach().to("meta").requires_grad_(value.requires_grad)
     if isinstance(value, tuple):
         return tuple(map(without_numbers, value))
+    if isinstance(value, dict):
+        return {name: without_numbers(part) for name, part in value.items()}
     if is_dataclass(value):
         parts = {part.name: getattr(value, part.name) for part in fields(value)}
         return replace(value, **{name: without_numbers(part) for name, part in parts.items()})

@@ -1,0 +1,94 @@
+"""Frozen teachers: each encodes the batch that the objective compares with it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from mmscale.config.loss import TeacherTerm
+from mmscale.config.values import StepsOf
+from mmscale.contracts import Batch, Features, InputSpec, LossInput, Taught
+from mmscale.engine.inference import Inference
+from mmscale.errors import ConfigError
+from mmscale.parallel.device import DevicePolicy
+from mmscale.training.part import Json, Part, Step
+from mmscale.training.teachers import Repainted, Teacher
+
+
+class Teachers(Part):
+    """Encodes this rank's rows with every teacher that a term looks at in the coming update.
+
+    A teacher is whole on every rank, however the trained model is sharded; rows are gathered where
+    the objective gathers. No checkpoint keeps its weights: their digest is compared instead.
+    """
+
+    name = "teacher"
+
+    def __init__(
+        self,
+        teachers: Sequence[Teacher],
+        terms: Sequence[TeacherTerm],
+        policy: DevicePolicy,
+        spec: InputSpec,
+        micro_rows: int,
+        steps_of: StepsOf,
+    ):
+        """Take the teachers to the device.
+
+        Args:
+            teachers: All that the terms name.
+            terms: With their weights, which say when a teacher is looked at.
+            policy: Device and precision of the forward.
+            spec: What the trained model is fed.
+            micro_rows: Rows forwarded at once.
+            steps_of: A duration in updates of this run.
+        """
+        self._teachers = {teacher.name: teacher for teacher in teachers}
+        self._calls = {t.name: Inference(t.model, policy).call for t in teachers}
+        self._pixels = {t.name: Repainted(spec, t.spec, policy.device) for t in teachers}
+        self._terms, self._micro_rows, self._steps_of = terms, micro_rows, steps_of
+        self._rows: dict[str, Taught] = {}
+
+    def before(self, step: Step, batch: Batch) -> None:
+        # Before the trained model's forward, so that its activations are not held beside these.
+        wanted = {t.model for t in self._terms if t.weight.at(step.number, self._steps_of)}
+        self._rows = {name: self.encode(name, batch) for name in self._teachers if name in wanted}
+
+    def inputs(self, rows: LossInput, features: Features, batch: Batch) -> LossInput:
+        return replace(rows, teachers=self._rows)
+
+    def encode(self, name: str, batch: Batch) -> Taught:
+        """What a teacher makes of the batch's pictures and captions, without a graph.
+
+        Args:
+            name: Of the teacher.
+            batch: This rank's rows, on the device.
+        """
+        call, pixels, pad = (
+            self._calls[name],
+            self._pixels[name],
+            self._teachers[name].spec.pad_token,
+        )
+        images, texts, scale = [], [], None
+        for start in range(0, len(batch), self._micro_rows):
+            rows = slice(start, start + self._micro_rows)
+            tokens = batch.teacher_tokens[name][rows]
+            mask = tokens >= 0
+            found = call("both", pixels(batch.image[rows]), tokens.masked_fill(~mask, pad), mask)
+            image, text, scale, _ = found
+            images.append(image.unit)
+            texts.append(text.unit)
+        assert scale is not None, "a batch has rows"
+        return Taught(torch.cat(images), torch.cat(texts), scale)
+
+    def state(self) -> dict[str, Json]:
+        return {"digests": {name: teacher.digest for name, teacher in self._teachers.items()}}
+
+    def load(self, state: Mapping[str, Json]) -> None:
+        for name, digest in state["digests"].items():
+            if name in self._teachers and self._teachers[name].digest != digest:
+                raise ConfigError(
+                    f"loss.terms holds teacher with model={name}, which is not the model that the "
+                    f"run was trained with: its weights or its tokenizer have changed; put it "
+                    f"back (of a run that goes on, name a checkpoint), or start another run.dir"
+                )
