@@ -1,8 +1,7 @@
 """To two ONNX graphs, `image.onnx` (pixels) and `text.onnx` (tokens, mask), and their tokenizer.
 
-In int8 matrices are kept in a byte a number, with their range, and what they are multiplied by is
-rounded as it comes (dynamic quantisation by onnxruntime). Convolutions stay: onnxruntime computes
-none with signed bytes on a CPU.
+In int8 matrices and kernels are kept in a byte a number, with their range, and what they are
+multiplied by is rounded as it comes: onnxruntime's dynamic quantisation with its own defaults.
 """
 
 import logging
@@ -138,15 +137,13 @@ def _write(module: nn.Module, inputs: tuple[Tensor, ...], shapes: Any, path: Pat
 def _quantised(folder: Path, logit_scale: float) -> Graphs:
     """Put graphs in int8 in the place of those that lie there."""
     from onnxruntime.quantization import quantize_dynamic
-    from onnxruntime.quantization.registry import IntegerOpsRegistry
 
-    kinds = [kind for kind in IntegerOpsRegistry if kind != "Conv"]
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         for name in GRAPHS:
             whole = (folder / f"{name}.onnx").rename(folder / f"{name}{_WHOLE}")
-            quantize_dynamic(whole, folder / f"{name}.onnx", op_types_to_quantize=kinds)
+            quantize_dynamic(whole, folder / f"{name}.onnx")
             whole.unlink()
     finally:
         logging.disable(before)
