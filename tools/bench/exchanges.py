@@ -4,7 +4,8 @@ torchrun --nproc_per_node 2 -m tools.bench.exchanges CHUNKS [FILE]
 
 FILE is a DeepSpeed file; without one the ranks run on FSDP2. Counted is what rank 0 hands to
 torch.distributed in its third update, the loss's own exchanges among it. What is handed over while
-the backward runs can be hidden by it; the rest is waited for. Prints a row of a table.
+the backward runs can be hidden by it; the rest is waited for. Prints a row of a table, and by the
+profiler's timeline how much of the time of a fourth update's collectives lies under a product.
 """
 
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
 
 from mmscale.contracts import World
 from mmscale.parallel.world import join_ranks, leave, promised_world
@@ -30,6 +32,7 @@ PAYLOADS = {
     "all_reduce": ("all-reduce", 0, "tensor"),
     "broadcast": ("broadcast", 0, "tensor"),
 }
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution_backward"}
 PASSES = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2, "broadcast": 1}
 
 
@@ -49,6 +52,10 @@ def main(chunks: int, deepspeed: str | None) -> None:
     run(1)
     if world.is_main:
         print(_row(heard, chunks, deepspeed or "without DeepSpeed", parameters))
+    with profile(activities=[ProfilerActivity.CPU]) as timeline:
+        run(1)
+    if world.is_main:
+        print(_hidden(timeline.events()))
     leave()
 
 
@@ -77,6 +84,21 @@ def _row(heard: Counter[tuple[str, str]], chunks: int, name: str, parameters: in
         f"| {name} | {chunks} | {calls} | {sent['bytes'] / 4 / parameters:.2f} "
         f"| {sent['under backward'] / sent['bytes']:.0%} |"
     )
+
+
+def _hidden(events: Any) -> str:
+    """How long collectives took, and how much of it a product was computed meanwhile."""
+    spans = [(e.name, e.time_range.start, e.time_range.end) for e in events]
+    products = sorted((start, end) for name, start, end in spans if name in PRODUCTS)
+    exchanged = hidden = 0.0
+    for name, start, end in spans:
+        if not name.startswith("gloo:"):
+            continue
+        exchanged += end - start
+        for left, right in products:
+            # Microseconds; products of one thread do not overlap.
+            hidden += max(0.0, min(right, end) - max(left, start))
+    return f"{exchanged / 1e3:.0f} ms in collectives, {hidden / exchanged:.0%} of it under a product"
 
 
 def _sent(heard: Counter[tuple[str, str]], what: str) -> int:
