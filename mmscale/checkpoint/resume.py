@@ -14,7 +14,7 @@ from mmscale.checkpoint.files import (
     step_folder,
     step_folders,
 )
-from mmscale.checkpoint.state import DIGEST, STATE, FileRecord
+from mmscale.checkpoint.state import BLEND, DIGEST, STATE, FileRecord
 from mmscale.checkpoint.write import adopt_partial
 from mmscale.config.load import flatten, read_yaml, validate
 from mmscale.config.model import ModelConfig
@@ -167,6 +167,11 @@ def require_same_run(
         ConfigError: Names each such setting with both values.
     """
     folder, state = checkpoint.folder, checkpoint.state
+    if BLEND in checkpoint.parts:
+        raise ConfigError(
+            f"{folder} is a blend, which has no optimizer state to go on with; for a run that "
+            f"begins with its weights set model.weights={folder} and leave run.resume out"
+        )
     repair = "put it back, or start another run.dir"
     if config.run.resume not in ("auto", "never"):
         repair = (

@@ -21,6 +21,8 @@ from mmscale.outputs import replace_file
 
 FORMAT, VERSION = "mmscale-checkpoint", 2
 STATE, DIGEST = "state.json", "state.sha256"
+# Among the parts of a checkpoint that no run wrote: what it is a blend of.
+BLEND = "blend"
 
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 # Names within the folder: no absolute path, no `..`, nothing hidden.

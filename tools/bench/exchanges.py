@@ -98,7 +98,9 @@ def _hidden(events: Any) -> str:
         for left, right in products:
             # Microseconds; products of one thread do not overlap.
             hidden += max(0.0, min(right, end) - max(left, start))
-    return f"{exchanged / 1e3:.0f} ms in collectives, {hidden / exchanged:.0%} of it under a product"
+    return (
+        f"{exchanged / 1e3:.0f} ms in collectives, {hidden / exchanged:.0%} of it under a product"
+    )
 
 
 def _sent(heard: Counter[tuple[str, str]], what: str) -> int:
