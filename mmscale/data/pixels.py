@@ -369,18 +369,23 @@ SIDE = 112  # pixels, of the longer side
 _QUALITY = 62
 
 
-def thumbnail(content: bytes, where: str) -> bytes:
+def thumbnail(content: bytes, where: str, side: int = SIDE) -> bytes:
     """An encoded image as a small WebP, upright, without what its file says of the photographer.
+
+    Args:
+        content: The encoded image.
+        where: Names it in messages.
+        side: Most pixels of its longer side.
 
     Raises:
         DamagedSampleError: It cannot be decoded.
     """
     picture = open_picture(content, where)
     longer = max(picture.height, picture.width)
-    reduction = next((r for r in REDUCTIONS if longer >= 2 * r * SIDE), 1)
+    reduction = next((r for r in REDUCTIONS if longer >= 2 * r * side), 1)
     pixels = picture.pixels(reduction)
     image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     image.save(file, "WEBP", quality=_QUALITY)
     return file.getvalue()

@@ -12,8 +12,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from mmscale.config.evaluation import MAIN, setting_of
 from mmscale.config.schema import Config
@@ -210,8 +212,13 @@ def _towers_digest(model: TwoTower, spec: InputSpec) -> str:
     feeding = [*pixels, spec.context_length]
     digest.update(json.dumps([feeding, spec.tokenize(_PROBES), spec.pad_token]).encode())
     for side, tower in (("vision", model.vision), ("text", model.text)):
-        digest.update(f"{side}: {tower}".encode())
-        for name, tensor in tower.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        add_module(digest, side, tower)
     return digest.hexdigest()
+
+
+def add_module(digest: Any, name: str, module: nn.Module) -> None:
+    """What a module is, and its tensors, to a digest of `hashlib`."""
+    digest.update(f"{name}: {module}".encode())
+    for tensor_name, tensor in module.state_dict().items():
+        digest.update(tensor_name.encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -78,8 +78,9 @@ class TwoTower(nn.Module):
 
         `image`: pixels -> features. `text`: tokens, mask -> features. `image_sequence`,
         `text_sequence`: the same with the tower's tokens besides. `heads`: image features, text
-        features -> Embeddings of each, the scale, and the logits' bias or None. `both`: pixels,
-        tokens, mask -> as `heads`. `fuse`: as `fuse_pairs` after its first argument.
+        features -> Embeddings of each, the scale, and the logits' bias or None. `head`: `image` or
+        `text`, its features -> Embeddings. `both`: pixels, tokens, mask -> as `heads`. `fuse`: as
+        `fuse_pairs` after its first argument.
         """
         match mode:
             case "image":
@@ -94,6 +95,8 @@ class TwoTower(nn.Module):
                     return self.text.forward_sequence(*inputs)
             case "heads":
                 return self._heads(*inputs)
+            case "head":
+                return self._embed(*inputs)
             case "both":
                 pixels, tokens, mask = inputs
                 return self._heads(self._image(pixels), self._text(tokens, mask))
