@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from mmscale.config.paths import PathsSetting
+from mmscale.config.paths import PathSetting, PathsSetting
 from mmscale.config.values import Duration, Positive, Section
 
 # What `data.eval` is called where sets have names.
@@ -18,7 +18,15 @@ class EvalSetConfig(Section):
     """One named evaluation set."""
 
     data: PathsSetting
-    """Packed folder of held-out pairs, or globs, brace lists or URLs of tars, as `data.eval`."""
+    """Packed folder of held-out pairs, or globs, brace lists or URLs of tars, as `data.eval`. Of
+    labelled images: tars of this machine, a folder of them, or one with a folder for each class."""
+    kind: Literal["retrieval", "classes"] = "retrieval"
+    """What is measured: recall of images and captions, or zero-shot classification."""
+    classes: PathSetting | None = None
+    """With `kind: classes`, the names: a file with one a line or a JSON list, or `imagenet`."""
+    templates: PathSetting | None = None
+    """With `kind: classes`, the prompts: OpenCLIP's `openai` (80, the default) or `simple` (7), or
+    a file with one a line or a JSON list, and `{}` where the name goes."""
 
 
 def _with_sound_names(sets: dict[str, Any]) -> dict[str, Any]:

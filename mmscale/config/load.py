@@ -27,6 +27,7 @@ from mmscale.config.rules import (
     negatives_faults,
     objective_faults,
     picture_faults,
+    set_faults,
     stage_faults,
     stage_settings,
     width_faults,
@@ -128,6 +129,7 @@ def validate(settings: dict[str, Any]) -> Config:
         *fusion_faults(config),
         *negatives_faults(config),
         *width_faults(config),
+        *set_faults(config),
         *figure_faults(config),
         *picture_faults(config),
     ]

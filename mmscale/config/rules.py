@@ -169,6 +169,25 @@ def is_evaluated(config: Config) -> bool:
     return config.data.eval is not None or bool(config.eval.sets)
 
 
+def set_faults(config: Config) -> Iterator[str]:
+    """Evaluation sets that say too little for their kind, or what it does not read."""
+    for name, chosen in config.eval.sets.items():
+        path = f"eval.sets.{name}"
+        if chosen.kind == "classes":
+            if chosen.classes is None:
+                yield (
+                    f"{path}.kind=classes, but {path}.classes is not set; name a file with the "
+                    "classes, or imagenet"
+                )
+            continue
+        for setting in ("classes", "templates"):
+            if (value := getattr(chosen, setting)) is not None:
+                yield (
+                    f"{path}.{setting}={value} has an effect only with {path}.kind=classes; make "
+                    "that so, or remove it"
+                )
+
+
 def figure_faults(config: Config) -> Iterator[str]:
     """Figures that the run waits for or chooses by, of a set that it does not have."""
     if not is_evaluated(config):

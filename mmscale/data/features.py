@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -105,30 +106,40 @@ class SampleBatches(Dataset):
         Raises:
             DataError: A shard cannot be read.
         """
-        loader = DataLoader(
-            _Told(self),
-            batch_size=None,
-            sampler=[index for index in range(len(self)) if index not in skip],
-            num_workers=workers,
-            generator=torch.Generator(),
-            worker_init_fn=outlive_termination,
-        )
-        for batch in loader:
-            if isinstance(batch, DataError):
-                raise batch
-            yield batch
+        return loaded(self, workers, skip)
+
+
+def loaded(batches: Dataset, workers: int, skip: Collection[int] = ()) -> Iterator[Any]:
+    """Batches in order, made by `workers` processes, without those to skip.
+
+    Raises:
+        DataError: One of them raised it.
+    """
+    told = _Told(batches)
+    loader = DataLoader(
+        told,
+        batch_size=None,
+        sampler=[index for index in range(len(told)) if index not in skip],
+        num_workers=workers,
+        generator=torch.Generator(),
+        worker_init_fn=outlive_termination,
+    )
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
 
 
 class _Told(Dataset):
     """The batches; an error is handed over as a value, a loader would bury it in a traceback."""
 
-    def __init__(self, batches: SampleBatches):
+    def __init__(self, batches: Any):
         self._batches = batches
 
     def __len__(self) -> int:
         return len(self._batches)
 
-    def __getitem__(self, index: int) -> SampleBatch | DataError:
+    def __getitem__(self, index: int) -> Any:
         try:
             return self._batches[index]
         except DataError as error:

@@ -177,12 +177,17 @@ def walk_shard(path: Path) -> Iterator[TarSample]:
         DamagedShardError: It is not a whole, uncompressed tar.
         OSError: It cannot be read.
     """
+    yield from samples_in(walk_members(path))
+
+
+def walk_members(path: Path) -> Iterator[Member]:
+    """Members of a tar from its first byte to its last; raises as `walk_shard` does."""
     if not path.is_file():
         # A pipe in its place would never be opened.
         raise DamagedShardError("is missing, or not a file")
     _refuse_packed(path)
     try:
-        yield from samples_in(_members_to_the_end(path))
+        yield from _members_to_the_end(path)
     except (OSError, DamagedShardError):
         raise
     except Exception as error:

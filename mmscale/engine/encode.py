@@ -90,7 +90,7 @@ def encode(
         for index, calls in enumerate(_text_calls(shards, mine, batch_size)):
             if (part := found.get(index)) is None:
                 batch = next(loader) if index < len(batches) else SampleBatch(None)
-                image = _images(encoder, batch)
+                image = encode_images(encoder, batch.pixels)
                 text = _texts(encoder, batch, calls)
                 part = EncodedBatch(replace(batch, pixels=None), image, text)
                 if kept and index < len(batches):
@@ -123,12 +123,13 @@ def _text_calls(shards: ShardSet, mine: list[range], batch_size: int) -> list[in
 
 
 @torch.no_grad()
-def _images(encoder: Encoder, batch: SampleBatch) -> Tensor:
-    if batch.pixels is None:
+def encode_images(encoder: Encoder, pixels: Tensor | None) -> Tensor:
+    """Image features of a batch's bytes, on the CPU; of None no rows, by a call all the same."""
+    if pixels is None:
         size = encoder.spec.image_size
         empty = encoder.call("image", torch.zeros(1, 3, size, size, device=encoder.device))
         return empty[:0].float().cpu()
-    rows = images_on(batch.pixels, encoder.device, encoder.spec)
+    rows = images_on(pixels, encoder.device, encoder.spec)
     return encoder.call("image", rows).float().cpu()
 
 

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from mmscale.config.evaluation import MAIN, setting_of
+from mmscale.config.evaluation import MAIN, EvalSetConfig, setting_of
 from mmscale.config.schema import Config
 from mmscale.contracts import InputSpec, Peers, World
 from mmscale.data.arrange import Neighbours
@@ -27,6 +27,8 @@ from mmscale.data.grouping import copies_line
 from mmscale.data.shard_set import place_of
 from mmscale.data.shards import ShardSet, open_shards
 from mmscale.engine.encode import Encoder, encode
+from mmscale.errors import DataError
+from mmscale.evaluation.classes import ClassSet, open_classes
 from mmscale.model.two_tower import TwoTower
 from mmscale.outputs import require_folder, writing
 from mmscale.parallel.peers import barrier, broadcast_object, gather_objects
@@ -40,11 +42,14 @@ _PROBES = ("a photograph of two dogs, running", "  A  Caf\u00c3\u00a9 &amp;amp; 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A set that a run is evaluated on; `table`: its features, where towers are frozen."""
+    """Pairs that a run is evaluated on; `table`: their features, where towers are frozen."""
 
     shards: ShardSet
     spec: InputSpec
     table: FeatureTable | None
+
+
+EvalSet: TypeAlias = HeldOut | ClassSet
 
 
 def _shared(setting: str, train: ShardSet, held_out: ShardSet) -> str | None:
@@ -59,15 +64,30 @@ def _shared(setting: str, train: ShardSet, held_out: ShardSet) -> str | None:
     )
 
 
-def open_sets(config: Config) -> dict[str, ShardSet]:
-    """The shards of every set that a run is evaluated on, by name: `data.eval` is `main`.
+def open_sets(config: Config, spec: InputSpec) -> dict[str, EvalSet]:
+    """Every set that a run is evaluated on, by name: `data.eval` is `main`.
 
     Raises:
-        DataError: A set has no shard, or no manifest.
+        DataError: A set has no shard, no manifest, no image, or a label that is no class of it.
     """
-    places = {MAIN: config.data.eval} if config.data.eval else {}
-    places |= {name: chosen.data for name, chosen in config.eval.sets.items()}
-    return {name: open_shards(setting_of(name), where) for name, where in places.items()}
+    places = {MAIN: EvalSetConfig(data=config.data.eval)} if config.data.eval else {}
+    return {
+        name: _open_set(name, chosen, spec, config.data.feature_cache is not None)
+        for name, chosen in (places | config.eval.sets).items()
+    }
+
+
+def _open_set(name: str, chosen: EvalSetConfig, spec: InputSpec, keeps: bool) -> EvalSet:
+    if chosen.kind == "classes":
+        return open_classes(f"eval.sets.{name}", chosen, spec, keeps)
+    try:
+        return HeldOut(open_shards(setting_of(name), chosen.data), spec, None)
+    except DataError as error:
+        if name == MAIN:
+            raise
+        raise DataError(
+            f"{error}; a set of images without captions, but with labels, is of kind: classes"
+        ) from error
 
 
 def encoded_sets(
@@ -76,23 +96,24 @@ def encoded_sets(
     encoder: Encoder,
     shards: ShardSet,
     tell: Tell,
-) -> tuple[FeatureTable | None, dict[str, HeldOut]]:
-    """Cached features of the training set, and the held-out pairs of every evaluation set."""
-    spec = encoder.spec
-    sets = open_sets(config)
+) -> tuple[FeatureTable | None, dict[str, EvalSet]]:
+    """Cached features of the training set, and every evaluation set by name."""
+    sets = open_sets(config, encoder.spec)
     if config.data.match == "image" and (line := _copies("data.train", shards)):
         tell(line)
     for name, held_out in sets.items():
-        for line in (
-            _copies(setting_of(name), held_out),
-            _shared(setting_of(name), shards, held_out),
-        ):
-            if line:
-                tell(line)
+        if isinstance(held_out, HeldOut):
+            setting = setting_of(name)
+            for line in (
+                _copies(setting, held_out.shards),
+                _shared(setting, shards, held_out.shards),
+            ):
+                if line:
+                    tell(line)
     if config.data.feature_cache is None:
-        return None, {name: HeldOut(held_out, spec, None) for name, held_out in sets.items()}
+        return None, sets
     limit = config.data.cache_gb * 1e9
-    cache = FeatureCache(Path(config.data.feature_cache), model, spec, limit)
+    cache = FeatureCache(Path(config.data.feature_cache), model, encoder.spec, limit)
 
     def table(which: ShardSet) -> FeatureTable:
         def make(kept: KeptParts) -> FeatureTable:
@@ -103,7 +124,11 @@ def encoded_sets(
 
         return cache.table(which, encoder.peers, make)
 
-    return table(shards), {name: HeldOut(own, spec, table(own)) for name, own in sets.items()}
+    def cached(held_out: EvalSet) -> EvalSet:
+        is_paired = isinstance(held_out, HeldOut)
+        return replace(held_out, table=table(held_out.shards)) if is_paired else held_out
+
+    return table(shards), {name: cached(held_out) for name, held_out in sets.items()}
 
 
 def _copies(setting: str, shards: ShardSet) -> str | None:

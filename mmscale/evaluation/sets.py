@@ -9,25 +9,26 @@ from mmscale.config.evaluation import MAIN, logged, setting_of
 from mmscale.config.schema import Config
 from mmscale.contracts import Peers
 from mmscale.diagnostics.pairs import Pairs
-from mmscale.engine.encode import Call
+from mmscale.engine.encode import Call, Encoder
 from mmscale.errors import DataError
-from mmscale.evaluation.encoded import HeldOut
+from mmscale.evaluation.classes import ClassSet, class_figures, classify
+from mmscale.evaluation.encoded import EvalSet
 from mmscale.evaluation.retrieval import evaluate
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What was found on a set: its figures by name, and the embeddings of its pairs."""
+    """What was found on a set: its figures by name; of pairs, their embeddings."""
 
     figures: dict[str, float]
-    pairs: Pairs
+    pairs: Pairs | None = None
 
 
 def evaluate_sets(
     config: Config,
     call: Call,
     device: torch.device,
-    sets: Mapping[str, HeldOut],
+    sets: Mapping[str, EvalSet],
     peers: Peers,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Evaluated]:
@@ -48,9 +49,16 @@ def evaluate_sets(
     found = {}
     for name, held_out in sets.items():
         try:
-            found[name] = Evaluated(*evaluate(config, call, device, held_out, peers, progress))
+            if isinstance(held_out, ClassSet):
+                encoder = Encoder.of(config, call, device, held_out.spec, peers)
+                taken = classify(encoder, held_out, progress)
+                count = len(held_out.classes)
+                found[name] = Evaluated(class_figures(taken, count, peers))
+            else:
+                found[name] = Evaluated(*evaluate(config, call, device, held_out, peers, progress))
         except DataError as error:
-            raise (error if name == MAIN else DataError(f"{setting_of(name)}: {error}")) from error
+            is_told = name == MAIN or str(error).startswith("eval.sets.")
+            raise (error if is_told else DataError(f"{setting_of(name)}: {error}")) from error
     return found
 
 

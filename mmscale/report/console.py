@@ -75,7 +75,9 @@ class TrainingConsole:
             self._recall = line["eval/i2t_r1"], line["eval/t2i_r1"]
             self.say(f"step {line.get('step', '?')}: {_recalls(line, 'eval/')}")
         for name in set_names([line]):
-            self.say(f"step {line.get('step', '?')}, {name}: {_recalls(line, f'eval/{name}/')}")
+            prefix = f"eval/{name}/"
+            said = _accuracies if f"{prefix}top1" in line else _recalls
+            self.say(f"step {line.get('step', '?')}, {name}: {said(line, prefix)}")
 
     def close(self) -> None:
         """Leave the terminal as it was found."""
@@ -165,6 +167,18 @@ def _recalls(line: Mapping[str, Any], prefix: str) -> str:
         f"R@1/5/10 image to text {i2t}, text to image {t2i} "
         f"(percent, {over}, {_number(line.get(f'{prefix}captions'), ',')} captions)"
     )
+
+
+def _accuracies(line: Mapping[str, Any], prefix: str) -> str:
+    """Of labelled images; few classes have no top-5."""
+    figures = {name: line.get(f"{prefix}{name}") for name in ("top1", "top5", "mean_per_class")}
+    said = ", ".join(
+        f"{name.replace('_', ' ')} {_number(value, '.1f')}"
+        for name, value in figures.items()
+        if name != "top5" or value is not None
+    )
+    images, classes = (_number(line.get(f"{prefix}{name}"), ",") for name in ("images", "classes"))
+    return f"{said} (percent, {images} images, {classes} classes)"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -50,10 +50,49 @@ def collect_recalls(lines: Lines, prefix: str = "eval/") -> Recalls | None:
     return Recalls(_text(held[-1].get("step"), ","), images, captions, rows)
 
 
-def collect_sets(lines: Lines) -> dict[str, Recalls]:
-    """Recalls of the last evaluation of each named set."""
-    found = {name: collect_recalls(lines, f"eval/{name}/") for name in set_names(lines)}
-    return {name: recalls for name, recalls in found.items() if recalls}
+@dataclass(frozen=True)
+class Accuracies:
+    """The last zero-shot classification of a set.
+
+    Attributes:
+        step: Updates made before it.
+        images: As text.
+        classes: As text.
+        cells: Name of each figure with its value in percent and, where there is one, chance's.
+    """
+
+    step: str
+    images: str
+    classes: str
+    cells: list[tuple[str, str, str]]
+
+
+def collect_sets(lines: Lines) -> dict[str, Recalls | Accuracies]:
+    """What was last found on each named set."""
+    found = {
+        name: _accuracies(lines, f"eval/{name}/") or collect_recalls(lines, f"eval/{name}/")
+        for name in set_names(lines)
+    }
+    return {name: figures for name, figures in found.items() if figures}
+
+
+def _accuracies(lines: Lines, prefix: str) -> Accuracies | None:
+    held = [line for line in lines if f"{prefix}top1" in line]
+    if not held:
+        return None
+    line, classes = held[-1], held[-1].get(f"{prefix}classes")
+    chance = {"top1": 1, "top5": 5, "mean_per_class": 1}
+    cells = [
+        (
+            name.replace("_", " "),
+            _text(line.get(f"{prefix}{name}"), ".1f"),
+            f"{100 * count / classes:.2f}" if classes else "?",
+        )
+        for name, count in chance.items()
+        if f"{prefix}{name}" in line
+    ]
+    images = _text(line.get(f"{prefix}images"), ",")
+    return Accuracies(_text(line.get("step"), ","), images, _text(classes, ","), cells)
 
 
 def collect_facts(lines: Lines) -> list[tuple[str, str]]:

@@ -130,12 +130,16 @@ def draw_recall(lines: Lines) -> str | None:
 
 
 def draw_sets(lines: Lines) -> str | None:
-    """The mean recall on each evaluation set over the run, where there are several."""
+    """Mean recall or top-1 on each evaluation set over the run, where there are several."""
     curves = {
         name: curve
         for name, key in (
             ("data.eval", MEAN_RECALL),
-            *((name, f"eval/{name}/mean") for name in set_names(lines)),
+            *(
+                (name, f"eval/{name}/{figure}")
+                for name in set_names(lines)
+                for figure in ("mean", "top1")
+            ),
         )
         if (curve := series(lines, key)) is not None
     }
@@ -146,7 +150,7 @@ def draw_sets(lines: Lines) -> str | None:
         for name, curve in curves.items():
             _draw_line(axes, curve, label=literal(name))
         axes.set_ylim(0, 100)
-        axes.set_ylabel("mean recall (percent)")
+        axes.set_ylabel("mean recall or top-1 (percent)")
         step_axis(axes)
         axes.legend(loc="best")
         return data_uri(figure)

@@ -21,7 +21,7 @@ from mmscale.data.shards import ShardSet
 from mmscale.data.stream import TrainStream
 from mmscale.engine.footprint import Flops
 from mmscale.engine.plan import BatchPlan
-from mmscale.evaluation.encoded import HeldOut
+from mmscale.evaluation.encoded import EvalSet, HeldOut
 from mmscale.parallel.device import DevicePolicy
 from mmscale.parallel.failure import Watchdog
 from mmscale.parallel.signals import StopSignal
@@ -153,7 +153,7 @@ class Stage:
     teachers: tuple[Teacher, ...]
     stream: TrainStream | CachedStream
     spec: InputSpec
-    sets: Mapping[str, HeldOut]
+    sets: Mapping[str, EvalSet]
     flops: Flops | None
     timetable: Timetable
     start: Start
@@ -162,4 +162,5 @@ class Stage:
     @property
     def held_out(self) -> HeldOut | None:
         """The pairs of `data.eval`, by which the run is judged and shown."""
-        return self.sets.get(MAIN)
+        main = self.sets.get(MAIN)
+        return main if isinstance(main, HeldOut) else None

@@ -5,7 +5,7 @@ import os
 from mmscale.contracts import World
 from mmscale.engine.encode import Encoder
 from mmscale.engine.inference import Inference
-from mmscale.evaluation.encoded import HeldOut, open_sets
+from mmscale.evaluation.encoded import open_sets
 from mmscale.evaluation.sets import as_logged, evaluate_sets
 from mmscale.model.build import build_model
 from mmscale.parallel.device import choose
@@ -25,7 +25,7 @@ def _figures(world_size, val, test):
     model, spec = build_model(config.model, None, 0)
     inference = Inference(model, choose(config.engine))
     encoder = Encoder.of(config, inference.call, inference.device, spec, peers)
-    found = {name: HeldOut(shards, spec, None) for name, shards in open_sets(config).items()}
+    found = open_sets(config, spec)
     return as_logged(evaluate_sets(config, encoder.call, encoder.device, found, peers))
 
 

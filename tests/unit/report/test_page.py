@@ -245,7 +245,12 @@ def test_every_evaluation_set_has_its_table_and_its_curve(tmp_path):
     def line(step, value):
         own = {f"{way}_r{k}": value + k for way in ("i2t", "t2i") for k in (1, 5, 10)}
         own |= {"mean": value, "images": 20, "captions": 100}
-        return {"step": step, **{f"eval/coco/{name}": figure for name, figure in own.items()}}
+        pets = {"top1": value, "mean_per_class": 12.5, "images": 8, "classes": 4}
+        return {
+            "step": step,
+            **{f"eval/coco/{name}": figure for name, figure in own.items()},
+            **{f"eval/pets/{name}": figure for name, figure in pets.items()},
+        }
 
     log = tmp_path / "metrics.jsonl"
     log.write_text("".join(json.dumps(line(step, 2.0 * step)) + "\n" for step in (5, 10)))
@@ -254,4 +259,8 @@ def test_every_evaluation_set_has_its_table_and_its_curve(tmp_path):
     assert ("section", {"class": "card", "id": "set-coco"}) in page.tags
     assert "30.0" in page.text, "R@10 of the last line"
     assert "after step 10 over 20 images and 100 captions" in page.text
+    assert ("section", {"class": "card", "id": "set-pets"}) in page.tags
+    assert "over 8 images of 4 classes" in page.text
+    assert "chance 25.00" in page.text
+    assert "top5" not in page.text
     assert [picture.title for picture in written.pictures] == ["Every evaluation set"]
