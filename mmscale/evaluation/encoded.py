@@ -125,8 +125,10 @@ def encoded_sets(
         return cache.table(which, encoder.peers, make)
 
     def cached(held_out: EvalSet) -> EvalSet:
-        is_paired = isinstance(held_out, HeldOut)
-        return replace(held_out, table=table(held_out.shards)) if is_paired else held_out
+        if isinstance(held_out, ClassSet):
+            # It keeps what the towers give at its first evaluation.
+            return held_out
+        return replace(held_out, table=table(held_out.shards))
 
     return table(shards), {name: cached(held_out) for name, held_out in sets.items()}
 
