@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from mmscale.config.schema import Config
 from mmscale.config.training import OptimConfig
@@ -20,6 +20,13 @@ from mmscale.engine.zero_settings import LOWER_PRECISION_SAFE
 from mmscale.model.blocks import model_blocks
 from mmscale.model.two_tower import TwoTower
 
+# torch 2.11 counts attention's kernel for GPUs only, which has the same products.
+_FLASH, _CPU = "_scaled_dot_product_flash_attention", "_for_cpu"
+for _pass in ("", "_backward"):
+    flop_registry.setdefault(
+        getattr(torch.ops.aten, _FLASH + _CPU + _pass),
+        flop_registry[getattr(torch.ops.aten, _FLASH + _pass)],
+    )
 SHORT = 8  # tokens of the shorter caption that FLOPs are counted on
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_info
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import Tensor, nn
 
 from mmscale.config.training import OptimConfig
@@ -191,7 +191,14 @@ _FAMILIES = {
     "csgdw csgdc": OptimizerState(_MOMENTUM, unsharded=WHOLE),
     "sgdp csgdp": OptimizerState(("momentum",), unsharded=WHOLE),
 }
-KNOWN = {name: kept for names, kept in _FAMILIES.items() for name in names.split()}
+_IN_TIMM = set(list_optimizers())
+KNOWN = {
+    name: kept
+    for names, kept in _FAMILIES.items()
+    for name in names.split()
+    # An older timm has fewer.
+    if name in _IN_TIMM
+}
 # Moments that are there only with an option, and its default.
 _OPTIONAL = {
     "momentum_buffer": ("momentum", True),

@@ -486,6 +486,7 @@ SENTENCE = "sentence_transformers"
 def test_a_refusal_comes_from_the_configuration_and_names_only_what_does_not_refuse(
     tmp_path, model, refusing
 ):
+    pytest.importorskip("onnxscript", reason="the onnx extra is not installed")
     text = {"name": "hf:nowhere"} | model.pop("text", {})
     config = validate({"data": {"train": "unused"}, "model": {"text": text, **model}})
     for to in ("open_clip", "hf"):
