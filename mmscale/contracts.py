@@ -100,6 +100,8 @@ class Batch:
         damaged: One line for each sample of these rows that could not be decoded and was replaced.
         teacher_tokens: Token ids of the captions as each teacher reads them, by its name; -1 behind
             the last.
+        teacher_features: What the towers of a teacher made of the pictures and captions, where that
+            is cached.
     """
 
     image: UInt8[Tensor, "b c h w"] | Float[Tensor, "b c h w"] | Float[Tensor, "b f"]
@@ -113,6 +115,7 @@ class Batch:
     cut: int = 0
     damaged: list[str] = field(default_factory=list)
     teacher_tokens: Mapping[str, Int64[Tensor, "b u"]] = field(default_factory=dict)
+    teacher_features: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -17,6 +17,7 @@ from mmscale.config.rules import (
     may_match,
     needs_momentum,
     places,
+    teacher_terms,
     trained_terms,
     with_fusion_decided,
 )
@@ -237,8 +238,12 @@ _PIPED = Effect(
     lambda s: any(place.startswith("pipe:") for place in places(s.config.data.train)),
 )
 _CACHED = Effect(
-    "with data.feature_cache or data.decoded_cache",
-    lambda s: s.config.data.feature_cache is not None or s.config.data.decoded_cache is not None,
+    "with data.feature_cache, data.decoded_cache or a teacher's cache",
+    lambda s: (
+        s.config.data.feature_cache is not None
+        or s.config.data.decoded_cache is not None
+        or any(term.cache is not None for term in teacher_terms(s.config))
+    ),
 )
 _BIASED = Effect(
     "with a term that adds it to logits (siglip)",

@@ -26,10 +26,10 @@ from mmscale.config.rules import (
     is_evaluated,
     negatives_faults,
     objective_faults,
-    picture_faults,
     set_faults,
     stage_faults,
     stage_settings,
+    teacher_faults,
     width_faults,
 )
 from mmscale.config.schema import Config
@@ -131,7 +131,7 @@ def validate(settings: dict[str, Any]) -> Config:
         *width_faults(config),
         *set_faults(config),
         *figure_faults(config),
-        *picture_faults(config),
+        *teacher_faults(config),
     ]
     if faults:
         raise ConfigError("\n".join(faults))

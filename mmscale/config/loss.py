@@ -228,6 +228,8 @@ class TeacherTerm(Term):
     """Of our similarities in `affinity`; null: the model's."""
     teacher_temperature: PositiveFloat | None = None
     """Of the teacher's similarities in `affinity`; null: the teacher's own."""
+    cache: PathSetting | None = None
+    """Folder that keeps its features of `data.train`, made once; with `data.augment=none`."""
 
     def contrasts_in(self, mined: bool) -> Literal["strips"] | None:
         """Of the batch with itself, as both see it."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from mmscale.config.data import DataConfig, SourceConfig
 from mmscale.config.evaluation import MAIN, logged, set_named_in
-from mmscale.config.loss import TERMS, AnyTerm, LossConfig, MatryoshkaTerm
+from mmscale.config.loss import TERMS, AnyTerm, LossConfig, MatryoshkaTerm, TeacherTerm
 from mmscale.config.schema import Config
 from mmscale.config.term import Needs
 from mmscale.config.training import StageConfig
@@ -40,15 +40,34 @@ def needs_momentum_rows(config: Config) -> bool:
     return any(term.needs.momentum for term in trained_terms(config))
 
 
-def picture_faults(config: Config) -> Iterator[str]:
-    """Terms that encode pictures, of which cached features have none."""
-    kinds = sorted({term.kind for term in config.loss.terms if term.needs.pictures})
-    if kinds and config.data.feature_cache is not None and not config.stages:
-        yield (
-            f"data.feature_cache keeps features of the trained model's towers alone, but "
-            f"loss.terms holds {kinds[0]}, which encodes the pictures; set "
-            f"data.feature_cache=null, or remove the term"
-        )
+def teacher_terms(config: Config) -> tuple[TeacherTerm, ...]:
+    """The terms that have a teacher."""
+    return tuple(term for term in config.loss.terms if isinstance(term, TeacherTerm))
+
+
+def teacher_faults(config: Config) -> Iterator[str]:
+    """Pictures that a teacher needs and does not get, and features that stand for no picture."""
+    data, caches = config.data, dict[str, str | None]()
+    for term in () if config.stages else teacher_terms(config):
+        named = f"loss.terms holds teacher with model={term.model}"
+        if caches.setdefault(term.model, term.cache) != term.cache:
+            yield f"{named} twice, with cache={caches[term.model]} and {term.cache}; give one"
+        if term.needs.pictures and term.cache is None and data.feature_cache is not None:
+            yield (
+                f"{named}, which encodes the pictures, but data.feature_cache keeps features of "
+                "the trained model's towers alone; set the term's cache, or "
+                "data.feature_cache=null"
+            )
+        if term.cache is not None and data.augment != "none":
+            yield (
+                f"{named} and cache={term.cache}, which with data.augment={data.augment} would "
+                "show the teacher other pictures than ours; set data.augment=none, or cache=null"
+            )
+        if term.cache is not None and data.resampled:
+            yield (
+                f"{named} and cache={term.cache}, which needs to know every sample, but "
+                "data.resampled=true reads shards without a manifest; set cache=null"
+            )
 
 
 def labelled_kinds(config: Config) -> list[str]:

@@ -9,7 +9,7 @@ next one.
 import json
 import os
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -189,6 +189,10 @@ class FeatureTable:
             features = mean_by_image(self.text, owners, places)
         return nearest(features, self.image_ids[places])
 
+    def rows(self, places: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
+        """Of some samples, each with one of its captions."""
+        return self.image[places], self.text[self.first[places] + choices]
+
     def save(self, path: Path) -> None:
         """Write aside, then rename."""
         texts = {"keys": self.keys, "captions": self.captions, "damaged": self.damaged}
@@ -224,8 +228,15 @@ _TENSORS = ("image", "text", "first", "image_ids", "good", "cut")
 class CachedStream:
     """The training stream over a table: the rows of `TrainStream`, without decoding."""
 
-    def __init__(self, schedule: Schedule, shards: ShardSet, table: FeatureTable, world: World):
-        self.schedule = schedule
+    def __init__(
+        self,
+        schedule: Schedule,
+        shards: ShardSet,
+        table: FeatureTable,
+        world: World,
+        of_teachers: Mapping[str, FeatureTable] | None = None,
+    ):
+        self.schedule, self._of_teachers = schedule, of_teachers or {}
         self._table, self._starts = table, shards.starts
         count = schedule.lanes // world.size
         self._mine = range(world.rank * count, (world.rank + 1) * count)
@@ -264,7 +275,8 @@ class CachedStream:
     def _batch(self, rows: list[tuple[Item, int]], damaged: list[str]) -> Batch:
         table, marks = self._table, self.schedule.marks
         places = torch.tensor([self._place(item) for item, _ in rows])
-        texts = table.first[places] + torch.tensor([choice for _, choice in rows])
+        choices = torch.tensor([choice for _, choice in rows])
+        texts = table.first[places] + choices
         image_ids = table.image_ids[places]
         match_ids = [
             marks.match_id(item.shard, item.sample, image_id)
@@ -281,6 +293,7 @@ class CachedStream:
             captions=[table.captions[index] for index in texts.tolist()],
             cut=int(table.cut[texts].sum()),
             damaged=damaged,
+            teacher_features={n: t.rows(places, choices) for n, t in self._of_teachers.items()},
         )
 
 

@@ -5,8 +5,8 @@ each batch; the training process lays the workers' parts end to end, which is la
 """
 
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from mmscale.contracts import Batch, InputSpec, Position, World
 from mmscale.data.caption_text import are_cut
 from mmscale.data.damage import DamagedSampleError
 from mmscale.data.decoded_cache import DecodedCache, Shrinking
+from mmscale.data.features import FeatureTable
 from mmscale.data.lanes import Item, sections, seeded
 from mmscale.data.pixels import TrainTransform, open_picture, stack_rows
 from mmscale.data.reader import SampleReader
@@ -42,6 +43,7 @@ class Share:
         pixels: None from another process, which hands them over in its `turn`.
         worker: Which process decoded it.
         turn: How many shares that process decoded before.
+        rows: Shard, sample and caption of each, by number.
     """
 
     pixels: Tensor | None = None
@@ -52,6 +54,7 @@ class Share:
     image_ids: list[int] = field(default_factory=list)
     match_ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
+    rows: list[tuple[int, int, int]] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
     cut: int = 0
@@ -69,8 +72,9 @@ class TrainStream:
         spec: InputSpec,
         world: World,
         device: torch.device = _CPU,
+        of_teachers: Mapping[str, FeatureTable] | None = None,
     ):
-        self.schedule = schedule
+        self.schedule, self._of_teachers = schedule, of_teachers or {}
         self._workers = worker_count(config.data.workers, device, rank_cores(world))
         self._config, self._shards, self._spec, self._world = config, shards, spec, world
 
@@ -95,7 +99,16 @@ class TrainStream:
             pixels = torch.cat([turns.pixels_of(share) for share in rank_shares])
             for share in rank_shares:
                 turns.check(share, share.turn)
-            yield assemble(rank_shares, pixels, self._spec), position
+            batch = assemble(rank_shares, pixels, self._spec)
+            if self._of_teachers:
+                batch = replace(batch, teacher_features=self._features(rank_shares))
+            yield batch, position
+
+    def _features(self, shares: list[Share]) -> dict[str, tuple[Tensor, Tensor]]:
+        rows = [row for share in shares for row in share.rows]
+        places = torch.tensor([self._shards.starts[shard] + sample for shard, sample, _ in rows])
+        choices = torch.tensor([choice for *_, choice in rows])
+        return {name: table.rows(places, choices) for name, table in self._of_teachers.items()}
 
 
 def assemble(shares: list[Share], pixels: Tensor, spec: InputSpec) -> Batch:
@@ -281,6 +294,7 @@ class _Turns(IterableDataset):
         match_id = marks.match_id(item.shard, item.sample, sample.image_id)
         label = marks.label(item.shard, item.sample, sample.class_number)
         share.keys += keys
+        share.rows += [(item.shard, item.sample, choice) for choice in choices]
         share.captions += [sample.captions[choice] for choice in choices]
         share.image_ids += [sample.image_id] * len(keys)
         share.match_ids += [match_id] * len(keys)

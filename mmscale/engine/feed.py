@@ -20,8 +20,8 @@ from mmscale.parallel.device import DevicePolicy, send
 
 # Batches that are on the device before they are asked for; one more is on its way there.
 AHEAD = 2
-# Before the name of a teacher, where its tokens stand among a batch's tensors.
-_TEACHER = "teacher_tokens/"
+# Before the name of a teacher, where what is its own stands among a batch's tensors.
+_TOKENS, _IMAGES, _TEXTS = "teacher_tokens/", "teacher_images/", "teacher_texts/"
 # A thread that waits looks this often whether it is to end, in seconds.
 _LOOK = 0.2
 
@@ -162,14 +162,19 @@ class _Slot:
 def _tensors(batch: Batch) -> dict[str, Tensor]:
     named = {field.name: getattr(batch, field.name) for field in fields(batch)}
     own = {name: value for name, value in named.items() if isinstance(value, Tensor)}
-    return own | {_TEACHER + name: tokens for name, tokens in batch.teacher_tokens.items()}
+    tokens = {_TOKENS + name: value for name, value in batch.teacher_tokens.items()}
+    images = {_IMAGES + name: image for name, (image, _) in batch.teacher_features.items()}
+    texts = {_TEXTS + name: text for name, (_, text) in batch.teacher_features.items()}
+    return own | tokens | images | texts
 
 
 def _holding(batch: Batch, tensors: dict[str, Any]) -> Batch:
     """The batch with these in the place of what `_tensors` gave."""
-    own = {name: value for name, value in tensors.items() if not name.startswith(_TEACHER)}
-    tokens = {name: tensors[_TEACHER + name] for name in batch.teacher_tokens}
-    return replace(batch, **own, teacher_tokens=tokens)
+    of_teachers = (_TOKENS, _IMAGES, _TEXTS)
+    own = {name: value for name, value in tensors.items() if not name.startswith(of_teachers)}
+    tokens = {name: tensors[_TOKENS + name] for name in batch.teacher_tokens}
+    features = {n: (tensors[_IMAGES + n], tensors[_TEXTS + n]) for n in batch.teacher_features}
+    return replace(batch, **own, teacher_tokens=tokens, teacher_features=features)
 
 
 def on_device(batch: Batch, device: torch.device, spec: InputSpec) -> Batch:

@@ -35,7 +35,6 @@ from mmscale.parallel.peers import barrier, broadcast_object, gather_objects
 
 Tell = Callable[[str], None]
 
-_SETTING = "data.feature_cache"
 # Cleaning, splitting and cutting that differ show in the tokens of these.
 _PROBES = ("a photograph of two dogs, running", "  A  Caf\u00c3\u00a9 &amp;amp; B's T-shirt_! ")
 
@@ -116,13 +115,7 @@ def encoded_sets(
     cache = FeatureCache(Path(config.data.feature_cache), model, encoder.spec, limit)
 
     def table(which: ShardSet) -> FeatureTable:
-        def make(kept: KeptParts) -> FeatureTable:
-            tell(f"features: {which.samples:,} images through the frozen towers, once")
-            if kept.count:
-                tell(f"features: {kept.count:,} images are there from a pass that was cut short")
-            return encode(encoder, which, _tenths(tell), kept)
-
-        return cache.table(which, encoder.peers, make)
+        return cached_table(cache, which, encoder, tell)
 
     def cached(held_out: EvalSet) -> EvalSet:
         if isinstance(held_out, ClassSet):
@@ -131,6 +124,20 @@ def encoded_sets(
         return replace(held_out, table=table(held_out.shards))
 
     return table(shards), {name: cached(held_out) for name, held_out in sets.items()}
+
+
+def cached_table(
+    cache: "FeatureCache", shards: ShardSet, encoder: Encoder, tell: Tell
+) -> FeatureTable:
+    """A set's table out of a cache, computed where it is not there yet. Collective."""
+
+    def make(kept: KeptParts) -> FeatureTable:
+        tell(f"features: {shards.samples:,} images through the frozen towers, once")
+        if kept.count:
+            tell(f"features: {kept.count:,} images are there from a pass that was cut short")
+        return encode(encoder, shards, _tenths(tell), kept)
+
+    return cache.table(shards, encoder.peers, make)
 
 
 def _copies(setting: str, shards: ShardSet) -> str | None:
@@ -185,10 +192,18 @@ class FeatureCache:
         model: The towers.
         spec: How they are fed.
         limit: Most bytes in the folder; tables used longest ago go first. Those of this run stay.
+        setting: That names the folder.
     """
 
-    def __init__(self, folder: Path, model: TwoTower, spec: InputSpec, limit: float):
-        self._folder, self._limit = folder, limit
+    def __init__(
+        self,
+        folder: Path,
+        model: TwoTower,
+        spec: InputSpec,
+        limit: float,
+        setting: str = "data.feature_cache",
+    ):
+        self._folder, self._limit, self._setting = folder, limit, setting
         self._towers = _towers_digest(model, spec)
         self._in_use: set[Path] = set()
 
@@ -209,11 +224,11 @@ class FeatureCache:
         # Every rank must take the same way, also where one sees a shared folder late.
         if not all(gather_objects(peers, path.exists())):
             if peers.rank == 0:
-                require_folder(_SETTING, self._folder)
+                require_folder(self._setting, self._folder)
             kept = KeptParts(self._folder, digest)
             made = make(kept)
             if peers.rank == 0:
-                with writing(_SETTING, self._folder):
+                with writing(self._setting, self._folder):
                     made.save(path)
             barrier()
             kept.remove()

@@ -1,6 +1,6 @@
 """A stage of a run: its data, model and engine as they are where it starts, and its parts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from mmscale.config.rules import (
     fusion_heads,
     needs_momentum,
     needs_momentum_rows,
+    teacher_terms,
 )
 from mmscale.config.schema import Config
 from mmscale.contracts import InputSpec, World
@@ -65,7 +66,7 @@ from mmscale.training.parts.teacher import Teachers
 from mmscale.training.prepare import towers_of
 from mmscale.training.stage import Job, Services, Stage, Start, Timetable
 from mmscale.training.step import Learner
-from mmscale.training.teachers import fed_with, open_teachers, teacher_terms
+from mmscale.training.teachers import cached_features, fed_with, open_teachers
 
 
 def build_stage(job: Job, start: Start, say: Tell) -> Stage:
@@ -92,14 +93,12 @@ def build_stage(job: Job, start: Start, say: Tell) -> Stage:
     teachers = open_teachers(config, job.world, say)
     compiled = _is_compiled(job, config, timetable)
     spec = _with_lengths(spec, compiled or job.policy.runs_ahead)
-    inference, device = Inference(model, job.policy), job.policy.device
-    encoder = Encoder.of(config, inference.call, device, spec, job.peers)
+    inference = Inference(model, job.policy)
+    encoder = Encoder.of(config, inference.call, inference.device, spec, job.peers)
     features, sets = encoded_sets(config, model, encoder, job.shards, say)
-    stream: TrainStream | CachedStream = (
-        TrainStream(config, job.shards, schedule, fed_with(spec, teachers), job.world, device)
-        if features is None
-        else CachedStream(schedule, job.shards, features, job.world)
-    )
+    tables = cached_features(config, teachers, job.shards, job.policy, job.peers, say)
+    fed = fed_with(spec, teachers, tables)
+    stream = _stream(job, config, schedule, fed, features, tables)
     if start.is_fresh:
         fit_heads(model, inference, stream, job.peers, plan.micro_rows, spec)
     if config.data.hard_batches.table == OWN_MODEL and table is None:
@@ -340,6 +339,20 @@ def _follower(job: Job, config: Config, model: nn.Module, start: Start) -> nn.Mo
     if start.checkpoint is not None:
         start.checkpoint.load_momentum(averaged(follower, model))
     return follower
+
+
+def _stream(
+    job: Job,
+    config: Config,
+    schedule: Schedule,
+    spec: InputSpec,
+    features: FeatureTable | None,
+    of_teachers: Mapping[str, FeatureTable],
+) -> TrainStream | CachedStream:
+    shards, world, device = job.shards, job.world, job.policy.device
+    if features is None:
+        return TrainStream(config, shards, schedule, spec, world, device, of_teachers)
+    return CachedStream(schedule, shards, features, world, of_teachers)
 
 
 def _require_same_run(job: Job, checkpoint: Checkpoint) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,17 +14,25 @@ from torch.nn.functional import interpolate
 
 from mmscale.config.loss import TeacherTerm
 from mmscale.config.model import ModelConfig
+from mmscale.config.rules import teacher_terms
 from mmscale.config.schema import Config
-from mmscale.contracts import InputSpec, World
+from mmscale.contracts import InputSpec, Peers, World
+from mmscale.data.features import FeatureTable
+from mmscale.data.shards import ShardSet
 from mmscale.engine.compiled import caption_lengths
+from mmscale.engine.encode import Encoder
+from mmscale.engine.inference import Inference
 from mmscale.errors import CheckpointError, ConfigError, LaunchError
+from mmscale.evaluation.encoded import FeatureCache, cached_table
 from mmscale.evaluation.trained import load_trained
 from mmscale.model.build import build_model
 from mmscale.model.presets import HF, OPENCLIP, fill_preset
 from mmscale.model.two_tower import TwoTower
+from mmscale.parallel.device import DevicePolicy
 from mmscale.parallel.peers import gather_objects
 
 _FORMS = "hf:NAME_OR_PATH, openclip:NAME[@WEIGHTS], or the folder of a run or checkpoint"
+_CACHE = "the cache of a teacher in loss.terms"
 # Cleaning, splitting and cutting that differ show in the tokens of these.
 _PROBES = ("a photograph of two dogs, running", "  A  Caf\u00c3\u00a9 &amp;amp; B's T-shirt_! ")
 # A teacher that is a run shall neither take another rank's device nor round its weights.
@@ -48,11 +56,6 @@ class Teacher:
     spec: InputSpec
     width: int
     digest: str
-
-
-def teacher_terms(config: Config) -> tuple[TeacherTerm, ...]:
-    """The terms of a stage that have a teacher."""
-    return tuple(term for term in config.loss.terms if isinstance(term, TeacherTerm))
 
 
 def open_teachers(config: Config, world: World, say: Callable[[str], None]) -> tuple[Teacher, ...]:
@@ -84,6 +87,41 @@ def open_teachers(config: Config, world: World, say: Callable[[str], None]) -> t
                     f"{rank} than on rank {world.rank}; give every node the same files"
                 )
     return tuple(found.values())
+
+
+def cached_features(
+    config: Config,
+    teachers: tuple[Teacher, ...],
+    shards: ShardSet,
+    policy: DevicePolicy,
+    peers: Peers,
+    say: Callable[[str], None],
+) -> dict[str, FeatureTable]:
+    """What the towers of teachers with a cache make of the training set, by name. Collective.
+
+    Such a teacher sees each picture whole, in its own preprocessing.
+
+    Args:
+        config: The stage's.
+        teachers: Of the stage.
+        shards: The training set.
+        policy: Device and precision of the forward.
+        peers: The ranks, which share the work.
+        say: Takes lines about how far it is.
+    """
+    folders = {term.model: term.cache for term in teacher_terms(config)}
+    tables = {}
+    for teacher in teachers:
+        if (folder := folders[teacher.name]) is None:
+            continue
+        call = Inference(teacher.model, policy).call
+        encoder = Encoder.of(config, call, policy.device, teacher.spec, peers)
+        cache = FeatureCache(
+            Path(folder), teacher.model, teacher.spec, config.data.cache_gb * 1e9, _CACHE
+        )
+        with _naming(teacher.name):
+            tables[teacher.name] = cached_table(cache, shards, encoder, say)
+    return tables
 
 
 def open_teacher(name: str) -> Teacher:
@@ -181,16 +219,20 @@ class Repainted:
         return values.sub_(mean).div_(std)
 
 
-def fed_with(spec: InputSpec, teachers: tuple[Teacher, ...]) -> InputSpec:
+def fed_with(
+    spec: InputSpec, teachers: tuple[Teacher, ...], but: Collection[str] = ()
+) -> InputSpec:
     """What the trained model is fed, and each teacher's captions besides.
 
     Args:
         spec: Of the trained model; where it pads captions to fixed lengths, teachers do too.
         teachers: Of the stage.
+        but: Names of those whose features are there already.
     """
 
     def padded(theirs: InputSpec) -> InputSpec:
         fixed = caption_lengths(theirs.context_length) if spec.caption_lengths else ()
         return replace(theirs, caption_lengths=fixed)
 
-    return replace(spec, teachers={teacher.name: padded(teacher.spec) for teacher in teachers})
+    encoding = [teacher for teacher in teachers if teacher.name not in but]
+    return replace(spec, teachers={teacher.name: padded(teacher.spec) for teacher in encoding})

@@ -9,7 +9,7 @@ from torch import nn
 
 from mmscale.checkpoint.state import RunState
 from mmscale.config.load import validate
-from mmscale.config.rules import needs_momentum, needs_momentum_rows
+from mmscale.config.rules import needs_momentum, needs_momentum_rows, teacher_terms
 from mmscale.config.schema import Config
 from mmscale.config.values import whole_steps
 from mmscale.contracts import Batch, Peers, World
@@ -28,7 +28,7 @@ from mmscale.training.parts.prototypes import EpochClusters
 from mmscale.training.parts.queue import Queue, RowBank
 from mmscale.training.parts.teacher import Teachers
 from mmscale.training.step import Learner, train_step
-from mmscale.training.teachers import Teacher, teacher_terms
+from mmscale.training.teachers import Teacher
 
 ROWS = 12
 CPU = torch.device("cpu")

@@ -10,9 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.ranks.launch import run_on_ranks
 from tests.unit.model.whole_hf import save_whole
-from tests.whole.command import run
 from tests.whole.small_run import (
-    ALONE,
     checkpoints,
     course,
     training_lines,
@@ -61,11 +59,18 @@ def taught(synthetic, tmp_path_factory):
     ]
     again = [*words_for(synthetic, write_settings(folder)), *LENGTH, "model.embed_dim=20"]
     teacher = {"kind": "teacher", "model": str(folder / "run"), "temperature": 0.1}
+    frozen = [
+        *words[:-1],
+        *("model.vision.frozen=true", "model.text.frozen=true", "data.augment=none"),
+        f"data.feature_cache={folder / 'cache'}",
+        taught_by({"kind": "teacher", "model": model, "cache": str(folder / "cache")}),
+    ]
     codes = lives(
         [*words, f"run.dir={folder / 'run'}"],
         [*again, taught_by(teacher), f"run.dir={folder / 'pupil'}"],
+        [*frozen, f"run.dir={folder / 'frozen'}"],
     )
-    assert codes == [0, 0]
+    assert codes == [0, 0, 0]
     return words, folder
 
 
@@ -91,30 +96,40 @@ def test_a_run_teaches_another_of_another_width(taught):
     assert lines[-1]["loss/teacher"] < lines[0]["loss/teacher"]
 
 
-def test_a_taught_run_goes_on_bit_for_bit_and_only_with_its_teacher(taught, tmp_path):
-    words, straight = taught
-    folder = shutil.copytree(straight / "run", tmp_path / "run")
-    shutil.rmtree(folder / "checkpoints" / "step-00000006")
-    assert lives([*words, f"run.dir={folder}"]) == [0]
-    assert checkpoints(folder) == checkpoints(straight / "run")
-    assert course(folder) == course(straight / "run")
-    again, wanted = kept(folder, 6), kept(straight / "run", 6)
-    assert again.keys() == wanted.keys()
-    assert all(torch.equal(again[name], wanted[name]) for name in wanted)
+def test_heads_on_cached_features_have_a_teacher_with_a_cache(taught):
+    _, folder = taught
+    lines = training_lines(folder / "frozen")
+    assert lines[-1]["loss/teacher"] < lines[0]["loss/teacher"]
+    # Of both sets through the towers, and of the training set through the teacher's.
+    assert len(list((folder / "cache").glob("*.safetensors"))) == 3
 
 
-def test_a_run_does_not_go_on_with_another_teacher(taught, tmp_path):
-    words, straight = taught
-    folder = shutil.copytree(straight / "run", tmp_path / "run")
-    shutil.rmtree(folder / "checkpoints" / "step-00000006")
-    weights = straight / "clip" / "model.safetensors"
-    before = weights.read_bytes()
+def _resumed(words: list[str], run_dir: Path, other: Path, weights: Path) -> list[int]:
+    """A run that goes on, then one that finds its teacher changed."""
+    from mmscale.train import main
+
+    codes, before = [main([*words, f"run.dir={run_dir}"])], weights.read_bytes()
     try:
         tensors = load_file(weights)
         tensors["logit_scale"] += 0.1
         save_file(tensors, weights, {"format": "pt"})
-        done = run([*ALONE, *words, f"run.dir={folder}"])
+        return [*codes, main([*words, f"run.dir={other}"])]
     finally:
         weights.write_bytes(before)
-    assert done.returncode == 2
-    assert "which is not the model that the run was trained with" in done.stderr
+
+
+def test_a_taught_run_goes_on_bit_for_bit_and_only_with_its_teacher(taught, tmp_path):
+    words, straight = taught
+    folders = [shutil.copytree(straight / "run", tmp_path / name) for name in ("run", "other")]
+    for folder in folders:
+        shutil.rmtree(folder / "checkpoints" / "step-00000006")
+    weights = straight / "clip" / "model.safetensors"
+    (codes,) = run_on_ranks(1, _resumed, words, *folders, weights, join=False)
+    assert codes == [0, 2]
+    folder, other = folders
+    assert checkpoints(folder) == checkpoints(straight / "run")
+    assert len(checkpoints(other)) == len(checkpoints(folder)) - 1
+    assert course(folder) == course(straight / "run")
+    again, wanted = kept(folder, 6), kept(straight / "run", 6)
+    assert again.keys() == wanted.keys()
+    assert all(torch.equal(again[name], wanted[name]) for name in wanted)

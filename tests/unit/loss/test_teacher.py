@@ -91,7 +91,13 @@ def test_rows_of_another_width_are_no_features(rows):
         (
             {"model": "hf:x"},
             {"feature_cache": "folder", "augment": "none"},
-            r"data\.feature_cache .* loss\.terms holds teacher, which encodes the pictures",
+            r"with model=hf:x, which encodes the pictures, but data\.feature_cache keeps",
+        ),
+        ({"model": "hf:x", "cache": "folder"}, {}, r"cache=folder, which with data\.augment=crop"),
+        (
+            {"model": "hf:x", "cache": "folder"},
+            {"augment": "none", "resampled": True},
+            r"cache=folder, which needs to know every sample, but data\.resampled=true",
         ),
     ],
 )

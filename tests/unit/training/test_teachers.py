@@ -1,5 +1,7 @@
 """Frozen teachers: found by name, fed with the batch of another model, told apart."""
 
+from itertools import islice
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,21 +9,28 @@ from transformers import CLIPModel
 
 from mmscale.checkpoint.state import RunState
 from mmscale.config.load import validate
+from mmscale.config.rules import teacher_terms
 from mmscale.config.values import whole_steps
-from mmscale.contracts import Batch, InputSpec, World
+from mmscale.contracts import Batch, InputSpec, Position, World
+from mmscale.data.features import CachedStream
 from mmscale.data.pixels import normalise, resize_whole
-from mmscale.data.stream import Share, assemble
+from mmscale.data.schedule import plan_schedule
+from mmscale.data.shards import open_shards
+from mmscale.data.stream import Share, TrainStream, assemble
+from mmscale.engine.feed import on_device
+from mmscale.engine.plan import plan_batch
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.model.build import build_model
 from mmscale.parallel.device import choose
+from mmscale.parallel.peers import Alone
 from mmscale.training.part import Step
 from mmscale.training.parts.teacher import Teachers
 from mmscale.training.teachers import (
     Repainted,
+    cached_features,
     fed_with,
     open_teacher,
     open_teachers,
-    teacher_terms,
 )
 from tests.unit.model.tiny import model_config
 from tests.unit.model.whole_hf import save_whole
@@ -31,9 +40,10 @@ CAPTIONS = ["a red dog", "the small cat sits on the left of two large green circ
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("teacher") / "clip"
-    save_whole(folder, "clip")
+def folder(request, tmp_path_factory):
+    kind = getattr(request, "param", "clip")
+    folder = tmp_path_factory.mktemp("teacher") / kind
+    save_whole(folder, kind)
     return folder
 
 
@@ -135,6 +145,44 @@ def test_features_of_another_width_are_refused_before_training(folder):
     wider = config.model_copy(update={"model": model_config(embed_dim=16)})
     with pytest.raises(ConfigError, match=r"16 wide and those of model=hf:.* 12; set model\.embed"):
         open_teachers(wider, World(), lambda line: None)
+
+
+@pytest.mark.parametrize("folder", ["clip", "siglip"], indirect=True)
+@pytest.mark.parametrize("words", [[], ["data.captions=2"]], ids=["one caption", "two"])
+def test_cached_features_are_those_of_the_pictures_in_the_batch(folder, words, synthetic, tmp_path):
+    """Where the trained model is fed as the teacher is: both see the same pictures."""
+    cache = tmp_path / "cache"
+    terms = f"loss.terms=[{{kind: teacher, model: 'hf:{folder}', cache: {cache}}}]"
+    words = [*words, "data.augment=none", "train.global_batch_size=16", "data.workers=0", terms]
+    config = synthetic.config(*words)
+    shards, policy, said = (
+        open_shards("data.train", str(synthetic.train)),
+        choose(config.engine),
+        [],
+    )
+    teachers = open_teachers(config, World(), said.append)
+    tables = cached_features(config, teachers, shards, policy, Alone(), said.append)
+    (spec,) = (teacher.spec for teacher in teachers)
+    schedule = plan_schedule(config, shards, plan_batch(config, 1).lanes)
+    part = Teachers(teachers, teacher_terms(config), policy, spec, 5, whole_steps)
+    streams = [
+        TrainStream(config, shards, schedule, fed_with(spec, teachers), World()),
+        TrainStream(config, shards, schedule, spec, World(), of_teachers=tables),
+        # Of its own features.
+        CachedStream(schedule, shards, tables[f"hf:{folder}"], World(), tables),
+    ]
+    for batches in zip(*(islice(stream.batches(Position()), 3) for stream in streams), strict=True):
+        fed = [on_device(batch, policy.device, spec) for batch, _ in batches]
+        assert fed[0].keys == fed[1].keys == fed[2].keys
+        wanted, found, alone = (part.encode(f"hf:{folder}", batch) for batch in fed)
+        torch.testing.assert_close((found.image, found.text), (wanted.image, wanted.text))
+        torch.testing.assert_close((alone.image, alone.text), (wanted.image, wanted.text))
+    # Another run finds them there.
+    assert any("96 images through the frozen towers, once" in line for line in said)
+    assert fed_with(spec, teachers, tables).teachers == {}
+    said.clear()
+    cached_features(config, teachers, shards, policy, Alone(), said.append)
+    assert said == []
 
 
 @pytest.mark.parametrize(
