@@ -27,6 +27,8 @@ from mmscale.parallel.peers import broadcast_object, gather_objects
 # Tensors that are not the model's: those of the data's order, and each part's under its name.
 _OF_THE_ORDER = "hard_batches."
 _MOMENTUM = "momentum."
+# How the names of the heads' tensors begin, and a beginning that no name has.
+HEADS, NOTHING = "head.", "-"
 # Suffix of a folder that is being written.
 PARTIAL = ".partial"
 
@@ -156,10 +158,14 @@ class Checkpoint:
                 f"{path}: does not hold what state.json says ({error})"
             ) from error
 
-    def load_weights(self, model: nn.Module) -> None:
+    def load_weights(self, model: nn.Module, but: str = NOTHING) -> None:
         """Fill the model's parameters and buffers.
 
         Of a model with adapters only what is below them, where the checkpoint has none.
+
+        Args:
+            model: To fill.
+            but: Tensors whose names begin so keep what they are.
 
         Raises:
             CheckpointError: The model is another; names the first differing tensors.
@@ -168,8 +174,8 @@ class Checkpoint:
         theirs = [name for name in self.tensors if not name.startswith(others)]
         own = model.state_dict()
         if not any(is_adapters(name) for name in theirs):
-            own = {below_adapter(name): own[name] for name in own if not is_adapters(name)}
-        self._fill(own, theirs, "")
+            own = below_adapters(own)
+        self._fill(own, theirs, "", but)
 
     def load_momentum(self, own: Mapping[str, Tensor]) -> None:
         """Fill what the momentum encoder averages, by the names that the model has for it.
@@ -192,23 +198,58 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: holds no {prefix}*; start another run.dir")
         return {name.removeprefix(prefix): self.read("value", name) for name in names}
 
-    def _fill(self, own: Mapping[str, Tensor], names: list[str], prefix: str) -> None:
-        theirs = {name.removeprefix(prefix): self.tensors[name].shape for name in names}
-        faults = [
-            f"{name} is {list(theirs[name])} there, {list(own[name].shape)} here"
-            for name in own
-            if name in theirs and theirs[name] != tuple(own[name].shape)
-        ]
-        faults += [f"{name} is missing there" for name in own if name not in theirs]
-        faults += [f"{name} is unknown here" for name in theirs if name not in own]
-        if faults:
-            raise CheckpointError(
-                f"{self.folder}: a checkpoint of another architecture: {len(faults)} tensors "
-                f"differ ({'; '.join(faults[:5])}); build the model that it was saved from"
-            )
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(self.read("value", prefix + name))
+    def _fill(
+        self, own: Mapping[str, Tensor], names: list[str], prefix: str, but: str = NOTHING
+    ) -> None:
+        shapes = {name.removeprefix(prefix): self.tensors[name].shape for name in names}
+        origin = f"{self.folder}: a checkpoint"
+        fill(own, shapes, lambda name: self.read("value", prefix + name), origin, but)
+
+
+def fill(
+    own: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], Tensor],
+    origin: str,
+    but: str = NOTHING,
+) -> None:
+    """Give tensors the values that others of the same names have.
+
+    Args:
+        own: The tensors, in their place.
+        shapes: Of the others.
+        read: One of the others by its name.
+        origin: What they are of, for the message.
+        but: Tensors whose names begin so are left as they are.
+
+    Raises:
+        CheckpointError: Names or shapes differ.
+    """
+    own = {name: tensor for name, tensor in own.items() if not name.startswith(but)}
+    theirs = {name: shape for name, shape in shapes.items() if not name.startswith(but)}
+    faults = {}
+    for name, tensor in own.items():
+        if name not in theirs:
+            faults[name] = f"{name} is missing there"
+        elif theirs[name] != tuple(tensor.shape):
+            faults[name] = f"{name} is {list(theirs[name])} there, {list(tensor.shape)} here"
+    faults |= {name: f"{name} is unknown here" for name in theirs if name not in own}
+    if faults:
+        repair = "build the model that it was saved from"
+        if all(name.startswith(HEADS) for name in faults):
+            repair += ", or set model.head.weights=random, which draws its heads anew"
+        raise CheckpointError(
+            f"{origin} of another architecture: {len(faults)} tensors differ "
+            f"({'; '.join(list(faults.values())[:5])}); {repair}"
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(read(name))
+
+
+def below_adapters(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's tensors by the names that they have without adapters, and none of these."""
+    return {below_adapter(name): own[name] for name in own if not is_adapters(name)}
 
 
 def open_together(folder: Path, world: World) -> Checkpoint:

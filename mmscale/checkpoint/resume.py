@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmscale.checkpoint.exported import ExportFolder, export_at
 from mmscale.checkpoint.files import (
     Checkpoint,
     newest_sound,
@@ -23,6 +24,7 @@ from mmscale.config.schema import Config
 from mmscale.contracts import World
 from mmscale.data.shards import ShardSet
 from mmscale.errors import CheckpointError, ConfigError
+from mmscale.model.presets import HF, OPENCLIP
 from mmscale.parallel.peers import barrier, broadcast_object
 
 # Settings that may change between the parts of one run.
@@ -137,14 +139,23 @@ def open_trained(path: Path) -> Checkpoint:
     return Checkpoint(step_folder(path, best.step))
 
 
-def first_weights(model: ModelConfig) -> Checkpoint | None:
-    """The run or checkpoint that `model.weights` names: another run begins with its weights.
+def first_weights(model: ModelConfig) -> Checkpoint | ExportFolder | None:
+    """What `model.weights` names a folder of: another run begins with its weights.
 
     Raises:
-        CheckpointError: The folder is neither.
+        ConfigError: An export that keeps no tensors by name, or no folder where one is needed.
+        CheckpointError: The folder is neither a run, a checkpoint nor an export.
     """
     path = Path(model.weights)
-    return open_trained(path) if path.is_dir() else None
+    if path.is_dir():
+        return export_at(path) or open_trained(path)
+    if model.weights != "random" and not (model.preset or "").startswith((HF, OPENCLIP)):
+        raise ConfigError(
+            f"model.weights={model.weights}: no such folder; name a run, checkpoint or export "
+            "to begin with, or set random (a tower's own are model.vision.weights and "
+            "model.text.weights)"
+        )
+    return None
 
 
 def require_same_run(

@@ -277,6 +277,10 @@ EFFECTS: dict[str, Effect | None] = {
     **_adapter("text"),
     "model.vision.checkpointing": _trains("vision"),
     "model.text.checkpointing": _trains("text"),
+    "model.head.weights": Effect(
+        "where model.weights names a run, a checkpoint or an export",
+        lambda s: s.config.model.weights not in ("random", "pretrained"),
+    ),
     **_heads("model.head."),
     **_always("model.head.", "unit_rms", "standardize", "whiten"),
     "model.head.gain": _head(

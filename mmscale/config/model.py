@@ -42,6 +42,8 @@ class HeadSideConfig(Section):
 class HeadConfig(Section):
     """The projection of each tower's output to the shared width."""
 
+    weights: Literal["taken", "random"] = "taken"
+    """With a folder in `model.weights`: `taken` from it, or `random`, as for another width."""
     kind: Kind = "linear"
     """`linear`; `mlp` (one hidden layer); `projector` (more); `identity` where widths agree."""
     bias: bool = False
@@ -188,9 +190,9 @@ class ModelConfig(Section):
     preset: PathSetting | None = None
     """`small`, `medium`, `medium-mobilebert`, `large`, `hf:NAME`, `openclip:NAME`; words win."""
     weights: PathSetting = "random"
-    """A run or checkpoint whose weights the run begins with. For `openclip:NAME` also `random`, an
-    OpenCLIP tag, a file, or `pretrained`: those in the folder of `local-dir:` or the hub's page;
-    for `hf:NAME` `pretrained`, its default, `random` or a file."""
+    """A run, checkpoint or export whose weights the run begins with. For `openclip:NAME` also
+    `random`, an OpenCLIP tag, a file, or `pretrained`: those in the folder of `local-dir:` or the
+    hub's page; for `hf:NAME` `pretrained`, its default, `random` or a file."""
     vision: VisionConfig = VisionConfig()
     """Image encoder."""
     text: TextConfig = TextConfig()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmscale.checkpoint.files import Checkpoint, newest_sound
+from mmscale.checkpoint.files import HEADS, NOTHING, Checkpoint, newest_sound
 from mmscale.checkpoint.resume import require_same_run
 from mmscale.checkpoint.state import RunState
 from mmscale.config.data import OWN_MODEL
@@ -99,7 +99,7 @@ def build_stage(job: Job, start: Start, say: Tell) -> Stage:
     tables = cached_features(config, teachers, job.shards, job.policy, job.peers, say)
     fed = fed_with(spec, teachers, tables)
     stream = _stream(job, config, schedule, fed, features, tables)
-    if start.is_fresh:
+    if start.is_fresh or start.draws_heads:
         fit_heads(model, inference, stream, job.peers, plan.micro_rows, spec)
     if config.data.hard_batches.table == OWN_MODEL and table is None:
         stream.schedule = _own_order(job, number, encoder, features, say)
@@ -302,8 +302,10 @@ def _model(job: Job, config: Config, start: Start) -> tuple[TwoTower, InputSpec]
         with torch.no_grad():
             for name, own in model.state_dict().items():
                 own.copy_(start.weights[name])
-    elif (filled := start.checkpoint or start.first_weights) is not None:
-        filled.load_weights(model)
+    elif start.checkpoint is not None:
+        start.checkpoint.load_weights(model)
+    elif start.first_weights is not None:
+        start.first_weights.load_weights(model, HEADS if start.draws_heads else NOTHING)
     return model, with_cleaning(spec, config.data.caption_cleaning)
 
 

@@ -67,7 +67,8 @@ def prepare(config: Config, lock: RunLock, world: World, say: Tell) -> tuple[Job
     lanes = [plan.lanes for plan in plans]
     origin, kept = begin(run, lanes, shards, lock, world, say)
     schedule = plan_schedule(stages[0], shards, lanes[0])
-    source = origin or first_weights(run.model)
+    first = None if origin else first_weights(run.model)
+    source = origin or (first if isinstance(first, Checkpoint) else None)
     if world.is_main:
         kept = replace(kept, attached=tower_files(towers_of(run.model, source)))
     job = Job(
@@ -85,7 +86,13 @@ def prepare(config: Config, lock: RunLock, world: World, say: Tell) -> tuple[Job
         source=source,
     )
     if origin is None:
-        return job, Start(RunState(), {}, first_weights=source)
+        draws = False
+        if first is not None and run.model.head.weights == "random":
+            draws = True
+            say(f"model.head.weights=random: heads are drawn anew, all else is of {first.folder}")
+        return job, Start(
+            RunState(), {}, first_weights=first, draws_heads=draws and first is not None
+        )
     return job, Start(origin.state, origin.parts, origin)
 
 

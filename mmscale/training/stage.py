@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mmscale.checkpoint.exported import ExportFolder
 from mmscale.checkpoint.files import Checkpoint
 from mmscale.checkpoint.saver import Saver
 from mmscale.checkpoint.state import RunState
@@ -73,14 +74,16 @@ class Start:
         parts: What its parts remember, by name.
         checkpoint: What tensors are taken from: the run goes on, or back.
         weights: The model's tensors as the stage before left them, in their place.
-        first_weights: A checkpoint of another run whose weights this one begins with.
+        first_weights: A checkpoint or export of another run, whose weights this one begins with.
+        draws_heads: Those weights without their heads, which are drawn and fitted as in any run.
     """
 
     state: RunState
     parts: Mapping[str, Any]
     checkpoint: Checkpoint | None = None
     weights: Mapping[str, Tensor] | None = None
-    first_weights: Checkpoint | None = None
+    first_weights: Checkpoint | ExportFolder | None = None
+    draws_heads: bool = False
 
     @property
     def is_fresh(self) -> bool:

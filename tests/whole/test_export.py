@@ -12,7 +12,7 @@ from PIL import Image
 
 import mmscale
 from tests.whole.command import run
-from tests.whole.small_run import ALONE, SETTINGS, metrics, succeed, words_for
+from tests.whole.small_run import ALONE, SETTINGS, course, metrics, succeed, words_for
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +115,32 @@ def test_a_run_with_adapters_is_loaded_and_exported_whole(trained, synthetic, tm
         got = theirs.encode_text(padded, normalize=True)
     wanted = torch.nn.functional.normalize(rows, dim=-1)
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_run_begins_with_an_export_as_with_the_run_that_it_comes_from(
+    trained, synthetic, tmp_path
+):
+    out = tmp_path / "export"
+    succeed(["mmscale", "export", trained, "--to", "open_clip", "--out", out])
+    words = [*ALONE, *words_for(synthetic, trained.parent / "settings.yaml")]
+    words += ["train.duration=3 steps", "data.eval=null"]
+    for name, source in (("of_run", trained), ("of_export", out)):
+        succeed([*words, f"run.dir={tmp_path / name}", f"model.weights={source}"])
+    before, after = course(tmp_path / "of_run"), course(tmp_path / "of_export")
+    assert [digest for _, digest in before.values()] == [digest for _, digest in after.values()]
+    losses = [[loss for loss, _ in lines.values()] for lines in (before, after)]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    first = course(trained)[1][0]
+    assert abs(losses[0][0] - first) > 1e-4, "the export was trained"
+
+    narrow = [f"run.dir={tmp_path / 'narrow'}", f"model.weights={out}", "model.embed_dim=16"]
+    done = run([*words, *narrow])
+    assert done.returncode == 5, done.stderr
+    assert "head.image.layers.0.weight is [32," in done.stderr
+    assert "model.head.weights=random" in done.stderr
+    done = succeed([*words, *narrow, "model.head.weights=random"])
+    assert f"heads are drawn anew, all else is of {out}" in done.stdout + done.stderr
+    done = run([*words, f"run.dir={tmp_path / 'x'}", "model.head.weights=random"])
+    assert done.returncode == 2, done.stderr
+    assert "model.head.weights='random' has an effect only where model.weights names" in done.stderr
