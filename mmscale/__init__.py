@@ -12,12 +12,13 @@ __version__ = "0.1.0"
 
 
 def load(path: str | PathLike[str], *words: str) -> Any:
-    """The model, its evaluation transform and its tokenizer, of a run or checkpoint.
+    """A model, its evaluation transform and its tokenizer.
 
     `model.encode_image(pixels)` and `model.encode_text(tokens)` give embeddings as OpenCLIP's do.
 
     Args:
-        path: A run folder or one of its checkpoints.
+        path: A run folder, one of its checkpoints, an export, `openclip:NAME@WEIGHTS` or
+            `hf:NAME_OR_PATH`.
         words: `key=value`, where a tower that the run names lies elsewhere now:
             `model.text.name=hf:FOLDER`, or where it shall run: `engine.device=cpu`.
 

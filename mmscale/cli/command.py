@@ -81,6 +81,13 @@ def _name(param: typer.CallbackParam) -> str:
 Run = Annotated[
     Path, typer.Argument(help="A run folder or one of its checkpoints.", callback=reading)
 ]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A run, a checkpoint, an export, openclip:NAME[@WEIGHTS] or hf:NAME_OR_PATH.",
+        callback=reading,
+    ),
+]
 Json = Annotated[
     Path | None,
     typer.Option("--json", help="Write the figures to this file.", callback=file_out),

@@ -8,7 +8,7 @@ import typer
 from mmscale.cli.command import (
     Data,
     Json,
-    Run,
+    Model,
     Words,
     app,
     file_out,
@@ -21,32 +21,66 @@ from mmscale.cli.command import (
 from mmscale.errors import ConfigError, DataError
 from mmscale.outputs import file_output, require_file, writing
 
+# Models that are no folder here.
+_ELSEWHERE = ("openclip:", "hf:")
+
 
 @app.command("eval")
-def evaluate(run: Run, data: Data, words: Words = None, json_file: Json = None) -> int:
-    """Recall of both directions on held-out pairs (Karpathy's protocol)."""
-    from mmscale.evaluation.retrieval import evaluate_set
-    from mmscale.parallel.peers import Alone
-
-    figures = evaluate_set(*_trained(run, data, words), Alone())
-    width = max(map(len, figures))
-    for name, value in figures.items():
-        say(f"{name:>{width}} {value:,.2f}" if "_r" in name else f"{name:>{width}} {value:,.0f}")
+def evaluate(
+    model: Model,
+    words: Words = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="A packed folder, or shard globs.", callback=reading),
+    ] = None,
+    sets: Annotated[
+        Path | None,
+        typer.Option(
+            "--sets", help="Sets by name in YAML or JSON, as in eval.sets.", callback=reading
+        ),
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            "--classes",
+            help="Classify labelled images: a file of the classes, or imagenet.",
+            callback=reading,
+        ),
+    ] = None,
+    json_file: Json = None,
+) -> int:
+    """Recall of both directions on held-out pairs (Karpathy's protocol), or zero-shot accuracy."""
+    if (data is None) == (sets is None):
+        raise ConfigError(f"eval {model}: name the pairs with --data, or several sets with --sets")
+    if classes is not None and data is None:
+        raise ConfigError("--classes: has an effect only with --data; a set of --sets has its own")
+    figures = _figures(model, words, data, sets, classes)
+    said = {
+        (f"{name}/{figure}" if isinstance(found, dict) else name): value
+        for name, found in figures.items()
+        for figure, value in (found.items() if isinstance(found, dict) else [("", found)])
+    }
+    width = max(map(len, said))
+    for name, value in said.items():
+        is_count = name.rpartition("/")[2] in ("images", "captions", "classes")
+        say(f"{name:>{width}} {value:,.0f}" if is_count else f"{name:>{width}} {value:,.2f}")
     write_json(json_file, figures)
     return 0
 
 
 @app.command()
 def embed(
-    run: Run,
+    model: Model,
     data: Data,
     out: Annotated[Path, typer.Option(help="The npz to write.", callback=file_out)],
     words: Words = None,
 ) -> int:
     """Write the embeddings of a set: image, text, image_ids, text_ids, backbone features."""
     from mmscale.diagnostics.pairs import save_npz
+    from mmscale.evaluation.retrieval import embed_set
+    from mmscale.parallel.peers import Alone
 
-    pairs = _pairs(run, data, words)
+    pairs = embed_set(*_with_pairs(model, data, words), Alone())
     with file_output("--out", out) as aside:
         save_npz(aside, pairs)
     say(f"{len(pairs.image):,} images and {len(pairs.text):,} captions in {out}")
@@ -56,8 +90,12 @@ def embed(
 @app.command()
 def doctor(
     subject: Annotated[
-        Path,
-        typer.Argument(help="A run, a checkpoint, or an npz of embeddings.", callback=reading),
+        str,
+        typer.Argument(
+            help="A run, checkpoint, export, openclip:NAME[@WEIGHTS], hf:NAME_OR_PATH, or an npz "
+            "of embeddings.",
+            callback=reading,
+        ),
     ],
     data: Annotated[
         str | None,
@@ -69,15 +107,15 @@ def doctor(
     json_file: Json = None,
 ) -> int:
     """Name what is wrong with an embedding space; exit 0 if healthy, 3 if not."""
-    if subject.is_file() and words:
+    is_npz = Path(subject).is_file()
+    if is_npz and words:
         raise ConfigError(f"{words[0]}: {subject} holds embeddings, which no setting changes")
     from mmscale.report.verdicts import in_lines
 
-    require_there(subject, "run, checkpoint or npz")
-    if subject.is_file():
-        diagnosis = _diagnosed_npz(subject)
-    else:
-        diagnosis = _diagnosed_run(subject, data, words)
+    if not subject.startswith(_ELSEWHERE):
+        require_there(Path(subject), "run, checkpoint or npz")
+    of_npz = is_npz and _diagnosed_npz(Path(subject))
+    diagnosis = of_npz or _diagnosed_model(subject, data, words)
     for line in in_lines(diagnosis):
         say(line)
     write_json(json_file, diagnosis)
@@ -147,56 +185,81 @@ def _search_for_suspects(run: Path, data: str, words: list[str] | None) -> None:
     from mmscale.parallel.peers import Alone
     from mmscale.report.examples import Examples, choose_suspects
 
-    trained, shards = _trained(run, data, words)
+    trained, shards = _with_pairs(str(run), data, words)
     found = choose_suspects(embed_set(trained, shards, Alone()), shards, data, tell)
     Examples.read(run).with_suspects_of(found).write(run)
 
 
+def _figures(
+    model: str,
+    words: list[str] | None,
+    data: str | None,
+    sets: Path | None,
+    classes: str | None,
+) -> dict[str, Any]:
+    """Figures by name; of several sets by set."""
+    from mmscale.evaluation.retrieval import evaluate_set
+    from mmscale.evaluation.sets import classify_set, evaluate_model, read_sets
+    from mmscale.evaluation.trained import load_named
+    from mmscale.parallel.peers import Alone
+
+    if sets is not None:
+        chosen = read_sets(sets)
+        found = evaluate_model(load_named(model, words or ()), chosen)
+        return {name: evaluated.figures for name, evaluated in found.items()}
+    if classes is not None:
+        assert data is not None, "it was looked at"
+        return classify_set(load_named(model, words or ()), data, classes)
+    return evaluate_set(*_with_pairs(model, data, words), Alone())
+
+
 def _diagnosed_npz(path: Path) -> dict[str, Any]:
+    from mmscale.diagnostics.pairs import load_npz
+
+    return _diagnosed_alone(load_npz(path))
+
+
+def _diagnosed_alone(pairs: Any) -> dict[str, Any]:
     """Anybody's embeddings: what helps is said in words, for the settings are not ours."""
     from dataclasses import replace
 
     from mmscale.diagnostics.doctor import diagnose
     from mmscale.diagnostics.of_run import in_words
-    from mmscale.diagnostics.pairs import load_npz
 
-    diagnosis = diagnose(load_npz(path))
+    diagnosis = diagnose(pairs)
     return replace(diagnosis, remedies=in_words(diagnosis.remedies)).to_json()
 
 
-def _diagnosed_run(run: Path, data: str | None, words: list[str] | None) -> dict[str, Any]:
+def _diagnosed_model(model: str, data: str | None, words: list[str] | None) -> dict[str, Any]:
     from mmscale.diagnostics.doctor import InTraining
     from mmscale.diagnostics.of_run import Course, diagnose_run
     from mmscale.evaluation.retrieval import embed_set
+    from mmscale.evaluation.trained import Trained
     from mmscale.parallel.peers import Alone
     from mmscale.report.metrics import read_metrics
 
-    trained, shards = _trained(run, data, words)
-    pairs, state = embed_set(trained, shards, Alone()), trained.checkpoint.state
-    log = run / "metrics.jsonl"
+    loaded, shards = _with_pairs(model, data, words)
+    pairs = embed_set(loaded, shards, Alone())
+    if not isinstance(loaded, Trained):
+        return _diagnosed_alone(pairs)
+    state, log = loaded.checkpoint.state, Path(model) / "metrics.jsonl"
     own = InTraining.last_of(read_metrics(log)) if log.exists() else None
-    course = Course(trained.config, state.updates, state.samples, state.position.epoch)
+    course = Course(loaded.config, state.updates, state.samples, state.position.epoch)
     return diagnose_run(pairs, course, own).to_json()
 
 
-def _pairs(run: Path, data: str | None, words: list[str] | None) -> Any:
-    from mmscale.evaluation.retrieval import embed_set
-    from mmscale.parallel.peers import Alone
-
-    return embed_set(*_trained(run, data, words), Alone())
-
-
-def _trained(run: Path, data: str | None, words: list[str] | None) -> tuple[Any, Any]:
-    """The model of a run or checkpoint, and the pairs to look at."""
+def _with_pairs(model: str, data: str | None, words: list[str] | None) -> tuple[Any, Any]:
+    """A model, and the pairs to look at."""
     from mmscale.data.grouping import copies_line
     from mmscale.data.shards import open_shards
-    from mmscale.evaluation.trained import load_trained
+    from mmscale.evaluation.trained import Trained, load_named
 
-    require_there(run, "run or checkpoint")
-    trained = load_trained(run, words or ())
-    where = data or trained.config.data.eval
+    loaded = load_named(model, words or ())
+    where = data or loaded.config.data.eval
     if where is None:
-        raise ConfigError(f"{run} was trained without data.eval; name the pairs with --data")
+        is_run = isinstance(loaded, Trained)
+        why = f"{model} was trained without data.eval" if is_run else f"{model} is no run"
+        raise ConfigError(f"{why}; name the pairs with --data")
     try:
         shards = open_shards("--data" if data else "data.eval", where)
     except DataError as error:
@@ -204,4 +267,4 @@ def _trained(run: Path, data: str | None, words: list[str] | None) -> tuple[Any,
         raise (error if data else DataError(f"{error}; or name the pairs with --data")) from error
     if line := copies_line(str(where), shards.copies, shards.samples):
         tell(line)
-    return trained, shards
+    return loaded, shards

@@ -38,7 +38,7 @@ class ClassSet:
     """Labelled images, and the prompts of their classes.
 
     Attributes:
-        setting: Names the set in messages.
+        setting: That of its data, for messages.
         images: Where they lie, and the class of each.
         classes: Names in their order.
         templates: Each makes a prompt of a name.
@@ -75,7 +75,7 @@ def open_classes(setting: str, chosen: EvalSetConfig, spec: InputSpec, keeps: bo
     """A set of kind `classes`.
 
     Args:
-        setting: What names it, such as `eval.sets.pets`.
+        setting: What the names of its settings begin with, such as `eval.sets.pets.`.
         chosen: Its settings.
         spec: What the model is fed.
         keeps: Its towers' outputs serve every evaluation.
@@ -84,10 +84,10 @@ def open_classes(setting: str, chosen: EvalSetConfig, spec: InputSpec, keeps: bo
         DataError: There are no images, a label is none of the classes, or a file is not a list.
     """
     assert chosen.classes is not None, "a rule between settings"
-    names = _class_names(f"{setting}.classes", chosen.classes)
-    images = open_labelled(f"{setting}.data", chosen.data, names, chosen.classes)
-    templates = _templates(f"{setting}.templates", chosen.templates or _BUILT_IN[0])
-    return ClassSet(setting, images, names, templates, spec, {} if keeps else None)
+    names = _class_names(f"{setting}classes", chosen.classes)
+    images = open_labelled(f"{setting}data", chosen.data, names, chosen.classes)
+    templates = _templates(f"{setting}templates", chosen.templates or _BUILT_IN[0])
+    return ClassSet(f"{setting}data", images, names, templates, spec, {} if keeps else None)
 
 
 def classify(

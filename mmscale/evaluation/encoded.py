@@ -78,7 +78,7 @@ def open_sets(config: Config, spec: InputSpec) -> dict[str, EvalSet]:
 
 def _open_set(name: str, chosen: EvalSetConfig, spec: InputSpec, keeps: bool) -> EvalSet:
     if chosen.kind == "classes":
-        return open_classes(f"eval.sets.{name}", chosen, spec, keeps)
+        return open_classes(f"eval.sets.{name}.", chosen, spec, keeps)
     try:
         return HeldOut(open_shards(setting_of(name), chosen.data), spec, None)
     except DataError as error:

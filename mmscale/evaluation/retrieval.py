@@ -17,18 +17,18 @@ from mmscale.engine.encode import Call, Encoder, encode
 from mmscale.engine.rerank import match_scores
 from mmscale.errors import HaltError
 from mmscale.evaluation.encoded import HeldOut
-from mmscale.evaluation.trained import Trained
+from mmscale.evaluation.trained import Loaded
 
 
-def embed_set(trained: Trained, shards: ShardSet, peers: Peers) -> Pairs:
-    """A set through a trained model."""
+def embed_set(trained: Loaded, shards: ShardSet, peers: Peers) -> Pairs:
+    """A set through a model."""
     call, device = trained.inference.call, trained.inference.device
     encoder = Encoder.of(trained.config, call, device, trained.spec, peers)
     return embed(call, device, encode(encoder, shards))
 
 
-def evaluate_set(trained: Trained, shards: ShardSet, peers: Peers) -> dict[str, float]:
-    """What `evaluate` finds, of a trained model on a set."""
+def evaluate_set(trained: Loaded, shards: ShardSet, peers: Peers) -> dict[str, float]:
+    """What `evaluate` finds, of a model on a set."""
     call, device = trained.inference.call, trained.inference.device
     encoder = Encoder.of(trained.config, call, device, trained.spec, peers)
     table = encode(encoder, shards)

@@ -2,18 +2,22 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from mmscale.config.evaluation import MAIN, logged, setting_of
+from mmscale.config.evaluation import MAIN, EvalSetConfig, logged, setting_of
+from mmscale.config.load import read_yaml, validate
 from mmscale.config.schema import Config
 from mmscale.contracts import Peers
 from mmscale.diagnostics.pairs import Pairs
 from mmscale.engine.encode import Call, Encoder
-from mmscale.errors import DataError
-from mmscale.evaluation.classes import ClassSet, class_figures, classify
-from mmscale.evaluation.encoded import EvalSet
+from mmscale.errors import ConfigError, DataError
+from mmscale.evaluation.classes import ClassSet, class_figures, classify, open_classes
+from mmscale.evaluation.encoded import EvalSet, open_sets
 from mmscale.evaluation.retrieval import evaluate
+from mmscale.evaluation.trained import Loaded
+from mmscale.parallel.peers import Alone
 
 
 @dataclass(frozen=True)
@@ -69,3 +73,51 @@ def as_logged(evaluated: Mapping[str, Evaluated]) -> dict[str, float]:
         for name, found in evaluated.items()
         for figure, value in found.figures.items()
     }
+
+
+def read_sets(path: Path) -> dict[str, EvalSetConfig]:
+    """Sets that a file names, in YAML or JSON, as `eval.sets` does.
+
+    Raises:
+        ConfigError: It cannot be read, or names none.
+    """
+    content = read_yaml(path)
+    try:
+        sets = validate({"data": {"train": "none"}, "eval": {"sets": content}}).eval.sets
+    except ConfigError as error:
+        raise ConfigError(
+            "\n".join(f"{path}: {line}" for line in str(error).split("\n"))
+        ) from error
+    if not sets:
+        raise ConfigError(f"{path}: names no set; write NAME: {{data: SHARDS}}")
+    return sets
+
+
+def evaluate_model(loaded: Loaded, sets: Mapping[str, EvalSetConfig]) -> dict[str, Evaluated]:
+    """What a model finds on sets, by one process.
+
+    Raises:
+        DataError: A set cannot be used.
+    """
+    config, inference = loaded.config, loaded.inference
+    chosen = config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"eval": None}),
+            "eval": config.eval.model_copy(update={"sets": dict(sets)}),
+        }
+    )
+    found = open_sets(chosen, loaded.spec)
+    return evaluate_sets(chosen, inference.call, inference.device, found, Alone())
+
+
+def classify_set(loaded: Loaded, data: str, classes: str) -> dict[str, float]:
+    """Zero-shot accuracies of a model on what `--data` and `--classes` name.
+
+    Raises:
+        DataError: The images or the classes cannot be used.
+    """
+    chosen = EvalSetConfig(data=data, kind="classes", classes=classes)
+    opened = open_classes("--", chosen, loaded.spec, keeps=False)
+    inference = loaded.inference
+    encoder = Encoder.of(loaded.config, inference.call, inference.device, loaded.spec, Alone())
+    return class_figures(classify(encoder, opened), len(opened.classes), Alone())

@@ -1,4 +1,4 @@
-"""A trained model from the folder of a run or checkpoint; `mmscale.load`."""
+"""A model to be called: that of a run or checkpoint, or anybody's by its name; `mmscale.load`."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mmscale.checkpoint.files import Checkpoint
 from mmscale.checkpoint.resume import open_trained
-from mmscale.config.load import overridden, stage_config
+from mmscale.checkpoint.state import STATE
+from mmscale.config.load import overridden, stage_config, validate
 from mmscale.config.model import ModelConfig
 from mmscale.config.paths import path_of
 from mmscale.config.schema import Config
@@ -22,25 +23,94 @@ from mmscale.data.caption_text import with_cleaning
 from mmscale.data.pixels import EvalTransform, in_rgb, normalise
 from mmscale.engine.ema import averaged
 from mmscale.engine.inference import Inference
-from mmscale.errors import printable
+from mmscale.errors import ConfigError, printable
 from mmscale.model.build import build_model
 from mmscale.model.dual_encoder import DualEncoder, Tokenizer
 from mmscale.model.freezing import select
 from mmscale.model.hub import fetching_only
 from mmscale.model.kept import kept_towers, opened_lines
+from mmscale.model.presets import HF, OPENCLIP, fill_preset
 from mmscale.model.two_tower import TwoTower
 from mmscale.parallel.device import choose
 
+_FORMS = (
+    "a run, a checkpoint, an export for OpenCLIP or Hugging Face, openclip:NAME[@WEIGHTS] or "
+    "hf:NAME_OR_PATH"
+)
+# A model that is only looked at keeps its scale, whatever it is.
+_LARGEST_SCALE = 1e6
+
 
 @dataclass(frozen=True)
-class Trained:
-    """A trained model, ready to be called by one process."""
+class Loaded:
+    """A model, ready to be called by one process, and the settings that it is called with."""
 
     config: Config
     model: TwoTower
     spec: InputSpec
     inference: Inference
+
+
+@dataclass(frozen=True)
+class Trained(Loaded):
+    """One of a run of ours."""
+
     checkpoint: Checkpoint
+
+
+def load_named(name: str, words: Sequence[str] = ()) -> Loaded:
+    """A model by whatever a user calls it; `Trained` where it is of a run of ours.
+
+    Args:
+        name: A run or checkpoint, a folder that OpenCLIP or Hugging Face reads, such as an export,
+            `openclip:NAME`, `openclip:NAME@WEIGHTS` (a tag or a file), or `hf:NAME_OR_PATH`.
+        words: `key=value`: where what it names lies now, and how it is run.
+
+    Raises:
+        CheckpointError: Its weights are missing or damaged.
+        ConfigError: There is no such model, or a word would make it another.
+    """
+    if name.startswith((OPENCLIP, HF)):
+        return _load_foreign(*_preset_and_weights(name), words)
+    path = Path(name)
+    if not path.exists():
+        raise ConfigError(f"{name}: no such run or checkpoint; name {_FORMS}")
+    if not (path / STATE).exists() and not (path / "checkpoints").is_dir():
+        if (path / "open_clip_config.json").is_file():
+            return _load_foreign(f"{OPENCLIP}local-dir:{path}", "pretrained", words)
+        if (path / "config.json").is_file():
+            return _load_foreign(f"{HF}{path}", "pretrained", words)
+    return load_trained(path, words)
+
+
+def _preset_and_weights(name: str) -> tuple[str, str]:
+    """`model.preset` and `model.weights`."""
+    preset, at, weights = name.rpartition("@")
+    # A path may have the sign in it too.
+    is_folder = Path(name.split(":", 2)[-1]).is_dir()
+    if not name.startswith(OPENCLIP) or not at or is_folder:
+        return name, "pretrained"
+    return preset, weights
+
+
+def _load_foreign(preset: str, weights: str, words: Sequence[str]) -> Loaded:
+    """A model of others, as it is, with the defaults of all settings."""
+    model = {"preset": preset, "weights": weights, "logit_scale": {"max": _LARGEST_SCALE}}
+    try:
+        defaults = validate({"data": {"train": "none"}, "model": model})
+        filled = defaults.model_copy(update={"model": fill_preset(defaults.model)})
+        config = overridden(filled, words)
+        built, spec = build_model(config.model, config.data.image_size, config.run.seed)
+    except ConfigError as error:
+        hint = "" if not _lacks_weights(preset, weights) else f"; name them: {preset}@WEIGHTS"
+        raise ConfigError(f"{error}{hint}") from error
+    spec = with_cleaning(spec, config.data.caption_cleaning)
+    return Loaded(config, built, spec, Inference(built, choose(config.engine)))
+
+
+def _lacks_weights(preset: str, weights: str) -> bool:
+    is_built_in = preset.startswith(OPENCLIP) and preset.count(":") == 1
+    return is_built_in and weights == "pretrained"
 
 
 def load_trained(
@@ -90,10 +160,10 @@ def _names(model: ModelConfig) -> set[str]:
 def load(
     path: str | Path, *words: str
 ) -> tuple[DualEncoder, Callable[[Image.Image], Tensor], Tokenizer]:
-    """The model of a run or checkpoint on its device, its evaluation transform and tokenizer.
+    """A model on its device, its evaluation transform and tokenizer.
 
     Args:
-        path: The run or checkpoint.
+        path: A run, a checkpoint, or another model by the names that `load_named` takes.
         words: `key=value`, where a tower that the run names lies elsewhere now:
             `model.text.name=hf:FOLDER`, or where it shall run: `engine.device=cpu`.
 
@@ -101,9 +171,9 @@ def load(
         CheckpointError: Neither, or damaged.
         ConfigError: A word would make it another model.
     """
-    trained = load_trained(Path(path_of(str(path), str(path))), words)
-    model = DualEncoder(trained.model, trained.spec.pad_token)
-    return model, Transform(trained.spec), Tokenizer(trained.spec)
+    loaded = load_named(path_of(str(path), str(path)), words)
+    model = DualEncoder(loaded.model, loaded.spec.pad_token)
+    return model, Transform(loaded.spec), Tokenizer(loaded.spec)
 
 
 def load_on_cpu(

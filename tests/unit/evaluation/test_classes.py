@@ -54,7 +54,7 @@ def chosen(shards, classes, **more):
 
 
 def opened(shards, classes, **more):
-    return open_classes("eval.sets.s", chosen(shards, classes, **more), None, False)
+    return open_classes("eval.sets.s.", chosen(shards, classes, **more), None, False)
 
 
 def test_lists_come_from_files_or_from_open_clip(synthetic, shapes, tmp_path):
@@ -161,6 +161,6 @@ def test_too_many_damaged_images_are_refused(tmp_path, shapes):
     model, spec = build_model(tiny_config().model, None, 0)
     inference = Inference(model, choose(tiny_config().engine))
     encoder = Encoder.of(tiny_config(), inference.call, inference.device, spec, Alone())
-    pets = open_classes("eval.sets.s", chosen(tmp_path / "pets", shapes), spec, False)
-    with pytest.raises(DataError, match=r"eval\.sets\.s: 1 of 1 images cannot be decoded"):
+    pets = open_classes("eval.sets.s.", chosen(tmp_path / "pets", shapes), spec, False)
+    with pytest.raises(DataError, match=r"eval\.sets\.s\.data: 1 of 1 images cannot be decoded"):
         classify(encoder, pets)
