@@ -233,6 +233,10 @@ _FUSION = Effect(
     lambda s: bool(with_fusion_decided(s.config).model.fusion.enabled),
 )
 _WANDB = Effect("with log.wandb", lambda s: s.config.log.wandb != "off")
+_FILED = Effect(
+    "with log.wandb, log.trackio or log.mlflow",
+    lambda s: {s.config.log.wandb, s.config.log.trackio, s.config.log.mlflow} != {"off"},
+)
 _PIPED = Effect(
     "where data.train names a pipe:COMMAND",
     lambda s: any(place.startswith("pipe:") for place in places(s.config.data.train)),
@@ -358,8 +362,8 @@ EFFECTS: dict[str, Effect | None] = {
     "checkpoint.best_is": Effect(
         "with checkpoint.best", lambda s: s.config.checkpoint.best is not None
     ),
-    **_always("log.", "every", "profile", "wandb", "page"),
-    "log.wandb_project": _WANDB,
+    **_always("log.", "every", "profile", "wandb", "tensorboard", "trackio", "mlflow", "page"),
+    "log.wandb_project": _FILED,
     "log.wandb_images": _WANDB,
     "log.map": Effect("with log.page", lambda stretch: stretch.config.log.page),
 }

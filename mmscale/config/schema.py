@@ -103,9 +103,16 @@ class LogConfig(Section):
     wandb: Literal["off", "offline", "online"] = "off"
     """Send the figures to Weights & Biases."""
     wandb_project: str = "mmscale"
-    """Project that the figures are filed under."""
+    """Project (wandb, trackio) or experiment (MLflow) that the figures are filed under."""
     wandb_images: bool = False
     """Send the photographs of the report's gallery too; figures and drawn pictures always go."""
+    tensorboard: bool = False
+    """Write the figures to TensorBoard's event files, in `RUN/tensorboard`."""
+    trackio: Literal["off", "offline", "online"] = "off"
+    """Give the figures to trackio: on this machine, or where `TRACKIO_SPACE_ID` or
+    `TRACKIO_SERVER_URL` says."""
+    mlflow: Literal["off", "offline", "online"] = "off"
+    """Give the figures to MLflow: in `RUN/mlflow.db`, or where `MLFLOW_TRACKING_URI` says."""
     page: bool = True
     """Draw `report.html` at the end; where many short runs are compared it takes the most time."""
     map: Literal["pca", "tsne", "umap"] = "pca"

@@ -1,1 +1,1 @@
-"""Where a run's figures go: the metrics log, the console, wandb, pictures and the HTML page."""
+"""Where a run's figures go: the metrics log, the console, sinks, pictures and the HTML page."""

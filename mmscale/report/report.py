@@ -1,4 +1,4 @@
-"""The one voice of a run: what training measures goes to the log, the console and wandb from here.
+"""The one voice of a run: what it measures goes to the log, the console and the sinks from here.
 
 Every rank holds a `Report` and calls it alike; only the main rank's writes and speaks.
 """
@@ -14,9 +14,15 @@ from mmscale.diagnostics.pairs import Pairs
 from mmscale.diagnostics.space import require_layout, snapshot
 from mmscale.report.console import TrainingConsole
 from mmscale.report.metrics import MetricsLog
+from mmscale.report.mlflow import MlflowSink
 from mmscale.report.page import Page
+from mmscale.report.sink import Sink
 from mmscale.report.space import SPACE_NAME, SpaceLog
-from mmscale.report.wandb import WandbSink, require_wandb
+from mmscale.report.tensorboard import TensorboardSink
+from mmscale.report.trackio import TrackioSink
+from mmscale.report.wandb import WandbSink
+
+SINKS: tuple[type[Sink], ...] = (WandbSink, TensorboardSink, TrackioSink, MlflowSink)
 
 
 class Report:
@@ -29,23 +35,25 @@ class Report:
         start_step: Updates already made; past zero, the log is cut back to it and continued.
 
     Raises:
-        ConfigError: wandb, or a library for maps, is asked for and missing; on every rank.
+        ConfigError: A library of a sink, or for maps, is asked for and missing; on every rank.
     """
 
     def __init__(self, config: Config, world: World, total_steps: int, start_step: int) -> None:
-        require_wandb(config)
+        for kind in SINKS:
+            kind.require(config)
         require_layout(config.log.map)
         self._console: TrainingConsole | None = None
-        self._sinks: list[MetricsLog | WandbSink] = []
+        self._lines: MetricsLog | None = None
+        self._sinks: list[Sink] = []
         self._space: SpaceLog | None = None
         self._has_told_cuts = False
         self._log = Path(config.run.dir) / "metrics.jsonl"
         if world.is_main:
             self._console = TrainingConsole(total_steps)
-            self._sinks.append(_open_log(self._log, start_step, self.warn))
+            self._lines = _open_log(self._log, start_step, self.warn)
             self._space = SpaceLog(self._log.with_name(SPACE_NAME), start_step)
-            if config.log.wandb != "off":
-                self._sinks.append(WandbSink(config, self.warn))
+            wanted = [kind for kind in SINKS if kind.is_wanted(config)]
+            self._sinks += [kind(config, self.warn, start_step) for kind in wanted]
 
     def __enter__(self) -> Self:
         return self
@@ -115,10 +123,18 @@ class Report:
         """Close the files and free the terminal; may be called twice."""
         if self._console:
             self._console.close()
+        if self._lines:
+            self._lines.close()
+            self._lines = None
+        # Told first, so that those that hang are waited for together.
+        for sink in self._sinks:
+            sink.stop()
         while self._sinks:
             self._sinks.pop().close()
 
     def _write(self, line: Mapping[str, Any]) -> None:
+        if self._lines:
+            self._lines.write(line)
         for sink in self._sinks:
             sink.write(line)
 
