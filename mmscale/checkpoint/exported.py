@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING
 
-from mmscale.checkpoint.files import NOTHING, below_adapters, fill
+from mmscale.checkpoint.files import below_adapters, fill
 from mmscale.config.model import ModelConfig
 from mmscale.errors import ConfigError
 from mmscale.model.hf_models import WHOLE, build_hf_model, class_for, read_whole
@@ -39,7 +39,7 @@ class ExportFolder:
     folder: Path
     kind: str
 
-    def load_weights(self, model: nn.Module, but: str = NOTHING) -> None:
+    def load_weights(self, model: nn.Module, but: tuple[str, ...] = ()) -> None:
         """Fill the model's parameters and buffers.
 
         Args:

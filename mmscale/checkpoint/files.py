@@ -27,8 +27,8 @@ from mmscale.parallel.peers import broadcast_object, gather_objects
 # Tensors that are not the model's: those of the data's order, and each part's under its name.
 _OF_THE_ORDER = "hard_batches."
 _MOMENTUM = "momentum."
-# How the names of the heads' tensors begin, and a beginning that no name has.
-HEADS, NOTHING = "head.", "-"
+# How the names of the heads' tensors begin, and that of the scale's bound.
+HEADS, BOUND = "head.", "scale.log_bound"
 # Suffix of a folder that is being written.
 PARTIAL = ".partial"
 
@@ -158,7 +158,7 @@ class Checkpoint:
                 f"{path}: does not hold what state.json says ({error})"
             ) from error
 
-    def load_weights(self, model: nn.Module, but: str = NOTHING) -> None:
+    def load_weights(self, model: nn.Module, but: tuple[str, ...] = ()) -> None:
         """Fill the model's parameters and buffers.
 
         Of a model with adapters only what is below them, where the checkpoint has none.
@@ -199,7 +199,7 @@ class Checkpoint:
         return {name.removeprefix(prefix): self.read("value", name) for name in names}
 
     def _fill(
-        self, own: Mapping[str, Tensor], names: list[str], prefix: str, but: str = NOTHING
+        self, own: Mapping[str, Tensor], names: list[str], prefix: str, but: tuple[str, ...] = ()
     ) -> None:
         shapes = {name.removeprefix(prefix): self.tensors[name].shape for name in names}
         origin = f"{self.folder}: a checkpoint"
@@ -211,7 +211,7 @@ def fill(
     shapes: Mapping[str, tuple[int, ...]],
     read: Callable[[str], Tensor],
     origin: str,
-    but: str = NOTHING,
+    but: tuple[str, ...] = (),
 ) -> None:
     """Give tensors the values that others of the same names have.
 

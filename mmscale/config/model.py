@@ -167,13 +167,18 @@ class TextConfig(TowerConfig):
     """Most tokens of a caption; default the tower's own, at most 77; more stretches its table."""
 
 
+# CLIP's bound of its scale.
+LARGEST_SCALE = 100.0
+
+
 class LogitScaleConfig(Section):
     """The inverse temperature: learnt, fixed or scheduled."""
 
     init: Annotated[float, Field(gt=0)] = 1 / 0.07
     """First value of the scale (1 / temperature); 10 by default with a `siglip` term."""
-    max: Annotated[float, Field(gt=0)] = 100.0
-    """The scale is clamped to [1, max] where it is used."""
+    max: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
+    """The scale is clamped to [1, max] where it is used; `auto`: 100, or the scale that a whole
+    model (`model.preset`) begins with where that is greater, as SigLIP's is."""
     learn: bool = True
     """Learn the scale; without it the scale stays at `init`."""
     course: Ramp | None = None
@@ -182,6 +187,11 @@ class LogitScaleConfig(Section):
     """Below 1,000 training images start at 0.8 times the temperature: `init` and `course` / 0.8."""
     bias: float | None = None
     """First value of the learnt bias that `siglip` adds to logits; default -10 with that term."""
+
+    @property
+    def limit(self) -> float:
+        """`max` of a model that begins below it."""
+        return LARGEST_SCALE if self.max == "auto" else self.max
 
 
 class ModelConfig(Section):

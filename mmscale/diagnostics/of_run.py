@@ -118,7 +118,8 @@ _MORE = (
     "model.embed_dim",
     "model.head.standardize",
 )
-_LESS = ("optim.lr", "optim.clip_norm", "model.logit_scale.max", "optim.weight_decay_scale.scale")
+_BOUND = "model.logit_scale.max"
+_LESS = ("optim.lr", "optim.clip_norm", _BOUND, "optim.weight_decay_scale.scale")
 _WARMUP = "optim.warmup"
 
 _IN_WORDS = {
@@ -179,6 +180,8 @@ def not_yet_set(remedies: Iterable[str], config: Config, updates: int) -> tuple[
 def _would_help(word: str, config: Config, settings: Mapping[str, Any], updates: int) -> bool:
     key, _, value = word.partition("=")
     now = _at(settings, key)
+    if key == _BOUND and now == "auto":
+        now = config.model.logit_scale.limit
     if key == _WARMUP:
         before, after = Duration.parse(now), Duration.parse(value)
         longer = before.unit != after.unit or after.amount > before.amount

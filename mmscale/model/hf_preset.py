@@ -130,7 +130,7 @@ def build_whole_hf(
         model.text_model.config,
         model.vision_model.config,
     )
-    scale = LogitScale(config.logit_scale)
+    scale = LogitScale(config.logit_scale, of_whole=True)
     if weights != "random":
         bias = getattr(model, "logit_bias", None)
         take_scale(scale, model.logit_scale, bias, f"model.weights={weights} of hf:{name}")

@@ -63,7 +63,7 @@ def build_whole_openclip(
     length = stretch_openclip(model.text, config.text.context_length, own)
     tokens = openclip_tokens(name, config.text, {**whole["text_cfg"], "context_length": length})
     _require_same_padding(model.text, tokens, name)
-    scale = LogitScale(config.logit_scale)
+    scale = LogitScale(config.logit_scale, of_whole=True)
     if fill and config.weights != "random":
         origin = f"model.weights={config.weights} of openclip:{name}"
         take_scale(scale, model.logit_scale, model.logit_bias, origin)

@@ -29,12 +29,22 @@ class LogitScale(nn.Module):
     """
 
     log_scale: Tensor
+    log_bound: Tensor | None
     bias: nn.Parameter | None
 
-    def __init__(self, config: LogitScaleConfig):
+    def __init__(self, config: LogitScaleConfig, of_whole: bool = False):
+        """Build it at its first value.
+
+        Args:
+            config: `model.logit_scale`.
+            of_whole: Of a whole model, whose own first scale may be the bound: a tensor among its
+                weights, so that a checkpoint keeps it.
+        """
         super().__init__()
         _check(config)
-        self.log_max = math.log(config.max)
+        self.log_max = math.log(config.limit)
+        follows = of_whole and config.max == "auto"
+        self.register_buffer("log_bound", torch.full((1,), self.log_max) if follows else None)
         self._course = config.course
         self._steps_of: StepsOf = whole_steps
         first = config.init if config.course is None else config.course.first
@@ -64,8 +74,34 @@ class LogitScale(nn.Module):
         if part == "bias":
             return None if self.bias is None else _wide(self.bias) * 1
         log_scale = _wide(self.log_scale)
-        clamped = log_scale.detach().clamp(0.0, self.log_max)
+        if self.log_bound is None:
+            clamped = log_scale.detach().clamp(0.0, self.log_max)
+        else:
+            clamped = log_scale.detach().clamp(min=0.0).minimum(_wide(self.log_bound))
         return (clamped + (log_scale - log_scale.detach())).exp()
+
+    def limit(self) -> float:
+        """The scale's bound."""
+        return math.exp(self.log_max if self.log_bound is None else float(self.log_bound))
+
+    @torch.no_grad()
+    def begin_within(self, origin: str) -> None:
+        """Take the bound from first weights that are there now, where the settings leave it open.
+
+        Args:
+            origin: Of the weights, for the message.
+
+        Raises:
+            ConfigError: The scale lies above `model.logit_scale.max`.
+        """
+        own = float(self.log_scale)
+        if self.log_bound is not None:
+            self.log_bound.fill_(max(own, self.log_max))
+        elif own > self.log_max + _SLACK:
+            raise ConfigError(
+                f"{origin} has a logit scale of {math.exp(own):.1f}, above model.logit_scale.max="
+                f"{math.exp(self.log_max):g}, which would cut it off; raise model.logit_scale.max."
+            )
 
 
 def take_scale(scale: LogitScale, log_scale: Tensor, bias: Tensor | None, origin: str) -> None:
@@ -74,16 +110,11 @@ def take_scale(scale: LogitScale, log_scale: Tensor, bias: Tensor | None, origin
     Raises:
         ConfigError: The scale lies above `model.logit_scale.max`.
     """
-    own = log_scale.detach().reshape(1)
-    if float(own) > scale.log_max + _SLACK:
-        raise ConfigError(
-            f"{origin} has a logit scale of {float(own.exp()):.1f}, above model.logit_scale.max="
-            f"{math.exp(scale.log_max):g}, which would cut it off; raise model.logit_scale.max."
-        )
     with torch.no_grad():
-        scale.log_scale.copy_(own.clamp(0.0, math.inf))
+        scale.log_scale.copy_(log_scale.detach().reshape(1).clamp(0.0, math.inf))
         if scale.bias is not None and bias is not None:
             scale.bias.copy_(bias.reshape(1))
+    scale.begin_within(origin)
 
 
 def with_scale_fitted(model: ModelConfig, num_images: int) -> ModelConfig:
@@ -93,7 +124,7 @@ def with_scale_fitted(model: ModelConfig, num_images: int) -> ModelConfig:
         return model
 
     def raised(scale: float) -> float:
-        return min(scale / SMALL_SET_TEMPERATURE, config.max)
+        return min(scale / SMALL_SET_TEMPERATURE, config.limit)
 
     course = config.course
     if course is not None:
@@ -112,8 +143,8 @@ def _check(config: LogitScaleConfig) -> None:
     else:
         named = {"course.from": config.course.first, "course.to": config.course.last}
     for name, value in named.items():
-        if config.max < 1 or not 1 <= value <= config.max:
+        if config.limit < 1 or not 1 <= value <= config.limit:
             raise ConfigError(
                 f"model.logit_scale.{name}={value:g} lies outside [1, "
-                f"model.logit_scale.max={config.max:g}]; move it inside."
+                f"model.logit_scale.max={config.limit:g}]; move it inside."
             )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmscale.checkpoint.files import HEADS, NOTHING, Checkpoint, newest_sound
+from mmscale.checkpoint.files import BOUND, HEADS, Checkpoint, newest_sound
 from mmscale.checkpoint.resume import require_same_run
 from mmscale.checkpoint.state import RunState
 from mmscale.config.data import OWN_MODEL
@@ -305,7 +305,9 @@ def _model(job: Job, config: Config, start: Start) -> tuple[TwoTower, InputSpec]
     elif start.checkpoint is not None:
         start.checkpoint.load_weights(model)
     elif start.first_weights is not None:
-        start.first_weights.load_weights(model, HEADS if start.draws_heads else NOTHING)
+        kept = (BOUND, HEADS) if start.draws_heads else (BOUND,)
+        start.first_weights.load_weights(model, kept)
+        model.scale.begin_within(f"model.weights={config.model.weights}")
     return model, with_cleaning(spec, config.data.caption_cleaning)
 
 

@@ -9,10 +9,23 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from transformers import SiglipModel
 
 import mmscale
+from tests.unit.model.whole_hf import save_whole
 from tests.whole.command import run
-from tests.whole.small_run import ALONE, SETTINGS, course, metrics, succeed, words_for
+from tests.whole.small_run import (
+    ALONE,
+    SETTINGS,
+    course,
+    metrics,
+    succeed,
+    training_lines,
+    words_for,
+)
+
+# Of the small run without its towers.
+REST = SETTINGS[SETTINGS.index("train:") :]
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +157,32 @@ def test_a_run_begins_with_an_export_as_with_the_run_that_it_comes_from(
     done = run([*words, f"run.dir={tmp_path / 'x'}", "model.head.weights=random"])
     assert done.returncode == 2, done.stderr
     assert "model.head.weights='random' has an effect only where model.weights names" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_scale_above_100_goes_in_through_a_resume_and_out_again(synthetic, tmp_path):
+    source = tmp_path / "siglip"
+    model = save_whole(source, "siglip")
+    with torch.no_grad():
+        model.logit_scale.fill_(4.765)  # SigLIP's own
+    model.save_pretrained(source)
+    (tmp_path / "settings.yaml").write_text(SETTINGS[: SETTINGS.index("model:")] + REST)
+    words = [*ALONE, *words_for(synthetic, tmp_path / "settings.yaml")]
+    words += [f"model.preset=hf:{source}", "loss.preset=siglip", "checkpoint.every=2 steps"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    succeed([*words, f"run.dir={whole}", "train.duration=4 steps"])
+    for steps in (2, 4):
+        succeed([*words, f"run.dir={parts}", f"train.duration={steps} steps"])
+    assert course(parts) == course(whole)
+    scales = [[line["logit_scale"] for line in training_lines(run)] for run in (whole, parts)]
+    assert scales[0] == scales[1]
+    assert min(scales[0]) > 100
+    assert max(scales[0]) <= np.exp(np.float32(4.765)) * (1 + 1e-6)
+    succeed(["mmscale", "export", parts, "--to", "clip", "--out", tmp_path / "out"])
+    theirs = SiglipModel.from_pretrained(tmp_path / "out")
+    assert float(theirs.logit_scale) == pytest.approx(np.log(mmscale.load(parts)[0].logit_scale()))
+    assert float(theirs.logit_scale) > np.log(100)
+
+    done = run([*words, f"run.dir={tmp_path / 'x'}", "model.logit_scale.max=100"])
+    assert done.returncode == 2, done.stderr
+    assert "a logit scale of 117.3, above model.logit_scale.max=100" in done.stderr

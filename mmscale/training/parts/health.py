@@ -84,6 +84,8 @@ class Health(Part):
         self._movement: Movement | None = None
         self._moved: Moved | None = None
         self._updates = self._at_limit = 0
+        scale: Any = stage.learner.engine.module.get_submodule("scale")
+        self._limit = scale.limit() * _AT_LIMIT
 
     def begin(self, state: RunState) -> None:
         """Look at the space before the first update: what it contracts from."""
@@ -111,8 +113,7 @@ class Health(Part):
     def observe(self, result: StepResult, state: RunState) -> Halt | None:
         record = result.record
         self._updates += 1
-        limit = self._stage.config.model.logit_scale.max * _AT_LIMIT
-        self._at_limit += record.logit_scale >= limit
+        self._at_limit += record.logit_scale >= self._limit
         if self._movement is None:
             return None
         line: dict[str, Any] = {

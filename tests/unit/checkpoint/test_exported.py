@@ -8,7 +8,7 @@ import torch
 
 from mmscale.checkpoint.export import export
 from mmscale.checkpoint.exported import export_at
-from mmscale.checkpoint.files import HEADS
+from mmscale.checkpoint.files import BOUND, HEADS
 from mmscale.checkpoint.resume import first_weights
 from mmscale.config.model import ModelConfig
 from mmscale.errors import CheckpointError, ConfigError
@@ -61,7 +61,7 @@ def test_an_export_gives_back_every_tensor(tmp_path, tiny_clip, kind, to):
     begun = fresh.state_dict()
     moved = shutil.move(what.out, tmp_path / "moved")
     source = first_weights(config.model_copy(update={"weights": str(moved)}))
-    source.load_weights(fresh)
+    source.load_weights(fresh, (BOUND,))
     assert list(begun) == list(kept)
     for name, tensor in fresh.state_dict().items():
         wanted = kept[name]
@@ -83,7 +83,7 @@ def test_heads_of_another_width_are_drawn_if_that_is_asked_for(tmp_path):
         source.load_weights(other)
     assert "2 tensors differ (head.image.layers.0.weight is [24," in str(caught.value)
     assert "or set model.head.weights=random" in str(caught.value)
-    source.load_weights(other, HEADS)
+    source.load_weights(other, (HEADS,))
     theirs = what.encoder.model.state_dict()
     for name, tensor in other.state_dict().items():
         wanted = drawn[name] if name.startswith("head.") else theirs[name]

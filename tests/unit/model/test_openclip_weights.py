@@ -185,14 +185,16 @@ def test_pretrained_weights_bring_their_scale_and_bias(tmp_path):
     assert plain.scale("bias") is None
 
 
-def test_a_scale_that_would_be_cut_off_is_refused(tmp_path):
+def test_a_scale_is_cut_off_by_no_bound(tmp_path):
     name = write_clip(tmp_path / "clip", {}, init_logit_scale=4.75)
-    words = {"preset": f"openclip:{name}", "weights": "pretrained"}
+    words = {"preset": f"openclip:{name}", "weights": "pretrained", "logit_scale": {"max": 100}}
     with pytest.raises(ConfigError, match=r"scale of 115\.6, above model\.logit_scale\.max=100"):
         build_model(ModelConfig.model_validate(words), None, 0)
-    words["logit_scale"] = {"max": 120}
-    model, _ = build_model(ModelConfig.model_validate(words), None, 0)
-    assert float(model.scale().detach()) == pytest.approx(115.58, abs=0.01)
+    for own, bound in (("auto", 115.58), (120, 120)):
+        words["logit_scale"] = {"max": own}
+        model, _ = build_model(ModelConfig.model_validate(words), None, 0)
+        assert float(model.scale().detach()) == pytest.approx(115.58, abs=0.01)
+        assert model.scale.limit() == pytest.approx(bound, abs=0.01)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from torch import nn
 from mmscale.config.model import LogitScaleConfig, ModelConfig
 from mmscale.config.values import Duration, Ramp
 from mmscale.errors import ConfigError
-from mmscale.model.scale import LogitScale, with_scale_fitted
+from mmscale.model.scale import LogitScale, take_scale, with_scale_fitted
 
 
 def scale(**settings):
@@ -22,6 +22,30 @@ def test_learnt_it_is_clamped_where_it_is_used_and_the_gradient_passes():
     module().backward()
     assert module().item() == pytest.approx(20)
     assert module.log_scale.grad.item() == pytest.approx(20)
+
+
+def test_the_bound_of_a_whole_model_is_its_own_first_scale_where_that_is_greater():
+    for own, bound in ((117.3, 117.3), (20.0, 100.0)):
+        module = LogitScale(LogitScaleConfig(), of_whole=True)
+        take_scale(module, torch.tensor(own).log(), None, "its weights")
+        assert module().item() == pytest.approx(own, rel=1e-6)
+        assert module.limit() == pytest.approx(bound, rel=1e-6)
+        with torch.no_grad():
+            module.log_scale.fill_(9.0)
+        module().backward()
+        assert module().item() == pytest.approx(bound, rel=1e-6)
+        assert module.log_scale.grad.item() == pytest.approx(bound, rel=1e-6)
+        again = LogitScale(LogitScaleConfig(), of_whole=True)
+        again.load_state_dict(module.state_dict())
+        assert again.limit() == module.limit()
+
+
+def test_a_bound_of_the_user_s_own_cuts_no_scale_off():
+    module = LogitScale(LogitScaleConfig(max=100.0), of_whole=True)
+    assert "log_bound" not in module.state_dict()
+    with pytest.raises(ConfigError, match=r"117\.3, above model\.logit_scale\.max=100, .* raise"):
+        take_scale(module, torch.tensor(117.3).log(), None, "its weights")
+    take_scale(LogitScale(LogitScaleConfig(max=120.0)), torch.tensor(117.3).log(), None, "x")
 
 
 def test_fixed_it_has_no_parameter_and_the_same_place_in_a_checkpoint():
