@@ -15,7 +15,9 @@ from pydantic_core import PydanticCustomError
 from mmscale.errors import ConfigError
 
 # What these begin with is no path here: an address, or a command of a shell.
-_ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:")
+_ELSEWHERE = re.compile(r"https?://|pipe:")
+# Stores that nothing here reads; a path loses one of two slashes.
+_STORE = re.compile(r"(?!https?:)([A-Za-z][A-Za-z0-9+.-]*)://|(s3|gs|gcs|az|abfss?|wasbs?):/")
 _KINDS = re.compile(r"(?:(?:hf|timm|openclip|hf-hub|local-dir):)*")
 _VARIABLE = re.compile(r"\$(?:\w+|\{[^}]*\}?|\()")
 # The kind of error that `explain` tells as it is.
@@ -26,10 +28,17 @@ def expanded(text: str) -> str:
     """A path with the home folder in place of `~`, in lists in braces too.
 
     Raises:
-        ValueError: It holds a `~` or `$` that nothing stands for; says which.
+        ValueError: It holds a `~` or `$` that nothing stands for, or is an address of a kind that
+            is not read; says which.
     """
     if _ELSEWHERE.match(text):
         return text
+    if store := _STORE.match(text):
+        raise ValueError(
+            f"`{store[1] or store[2]}://` is not read here; give a path on a disk, and for shards "
+            "also an http(s) address, or a command with data.allow_pipe=true, such as "
+            "'pipe:aws s3 cp s3://BUCKET/a.tar -'"
+        )
     kinds = _KINDS.match(text)
     start = kinds.end() if kinds else 0
     path = _with_home(text[start:])
@@ -51,7 +60,7 @@ def path_of(text: str, given: str) -> str:
         given: What to call it in the message, such as `--out ~/x`.
 
     Raises:
-        ConfigError: It holds a `~` or `$` that nothing stands for.
+        ConfigError: As `expanded`.
     """
     try:
         return expanded(text)

@@ -1,10 +1,12 @@
 """`~` and `$` in every setting that names a path."""
 
 import re
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
+from mmscale.cli import app
 from mmscale.config.load import load_config
 from mmscale.config.paths import expanded, is_path
 from mmscale.config.schema import Config
@@ -31,7 +33,6 @@ EXPANDED = {
     "{~/a,b,~/c}/*.tar": "{/h/a,b,/h/c}/*.tar",
     "a~/b~1/file~": "a~/b~1/file~",
     "https://host/~me/$x": "https://host/~me/$x",
-    "s3://bucket/~/a": "s3://bucket/~/a",
     "pipe:cat ~/$X": "pipe:cat ~/$X",
     "price$.tar": "price$.tar",
     "pretrained": "pretrained",
@@ -52,6 +53,32 @@ def test_home_folders_in_paths_are_expanded_once(text):
 def test_a_path_with_a_variable_an_unknown_user_or_an_inner_tilde_is_refused(text):
     with pytest.raises(ValueError, match="write the path out"):
         expanded(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("s3://bucket/a.tar", "s3://"),
+        ("gs://bucket/{000..003}.tar", "gs://"),
+        ("az://x/a", "az://"),
+        ("hf://datasets/a/b", "hf://"),
+        ("file:///a/b", "file://"),
+        (str(Path("s3://bucket/a")), "s3://"),
+    ],
+)
+def test_a_store_that_is_not_read_is_named_with_what_is(text, named):
+    with pytest.raises(ValueError, match=f"^`{named}` is not read here; give a path on a disk"):
+        expanded(text)
+
+
+def test_a_store_is_refused_in_settings_and_at_every_verb(tmp_path):
+    told = r"`s3://` is not read here; give a path .* such as 'pipe:aws s3 cp s3://BUCKET/a.tar -'"
+    for word in ("data.train=s3://b/a.tar", "data.eval=[a, s3://b/c]", "run.dir=s3://b/r"):
+        with pytest.raises(ConfigError, match=told):
+            load_config(["demo", "data.train=x", word])
+    for verb in (["index"], ["verify"], ["pack", "--out", str(tmp_path)], ["eval", "--data", "x"]):
+        with pytest.raises(ConfigError, match=told):
+            app([*verb, "s3://b/a"], standalone_mode=False)
 
 
 def test_without_a_home_the_tilde_is_refused(monkeypatch):
