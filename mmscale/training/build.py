@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,11 +21,10 @@ from mmscale.config.rules import (
     teacher_terms,
 )
 from mmscale.config.schema import Config
-from mmscale.contracts import InputSpec, World
-from mmscale.data.arrange import Neighbours, read_neighbours
+from mmscale.contracts import InputSpec
 from mmscale.data.caption_text import with_cleaning
 from mmscale.data.features import CachedStream, FeatureTable
-from mmscale.data.schedule import Schedule, plan_schedule
+from mmscale.data.schedule import Schedule
 from mmscale.data.stream import TrainStream
 from mmscale.engine.before_training import fit_heads, gaps_line
 from mmscale.engine.build import build_engine
@@ -38,7 +36,7 @@ from mmscale.engine.inference import Inference
 from mmscale.engine.plan import BatchPlan, is_zero_3
 from mmscale.engine.protocol import Engine
 from mmscale.errors import CheckpointError, LaunchError
-from mmscale.evaluation.encoded import Tell, encoded_sets, own_neighbours
+from mmscale.evaluation.encoded import Tell, encoded_sets
 from mmscale.loss.objective import Objective
 from mmscale.model.batch_norm import connect_batch_norms
 from mmscale.model.build import build_model
@@ -47,8 +45,9 @@ from mmscale.model.scale import with_scale_fitted
 from mmscale.model.tower import unseen_line
 from mmscale.model.two_tower import TwoTower
 from mmscale.parallel.device import set_rng_state
-from mmscale.parallel.peers import broadcast_object, gather_objects
+from mmscale.parallel.peers import gather_objects
 from mmscale.preflight import checkpoints_ahead, require_room
+from mmscale.training.order import neighbours_of, own_order, schedule_of
 from mmscale.training.part import Part
 from mmscale.training.parts.balance import ModalityBalancer
 from mmscale.training.parts.checkpoints import Checkpoints
@@ -80,8 +79,8 @@ def build_stage(job: Job, start: Start, say: Tell) -> Stage:
     number = start.state.stage
     config, plan = job.stages[number], job.plans[number]
     start = replace(start, state=replace(start.state, lanes=plan.lanes))
-    table = _neighbours(config, job.world, start)
-    schedule = _schedule(job, number, table, say)
+    table = neighbours_of(config, job.world, start)
+    schedule = schedule_of(job, number, table, say)
     model, spec = _model(job, config, start)
     if start.checkpoint is not None and start.checkpoint is job.source:
         # A model of another kind has told itself by its tensors.
@@ -102,7 +101,7 @@ def build_stage(job: Job, start: Start, say: Tell) -> Stage:
     if start.is_fresh or start.draws_heads:
         fit_heads(model, inference, stream, job.peers, plan.micro_rows, spec)
     if config.data.hard_batches.table == OWN_MODEL and table is None:
-        stream.schedule = _own_order(job, number, encoder, features, say)
+        stream.schedule = own_order(job, number, encoder, features, say)
     connect_batch_norms(model, job.peers)
     model.scale.follow(timetable.uncut)
     follower = _follower(job, config, model, start)
@@ -252,44 +251,6 @@ def _timetable(job: Job, plan: BatchPlan, schedule: Schedule, state: RunState) -
 
 def _end(job: Job, state: RunState) -> int:
     return state.step if state.over else state.stage_start + job.lengths[state.stage]
-
-
-def _schedule(job: Job, number: int, table: Neighbours | None, say: Tell) -> Schedule:
-    """The order of a stage's data, with what is alike together where a table says what is."""
-    config, lanes = job.stages[number], job.plans[number].lanes
-    if table is None:
-        return plan_schedule(config, job.shards, lanes) if number else job.schedule
-    say(f"hard batches: neighbours from {config.data.hard_batches.table}")
-    schedule = plan_schedule(config, job.shards, lanes, table)
-    say(f"hard batches: {schedule.with_neighbours:.0%} of the images have neighbours")
-    return schedule
-
-
-def _own_order(
-    job: Job, number: int, encoder: Encoder, features: FeatureTable | None, say: Tell
-) -> Schedule:
-    """The order of a stage's data with what the model as it is finds alike together. Collective."""
-    say("hard batches: neighbours by the model as it is now")
-    config, lanes = job.stages[number], job.plans[number].lanes
-    by = config.data.hard_batches.by
-    table = own_neighbours(encoder, job.shards, features, by, job.world, say)
-    return plan_schedule(config, job.shards, lanes, table)
-
-
-def _neighbours(config: Config, world: World, start: Start) -> Neighbours | None:
-    """The table that the stage began with, else the one that it is given; equal on every rank.
-
-    None without any yet.
-    """
-    hard = config.data.hard_batches
-    if hard.table is None:
-        return None
-    if start.checkpoint is not None:
-        return Neighbours.of(start.checkpoint.tensors_of("hard_batches"))
-    if hard.table == OWN_MODEL:
-        return None
-    read = read_neighbours(Path(hard.table), hard.by).tensors() if world.is_main else None
-    return Neighbours.of(broadcast_object(world, read))
 
 
 def _model(job: Job, config: Config, start: Start) -> tuple[TwoTower, InputSpec]:
