@@ -198,6 +198,10 @@ class Prototypes:
     cluster: Int64[Tensor, " b"]
 
 
+# The teacher that is the run's own start; no model is named so.
+START = ":start"
+
+
 @dataclass(frozen=True)
 class Taught:
     """What a frozen teacher makes of a rank's rows, without a graph.
@@ -234,7 +238,8 @@ class LossInput:
         bias: Added to each logit by losses that judge every pair alone; None without one.
         prototypes: Clusterings of the training images, one a number of clusters; () in the first
             epoch, None where the run makes none.
-        teachers: What each teacher that a term looks at now makes of the same rows, by its name.
+        teachers: What each teacher that a term looks at now makes of the same rows, by its name;
+            `START` is the model as the run began.
     """
 
     image: Embeddings

@@ -116,7 +116,12 @@ def require_outputs(config: Config, world: World) -> None:
 
 
 def require_room(
-    config: Config, model: nn.Module, ahead: int, momentum: bool, world: World
+    config: Config,
+    model: nn.Module,
+    ahead: int,
+    momentum: bool,
+    world: World,
+    start: bool = False,
 ) -> None:
     """Refuse to start where the checkpoints that are kept, and the next one, have no room.
 
@@ -128,6 +133,7 @@ def require_room(
         ahead: Checkpoints that the run is going to write.
         momentum: A running mean of the trained weights is saved too.
         world: The ranks; the disk is the one that rank 0 sees.
+        start: The weights that the run began with are saved too.
 
     Raises:
         ConfigError: Names what is free and what is needed.
@@ -139,7 +145,8 @@ def require_room(
         # The next one is whole before the oldest goes; what is there already goes in turn.
         most = kept + 1 + (config.checkpoint.best is not None) - len(step_folders(run_dir))
         missing = max(1, min(most, ahead))
-        needed, free = missing * checkpoint_bytes(model, momentum), shutil.disk_usage(there).free
+        needed = missing * checkpoint_bytes(model, momentum, start)
+        free = shutil.disk_usage(there).free
         if free < needed:
             fault = (
                 f"run.dir={run_dir}: {free / 1e6:,.1f} MB are free, and {missing} "
@@ -158,11 +165,14 @@ def checkpoints_ahead(config: Config, steps: int, steps_of: Callable[[Duration],
     return max(1, sum(math.ceil(steps / max(1, steps_of(every))) for every in due if every))
 
 
-def checkpoint_bytes(model: nn.Module, momentum: bool) -> int:
-    """Bytes of a checkpoint: fp32 weights, two moments of what is trained, its running mean."""
+def checkpoint_bytes(model: nn.Module, momentum: bool, start: bool = False) -> int:
+    """Bytes of a checkpoint: fp32 weights, two moments of what is trained, its running mean.
+
+    With `start` the first weights besides.
+    """
     trained = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
     whole = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    return whole + (_MOMENTS + momentum) * trained
+    return (1 + start) * whole + (_MOMENTS + momentum) * trained
 
 
 def code_digest() -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
 from pydantic import Field, model_validator
 
-from mmscale.config.paths import PathSetting
+from mmscale.config.taught import AnchorTerm, TeacherTerm
 from mmscale.config.term import BOTH, ONE, ZERO, AtLeastZero, Needs, Share, Term
 from mmscale.config.values import NonNegativeFloat, Positive, PositiveFloat, Ramp, Section
 
@@ -213,38 +213,6 @@ class DistillationTerm(Term):
         return "strips"
 
 
-class TeacherTerm(Term):
-    """Distillation from a frozen model that encodes the same pictures and captions."""
-
-    needs: ClassVar[Needs] = Needs(pictures=True)
-
-    kind: Literal["teacher"]
-    """The teacher is not trained, and no checkpoint keeps its weights."""
-    model: PathSetting
-    """`hf:NAME_OR_PATH`, `openclip:NAME[@WEIGHTS]`, or the folder of a run or checkpoint."""
-    form: Literal["affinity", "feature"] = "affinity"
-    """`affinity`: find alike what it finds alike; `feature`: its rows, of one width with ours."""
-    temperature: PositiveFloat | None = None
-    """Of our similarities in `affinity`; null: the model's."""
-    teacher_temperature: PositiveFloat | None = None
-    """Of the teacher's similarities in `affinity`; null: the teacher's own."""
-    cache: PathSetting | None = None
-    """Folder that keeps its features of `data.train`, made once; with `data.augment=none`."""
-
-    def contrasts_in(self, mined: bool) -> Literal["strips"] | None:
-        """Of the batch with itself, as both see it."""
-        return "strips" if self.form == "affinity" else None
-
-    @model_validator(mode="after")
-    def _check(self) -> "TeacherTerm":
-        if self.form == "feature" and (self.temperature or self.teacher_temperature):
-            raise ValueError(
-                "given its temperatures with form=affinity alone: form=feature has none; take them "
-                "out"
-            )
-        return self
-
-
 class MatchingTerm(Term):
     """Cross-entropy of the fusion model's match or no match."""
 
@@ -317,6 +285,7 @@ AnyTerm: TypeAlias = (
     | DiversityTerm
     | DistillationTerm
     | TeacherTerm
+    | AnchorTerm
     | MatchingTerm
     | ClassificationTerm
     | MatryoshkaTerm

@@ -7,8 +7,9 @@ from typing import Any
 
 from mmscale.config.data import DataConfig, SourceConfig
 from mmscale.config.evaluation import MAIN, logged, set_named_in
-from mmscale.config.loss import TERMS, AnyTerm, LossConfig, MatryoshkaTerm, TeacherTerm
+from mmscale.config.loss import TERMS, AnyTerm, LossConfig, MatryoshkaTerm
 from mmscale.config.schema import Config
+from mmscale.config.taught import AnchorTerm, TeacherTerm
 from mmscale.config.term import Needs
 from mmscale.config.training import StageConfig
 
@@ -43,6 +44,11 @@ def needs_momentum_rows(config: Config) -> bool:
 def teacher_terms(config: Config) -> tuple[TeacherTerm, ...]:
     """The terms that have a teacher."""
     return tuple(term for term in config.loss.terms if isinstance(term, TeacherTerm))
+
+
+def keeps_start(config: Config) -> bool:
+    """Whether the weights that the run began with are kept for a term."""
+    return any(isinstance(term, AnchorTerm) for term in trained_terms(config))
 
 
 def teacher_faults(config: Config) -> Iterator[str]:

@@ -7,9 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmscale.config.loss import TeacherTerm
-from mmscale.contracts import Taught
-from mmscale.errors import ConfigError
+from mmscale.config.taught import AnchorTerm, TeacherTerm
+from mmscale.contracts import START, Taught
 from mmscale.loss.contrast import Contrast, PairRows, directions, wide
 from mmscale.loss.strips import Sums, sum_over_rows
 from mmscale.loss.term import Bounds, Counts, Given, TermValue, term
@@ -86,9 +85,19 @@ def feature(
 
 @term(TeacherTerm)
 def _teacher(settings: TeacherTerm, given: Given) -> TermValue:
-    taught = given.needed(given.rows.teachers.get(settings.model), settings, "teacher's rows")
+    taught = given.rows.teachers.get(settings.model)
+    return _compared(settings, given, given.needed(taught, settings, "teacher's rows"))
+
+
+@term(AnchorTerm)
+def _anchor(settings: AnchorTerm, given: Given) -> TermValue:
+    taught = given.rows.teachers.get(START)
+    return _compared(settings, given, given.needed(taught, settings, "rows of its start"))
+
+
+def _compared(settings: AnchorTerm | TeacherTerm, given: Given, taught: Taught) -> TermValue:
     if settings.form == "feature":
-        loss = feature(_alike(settings, given, taught), (taught.image, taught.text))
+        loss = feature(_as_wide(given, taught), (taught.image, taught.text))
         return TermValue(loss, lambda counts: Bounds(0.0, 2.0))
     own = given.scale(settings.temperature)
     theirs = taught.scale
@@ -103,14 +112,8 @@ def _teacher(settings: TeacherTerm, given: Given) -> TermValue:
     return TermValue(found.loss, bounds)
 
 
-def _alike(
-    settings: TeacherTerm, given: Given, taught: Taught
-) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d"]]:
+def _as_wide(given: Given, taught: Taught) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d"]]:
     image, text = given.rows.image.unit, given.rows.text.unit
-    if image.shape[1] != taught.image.shape[1]:
-        raise ConfigError(
-            f"loss.terms holds teacher with form=feature, but the embeddings are {image.shape[1]} "
-            f"wide and those of {settings.model} {taught.image.shape[1]}; set model.embed_dim="
-            f"{taught.image.shape[1]}, or form=affinity, which compares similarities."
-        )
+    # Told in words before training begins.
+    assert image.shape[1] == taught.image.shape[1], "features are as wide as the embeddings"
     return image, text

@@ -16,12 +16,12 @@ from mmscale.config.loss import PrototypesTerm
 from mmscale.config.rules import (
     expanded_stages,
     fusion_heads,
+    keeps_start,
     needs_momentum,
     needs_momentum_rows,
-    teacher_terms,
 )
 from mmscale.config.schema import Config
-from mmscale.contracts import InputSpec
+from mmscale.contracts import START, InputSpec
 from mmscale.data.caption_text import with_cleaning
 from mmscale.data.features import CachedStream, FeatureTable
 from mmscale.data.schedule import Schedule
@@ -60,12 +60,13 @@ from mmscale.training.parts.momentum import Momentum
 from mmscale.training.parts.non_finite import NonFinite
 from mmscale.training.parts.prototypes import EpochClusters
 from mmscale.training.parts.queue import Queue, RowBank
+from mmscale.training.parts.start import Begun, begun
 from mmscale.training.parts.stopping import Stopping
 from mmscale.training.parts.teacher import Teachers
 from mmscale.training.prepare import towers_of
 from mmscale.training.stage import Job, Services, Stage, Start, Timetable
 from mmscale.training.step import Learner
-from mmscale.training.teachers import cached_features, fed_with, open_teachers
+from mmscale.training.teachers import cached_features, fed_with, open_teachers, taught_terms
 
 
 def build_stage(job: Job, start: Start, say: Tell) -> Stage:
@@ -88,7 +89,7 @@ def build_stage(job: Job, start: Start, say: Tell) -> Stage:
     _freeze(job, number, model, spec, say)
     timetable = _timetable(job, plan, schedule, start.state)
     ahead = checkpoints_ahead(config, timetable.total_steps - start.state.step, timetable.uncut)
-    require_room(config, model, ahead, needs_momentum(config), job.world)
+    require_room(config, model, ahead, needs_momentum(config), job.world, keeps_start(job.config))
     teachers = open_teachers(config, job.world, say)
     compiled = _is_compiled(job, config, timetable)
     spec = _with_lengths(spec, compiled or job.policy.runs_ahead)
@@ -105,6 +106,8 @@ def build_stage(job: Job, start: Start, say: Tell) -> Stage:
     connect_batch_norms(model, job.peers)
     model.scale.follow(timetable.uncut)
     follower = _follower(job, config, model, start)
+    if keeps_start(job.config):
+        teachers += (begun(model, spec, config.model.embed_dim, start),)
     if compiled:
         say(_compile(model, follower))
     is_counted = features is None and job.world.is_main  # cached features do not pass the towers
@@ -212,11 +215,13 @@ def _prototypes(stage: Stage) -> Iterator[EpochClusters]:
         )
 
 
-def _teachers(stage: Stage) -> Iterator[Teachers]:
-    if stage.teachers:
+def _teachers(stage: Stage) -> Iterator[Part]:
+    yield from (Begun(teacher) for teacher in stage.teachers if teacher.name == START)
+    terms = taught_terms(stage.config)
+    if named := [teacher for teacher in stage.teachers if teacher.name in terms]:
         yield Teachers(
-            stage.teachers,
-            teacher_terms(stage.config),
+            named,
+            terms,
             stage.job.policy,
             stage.spec,
             stage.plan.micro_rows,

@@ -13,7 +13,7 @@ from mmscale.checkpoint.saver import Saver
 from mmscale.checkpoint.state import RunState
 from mmscale.config.load import as_yaml
 from mmscale.config.schema import Config
-from mmscale.contracts import Batch, Position, World
+from mmscale.contracts import START, Batch, Position, World
 from mmscale.data.caption_text import unknown_words
 from mmscale.engine.feed import feed
 from mmscale.engine.optimizer import rate_factor
@@ -223,7 +223,8 @@ def _next_start(
         tensor.name: tensor.value.detach().cpu().clone()
         for tensor in stage.learner.engine.tensors()
     }
-    return Start(state, lasting, weights=weights)
+    begun = next((t.model.state_dict() for t in stage.teachers if t.name == START), None)
+    return Start(state, lasting, weights=weights, begun=begun)
 
 
 def _first_position(job: Job, number: int, position: Position) -> Position:

@@ -76,6 +76,7 @@ class Start:
         weights: The model's tensors as the stage before left them, in their place.
         first_weights: A checkpoint or export of another run, whose weights this one begins with.
         draws_heads: Those weights without their heads, which are drawn and fitted as in any run.
+        begun: The weights that the run began with, where a term stays near them.
     """
 
     state: RunState
@@ -84,6 +85,7 @@ class Start:
     weights: Mapping[str, Tensor] | None = None
     first_weights: Checkpoint | ExportFolder | None = None
     draws_heads: bool = False
+    begun: Mapping[str, Tensor] | None = None
 
     @property
     def is_fresh(self) -> bool:
@@ -142,7 +144,7 @@ class Stage:
     Attributes:
         config: The stage's.
         follower: Becomes the momentum encoder, where one is wanted.
-        teachers: Frozen models that its terms name.
+        teachers: Frozen models that its terms name; the run's start where any stage's terms do.
         sets: What it is evaluated on, by name.
         start: Where it begins.
         end: `RunState.step` at which it ends.

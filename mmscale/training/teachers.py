@@ -12,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from mmscale.config.loss import TeacherTerm
 from mmscale.config.model import ModelConfig
 from mmscale.config.rules import teacher_terms
 from mmscale.config.schema import Config
-from mmscale.contracts import InputSpec, Peers, World
+from mmscale.config.taught import AnchorTerm, TaughtTerm, TeacherTerm
+from mmscale.contracts import START, InputSpec, Peers, World
 from mmscale.data.features import FeatureTable
 from mmscale.data.shards import ShardSet
 from mmscale.engine.compiled import caption_lengths
@@ -56,6 +56,17 @@ class Teacher:
     spec: InputSpec
     width: int
     digest: str
+
+
+def taught_terms(config: Config) -> dict[str, list[TaughtTerm]]:
+    """A stage's terms by the name of their teacher."""
+    found: dict[str, list[TaughtTerm]] = {}
+    for term in config.loss.terms:
+        if isinstance(term, TeacherTerm):
+            found.setdefault(term.model, []).append(term)
+        elif isinstance(term, AnchorTerm):
+            found.setdefault(START, []).append(term)
+    return found
 
 
 def open_teachers(config: Config, world: World, say: Callable[[str], None]) -> tuple[Teacher, ...]:

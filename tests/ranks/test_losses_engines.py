@@ -51,6 +51,7 @@ WIDTHS = [{"kind": "infonce"}, {"kind": "matryoshka", "widths": [4, 8], "weights
 # Both forms, one fading out and one fading in.
 TAUGHT = [
     {"kind": "infonce"},
+    {"kind": "anchor", "weight": 0.3},
     {"kind": "teacher", "model": "teacher", "weight": FADING | {"start": "3 steps"}},
     {
         "kind": "teacher",

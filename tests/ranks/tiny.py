@@ -9,10 +9,10 @@ from torch import nn
 
 from mmscale.checkpoint.state import RunState
 from mmscale.config.load import validate
-from mmscale.config.rules import needs_momentum, needs_momentum_rows, teacher_terms
+from mmscale.config.rules import needs_momentum, needs_momentum_rows
 from mmscale.config.schema import Config
 from mmscale.config.values import whole_steps
-from mmscale.contracts import Batch, Peers, World
+from mmscale.contracts import START, Batch, Peers, World
 from mmscale.engine import build
 from mmscale.engine.ema import copy_of
 from mmscale.engine.fsdp import FsdpEngine
@@ -28,7 +28,7 @@ from mmscale.training.parts.prototypes import EpochClusters
 from mmscale.training.parts.queue import Queue, RowBank
 from mmscale.training.parts.teacher import Teachers
 from mmscale.training.step import Learner, train_step
-from mmscale.training.teachers import Teacher
+from mmscale.training.teachers import Teacher, taught_terms
 
 ROWS = 12
 CPU = torch.device("cpu")
@@ -186,14 +186,16 @@ def _clusters(config: Config, world: World) -> Iterator[EpochClusters]:
 
 
 def _teachers(config: Config, micro: int, dtype: torch.dtype) -> Iterator[Teachers]:
-    """A model of other weights, pictures and temperature, as wide as ours."""
-    if terms := teacher_terms(config):
+    """A model of other weights, pictures and temperature, as wide as ours; the start of another."""
+    if terms := taught_terms(config):
         sizes = tiny_config(model__vision__options=TEACHER, model__logit_scale={"init": 5.0})
         model, spec = build_model(sizes.model, None, 5)
         _, own = build_model(config.model, None, 0)
         teacher = Teacher("teacher", model.requires_grad_(False).to(dtype), spec, 16, "")
         policy = choose(config.engine)
-        yield Teachers([teacher], terms, policy, own, micro, whole_steps)
+        begun, _ = build_model(config.model, None, 6)
+        start = Teacher(START, begun.requires_grad_(False).to(dtype), own, 16, "")
+        yield Teachers([teacher, start], terms, policy, own, micro, whole_steps)
 
 
 def read_gradients(engine: Any, kind: str) -> dict[str, torch.Tensor]:

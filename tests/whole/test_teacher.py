@@ -18,7 +18,14 @@ from tests.whole.small_run import (
     write_settings,
 )
 
-LENGTH = ["train.duration=6 steps", "checkpoint.every=3 steps", "data.image_size=40"]
+pytestmark = pytest.mark.slow
+
+LENGTH = [
+    "train.duration=6 steps",
+    "checkpoint.every=3 steps",
+    "data.image_size=40",
+    "data.workers=0",
+]
 
 
 def _runs(*runs: list[str]) -> list[int]:
@@ -55,6 +62,7 @@ def taught(synthetic, tmp_path_factory):
         taught_by(
             {"kind": "teacher", "model": model},
             {"kind": "teacher", "model": model, "form": "feature", "weight": 0.5},
+            {"kind": "anchor", "weight": 2},
         ),
     ]
     again = [*words_for(synthetic, write_settings(folder)), *LENGTH, "model.embed_dim=20"]
@@ -65,12 +73,19 @@ def taught(synthetic, tmp_path_factory):
         f"data.feature_cache={folder / 'cache'}",
         taught_by({"kind": "teacher", "model": model, "cache": str(folder / "cache")}),
     ]
+    # The anchor comes with the second stage, and has what was there before the first.
+    staged = [
+        *words[:-1],
+        "stages=[{name: one, duration: 3 steps, train: ['*']}, {name: two, duration: 3 steps, "
+        "train: ['*'], loss: {terms: [{kind: infonce}, {kind: anchor, weight: 2}]}}]",
+    ]
     codes = lives(
         [*words, f"run.dir={folder / 'run'}"],
         [*again, taught_by(teacher), f"run.dir={folder / 'pupil'}"],
         [*frozen, f"run.dir={folder / 'frozen'}"],
+        [*staged, f"run.dir={folder / 'staged'}"],
     )
-    assert codes == [0, 0, 0]
+    assert codes == [0, 0, 0, 0]
     return words, folder
 
 
@@ -82,17 +97,33 @@ def test_a_pupil_learns_what_its_teacher_finds_alike(taught):
         assert line["loss/teacher_floor"] == line["loss/teacher_2_floor"] == 0
         assert line["loss/teacher_2_chance"] == 2
         total = line["loss/infonce"] + line["loss/teacher"] + 0.5 * line["loss/teacher_2"]
-        assert line["loss"] == pytest.approx(total, rel=1e-6)
+        assert line["loss"] == pytest.approx(total + 2 * line["loss/anchor"], rel=1e-6)
     assert lines[-1]["loss/teacher"] < lines[0]["loss/teacher"]
     # Nothing of the teacher is trained or kept.
     names = {name.partition("/")[2] for name in kept(folder / "run", 6)}
     assert not [name for name in names if name.startswith("teacher")]
 
 
+@pytest.mark.parametrize(("name", "first"), [("run", 0), ("staged", 3)])
+def test_an_anchor_is_what_the_run_began_with_in_every_stage(taught, name, first):
+    _, folder = taught
+    distance = {x["step"] - 1: x.get("loss/anchor") for x in training_lines(folder / name)}
+    assert [step for step in distance if distance[step] is None] == list(range(first))
+    # The first update's rows are the start's own; those of the second stage have moved.
+    assert (distance[first] < 1e-9) == (first == 0)
+    assert distance[5] > 1e-6
+    early, late = kept(folder / name, 3), kept(folder / name, 6)
+    start = [tensor for tensor in early if tensor.startswith("value/start.")]
+    assert len(start) == sum("value/" + x.removeprefix("value/start.") in early for x in start)
+    assert all(torch.equal(early[tensor], late[tensor]) for tensor in start)
+    moved = [x for x in start if not torch.equal(late[x], late["value/" + x[12:]])]
+    assert len(moved) > len(start) / 2
+
+
 def test_a_run_teaches_another_of_another_width(taught):
     _, folder = taught
     lines = training_lines(folder / "pupil")
-    assert all(0 < line["loss/teacher"] < 2 for line in lines)
+    assert all(line["loss/teacher"] > 0 for line in lines)
     assert lines[-1]["loss/teacher"] < lines[0]["loss/teacher"]
 
 

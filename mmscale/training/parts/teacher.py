@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
-from mmscale.config.loss import TeacherTerm
+from mmscale.config.taught import TaughtTerm
 from mmscale.config.values import StepsOf
-from mmscale.contracts import Batch, Features, InputSpec, LossInput, Taught
+from mmscale.contracts import START, Batch, Features, InputSpec, LossInput, Taught
 from mmscale.engine.inference import Inference
 from mmscale.errors import ConfigError
 from mmscale.parallel.device import DevicePolicy
@@ -27,7 +28,7 @@ class Teachers(Part):
     def __init__(
         self,
         teachers: Sequence[Teacher],
-        terms: Sequence[TeacherTerm],
+        terms: Mapping[str, Sequence[TaughtTerm]],
         policy: DevicePolicy,
         spec: InputSpec,
         micro_rows: int,
@@ -37,7 +38,7 @@ class Teachers(Part):
 
         Args:
             teachers: All that the terms name.
-            terms: With their weights, which say when a teacher is looked at.
+            terms: Of each teacher; their weights say when it is looked at.
             policy: Device and precision of the forward.
             spec: What the trained model is fed.
             micro_rows: Rows forwarded at once.
@@ -51,8 +52,12 @@ class Teachers(Part):
 
     def before(self, step: Step, batch: Batch) -> None:
         # Before the trained model's forward, so that its activations are not held beside these.
-        wanted = {t.model for t in self._terms if t.weight.at(step.number, self._steps_of)}
-        self._rows = {name: self.encode(name, batch) for name in self._teachers if name in wanted}
+        def is_wanted(name: str) -> bool:
+            terms = self._terms[name]
+            return any(term.weight.at(step.number, self._steps_of) for term in terms)
+
+        wanted = [name for name in self._teachers if is_wanted(name)]
+        self._rows = {name: self.encode(name, batch) for name in wanted}
 
     def inputs(self, rows: LossInput, features: Features, batch: Batch) -> LossInput:
         return replace(rows, teachers=self._rows)
@@ -64,28 +69,36 @@ class Teachers(Part):
             name: Of the teacher.
             batch: This rank's rows, on the device.
         """
-        call, pixels, pad = (
-            self._calls[name],
-            self._pixels[name],
-            self._teachers[name].spec.pad_token,
-        )
-        if name in batch.teacher_features:
-            image, text, scale, _ = call("heads", *batch.teacher_features[name])
+        call, pixels = self._calls[name], self._pixels[name]
+        features = batch.teacher_features.get(name)
+        if name == START and batch.mask is None:
+            features = batch.image, batch.tokens
+        if features is not None:
+            image, text, scale, _ = call("heads", *features)
             return Taught(image.unit, text.unit, scale)
         images, texts, scale = [], [], None
         for start in range(0, len(batch), self._micro_rows):
             rows = slice(start, start + self._micro_rows)
-            tokens = batch.teacher_tokens[name][rows]
-            mask = tokens >= 0
-            found = call("both", pixels(batch.image[rows]), tokens.masked_fill(~mask, pad), mask)
+            tokens, mask = self._captions(name, batch, rows)
+            found = call("both", pixels(batch.image[rows]), tokens, mask)
             image, text, scale, _ = found
             images.append(image.unit)
             texts.append(text.unit)
         assert scale is not None, "a batch has rows"
         return Taught(torch.cat(images), torch.cat(texts), scale)
 
+    def _captions(self, name: str, batch: Batch, rows: slice) -> tuple[Tensor, Tensor]:
+        """Tokens and mask of some rows."""
+        if name == START:
+            assert batch.mask is not None, "cached features have no tokens"
+            return batch.tokens[rows], batch.mask[rows]
+        tokens = batch.teacher_tokens[name][rows]
+        mask = tokens >= 0
+        return tokens.masked_fill(~mask, self._teachers[name].spec.pad_token), mask
+
     def state(self) -> dict[str, Json]:
-        return {"digests": {name: teacher.digest for name, teacher in self._teachers.items()}}
+        named = [teacher for teacher in self._teachers.values() if teacher.name != START]
+        return {"digests": {teacher.name: teacher.digest for teacher in named}}
 
     def load(self, state: Mapping[str, Json]) -> None:
         for name, digest in state["digests"].items():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from mmscale.config.loss import TERMS as SETTINGS
 from mmscale.config.loss import AnyTerm, LossConfig
 from mmscale.config.values import Ramp, whole_steps
-from mmscale.contracts import Bank, Embeddings, LossInput, Peers, Prototypes, Taught
+from mmscale.contracts import START, Bank, Embeddings, LossInput, Peers, Prototypes, Taught
 from mmscale.loss.mining import Mining
 from mmscale.loss.term import Given, compute
 
@@ -51,6 +51,8 @@ TERMS: dict[str, dict[str, Any]] = {
     "teacher": {"model": "wider"},
     "teacher own temperatures": {"model": "wider", "temperature": 0.2, "teacher_temperature": 0.1},
     "teacher feature": {"model": "as wide", "form": "feature"},
+    "anchor": {},
+    "anchor affinity": {"form": "affinity"},
     "matching": {},
     "classification": {},
     "matryoshka": {"widths": [2, 4]},
@@ -157,7 +159,7 @@ def made_up(leaf: dict, ids: torch.Tensor, seed: int = 1, with_bank: bool = Fals
         matching_targets=(torch.arange(rows) % 3 == 0).long(),
         class_logits=leaf["classes"],
         prototypes=(Prototypes(draw(CLUSTERS, WIDTH), scales, ids % CLUSTERS),),
-        teachers={"wider": taught(WIDTH + 3), "as wide": taught(WIDTH)},
+        teachers={"wider": taught(WIDTH + 3), "as wide": taught(WIDTH), START: taught(WIDTH)},
     )
 
 

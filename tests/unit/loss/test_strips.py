@@ -25,7 +25,7 @@ ROWS = 60
 def test_these_are_all_that_contrast_but_infonce_in_tiles():
     kinds = {name.split(" ")[0] for name in IN_STRIPS}
     gathering = {kind for kind in SETTINGS if SETTINGS[kind].needs.gathers}
-    assert kinds == gathering | {"distillation", "teacher"}
+    assert kinds == gathering | {"distillation", "teacher", "anchor"}
 
 
 @pytest.mark.parametrize(("name", "with_bank"), CASES)

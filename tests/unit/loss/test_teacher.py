@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from mmscale.config.load import validate
 from mmscale.config.values import whole_steps
+from mmscale.contracts import START, Taught
 from mmscale.errors import ConfigError
 from mmscale.loss.contrast import PairRows
 from mmscale.loss.teacher import affinity, feature
@@ -68,12 +69,15 @@ def test_temperatures_of_its_own_take_the_place_of_both_scales(rows):
     assert not torch.isclose(own, compute(term("teacher"), given).loss)
 
 
-def test_rows_of_another_width_are_no_features(rows):
+def test_an_anchor_is_a_teacher_that_is_the_start(rows):
     _, seen = rows
-    wider = replace(seen, teachers={"as wide": seen.teachers["wider"]})
-    given = Given(wider, Alone(), lambda ramp: ramp.at(1, whole_steps))
-    with pytest.raises(ConfigError, match=r"6 wide and those of as wide 9; set model\.embed_dim=9"):
-        compute(term("teacher feature"), given)
+    given = Given(seen, Alone(), lambda ramp: ramp.at(1, whole_steps))
+    start = replace(given, rows=replace(seen, teachers={"as wide": seen.teachers[START]}))
+    assert compute(term("anchor"), given).loss == compute(term("teacher feature"), start).loss
+    same = Taught(seen.image.unit, seen.text.unit, seen.scale)
+    still = replace(given, rows=replace(seen, teachers={START: same}))
+    for name in ("anchor", "anchor affinity"):
+        assert compute(term(name), still).loss.item() == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize(

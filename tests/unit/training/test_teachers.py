@@ -9,7 +9,6 @@ from transformers import CLIPModel
 
 from mmscale.checkpoint.state import RunState
 from mmscale.config.load import validate
-from mmscale.config.rules import teacher_terms
 from mmscale.config.values import whole_steps
 from mmscale.contracts import Batch, InputSpec, Position, World
 from mmscale.data.features import CachedStream
@@ -31,6 +30,7 @@ from mmscale.training.teachers import (
     fed_with,
     open_teacher,
     open_teachers,
+    taught_terms,
 )
 from tests.unit.model.tiny import model_config
 from tests.unit.model.whole_hf import save_whole
@@ -70,7 +70,7 @@ def batch_of(spec: InputSpec, pixels: torch.Tensor) -> Batch:
 
 def part_of(config, spec, micro_rows=2) -> tuple[Teachers, InputSpec]:
     teachers = open_teachers(config, World(), lambda line: None)
-    terms, policy = teacher_terms(config), choose(config.engine)
+    terms, policy = taught_terms(config), choose(config.engine)
     part = Teachers(teachers, terms, policy, spec, micro_rows, whole_steps)
     return part, fed_with(spec, teachers)
 
@@ -164,7 +164,7 @@ def test_cached_features_are_those_of_the_pictures_in_the_batch(folder, words, s
     tables = cached_features(config, teachers, shards, policy, Alone(), said.append)
     (spec,) = (teacher.spec for teacher in teachers)
     schedule = plan_schedule(config, shards, plan_batch(config, 1).lanes)
-    part = Teachers(teachers, teacher_terms(config), policy, spec, 5, whole_steps)
+    part = Teachers(teachers, taught_terms(config), policy, spec, 5, whole_steps)
     streams = [
         TrainStream(config, shards, schedule, fed_with(spec, teachers), World()),
         TrainStream(config, shards, schedule, spec, World(), of_teachers=tables),
