@@ -97,13 +97,18 @@ def classify(
 ) -> Predictions:
     """What this rank's share of the images is taken for. Collective.
 
+    Args:
+        encoder: Calls the model.
+        chosen: The set.
+        progress: Told this rank's images done and in all, then its classes'.
+
     Raises:
         DataError: More images than tolerated cannot be decoded.
         HaltError: The embeddings are not finite.
     """
     places, features = _image_features(encoder, chosen, progress)
     prompts = _Prompts(encoder, features, chosen.kept)
-    columns = _classifier(prompts, chosen)
+    columns = _classifier(prompts, chosen, progress)
     rows, _ = _units(encoder, features, prompts.last)
     _require_finite(encoder.peers, rows, columns)
     labels = torch.tensor(chosen.images.labels)[places]
@@ -187,7 +192,9 @@ def _require_most(chosen: ClassSet, damaged: list[list[str]], most: float) -> No
         )
 
 
-def _classifier(prompts: "_Prompts", chosen: ClassSet) -> Float[Tensor, "d classes"]:
+def _classifier(
+    prompts: "_Prompts", chosen: ClassSet, progress: Callable[[int, int], None]
+) -> Float[Tensor, "d classes"]:
     """A unit column a class, equal on every rank, by OpenCLIP's `build_zero_shot_classifier`."""
     from open_clip import build_zero_shot_classifier
 
@@ -196,6 +203,7 @@ def _classifier(prompts: "_Prompts", chosen: ClassSet) -> Float[Tensor, "d class
     # Every rank makes as many calls: past the end of the list, of its last class.
     mine = [min(peers.rank * share + index, count - 1) for index in range(share)]
     at_once = max(1, prompts.encoder.batch_size // len(chosen.templates))
+    prompts.done = lambda calls: progress(min(calls * at_once, share), share)
     columns = build_zero_shot_classifier(
         prompts, prompts, [chosen.classes[row] for row in mine], chosen.templates, at_once
     )
@@ -207,7 +215,10 @@ class _Prompts:
 
     Attributes:
         last: A row of the text tower's newest output.
+        done: Called with how many calls of `encode_text` are done.
     """
+
+    done: Callable[[int], None]
 
     def __init__(self, encoder: Encoder, features: Tensor, kept: dict[str, Any] | None):
         self.encoder = encoder
@@ -228,7 +239,9 @@ class _Prompts:
             if self._kept is not None:
                 self._kept[key] = features
         self.last = features[:1]
-        return _units(self.encoder, self._features, features)[1]
+        unit = _units(self.encoder, self._features, features)[1]
+        self.done(self._calls)
+        return unit
 
     def _tower(self, tokens: "_Tokens") -> Float[Tensor, "n g"]:
         device, pad_token = self.encoder.device, self.encoder.spec.pad_token

@@ -155,6 +155,21 @@ def test_a_model_that_is_broken_halts(synthetic, shapes):
         evaluated(synthetic, shapes, {}, broken=True)
 
 
+def test_progress_is_told_of_images_and_then_of_classes(synthetic, shapes):
+    model, spec = build_model(tiny_config(model__text__options=TEXT).model, None, 0)
+    inference = Inference(model, choose(tiny_config().engine))
+    encoder = Encoder(inference.call, inference.device, spec, Alone(), 16)
+    labelled = chosen(synthetic.val, shapes, templates="simple")
+    told = []
+    classify(
+        encoder,
+        open_classes("eval.sets.s.", labelled, spec, False),
+        lambda done, total: told.append((done, total)),
+    )
+    # 16 rows are two classes of seven prompts.
+    assert told == [(16, 24), (24, 24), (2, 8), (4, 8), (6, 8), (8, 8)]
+
+
 def test_too_many_damaged_images_are_refused(tmp_path, shapes):
     (tmp_path / "pets" / "circle").mkdir(parents=True)
     (tmp_path / "pets" / "circle" / "a.png").write_bytes(b"torn")
