@@ -1,4 +1,7 @@
-"""Zero-shot classification is OpenCLIP's own: each prediction, on one rank and on two."""
+"""Zero-shot classification is OpenCLIP's own: each prediction, on one rank and on two.
+
+Two ranks give the figures of one to the last digit, on sets of pairs too.
+"""
 
 import io
 import os
@@ -15,8 +18,9 @@ from mmscale.config.load import validate
 from mmscale.contracts import World
 from mmscale.engine.encode import Encoder
 from mmscale.engine.inference import Inference
-from mmscale.evaluation.classes import class_figures, classify
+from mmscale.evaluation.classes import classify
 from mmscale.evaluation.encoded import open_sets
+from mmscale.evaluation.sets import as_logged, evaluate_sets
 from mmscale.model.build import build_model
 from mmscale.parallel.device import choose
 from mmscale.parallel.peers import connect
@@ -98,38 +102,49 @@ def theirs(name, pictures, labels, templates):
     return first[:, 0].tolist(), (float(right[:, 0].mean()), float(right.sum(dim=1).mean()))
 
 
-def ours(world_size, name, chosen):
-    """This rank's predictions by place, and the figures of all ranks."""
+def ours(world_size, name, places):
+    """This rank's predictions by place, and the figures of all sets."""
     config = validate(
         {
-            "data": {"train": "unused", "workers": 0},
+            "data": {"train": "unused", "eval": places["val"], "workers": 0},
             "model": {"preset": f"openclip:{name}", "weights": "pretrained"},
-            "eval": {"sets": {"pets": chosen}, "batch_size": 48},
+            "eval": {
+                "sets": {
+                    "coco": {"data": places["test"]},
+                    "pets": {
+                        "data": places["pets"],
+                        "kind": "classes",
+                        "classes": f"{places['pets']}/classes.txt",
+                    },
+                },
+                "batch_size": 48,
+            },
         }
     )
     peers = connect(World(int(os.environ.get("RANK", 0)), world_size, 0, "test"))
     model, spec = build_model(config.model, None, 0)
     inference = Inference(model, choose(config.engine))
     encoder = Encoder.of(config, inference.call, inference.device, spec, peers)
-    labelled = open_sets(config, spec)["pets"]
-    found = classify(encoder, labelled)
-    figures = class_figures(found, len(labelled.classes), peers)
-    return dict(zip(found.places.tolist(), found.classes.tolist(), strict=True)), figures
+    sets = open_sets(config, spec)
+    found = classify(encoder, sets["pets"])
+    figures = evaluate_sets(config, inference.call, inference.device, sets, peers)
+    return dict(zip(found.places.tolist(), found.classes.tolist(), strict=True)), as_logged(figures)
 
 
-def test_every_prediction_is_open_clips(name, pictures, labels, shards):
+def test_every_prediction_is_open_clips(name, pictures, labels, shards, synthetic):
     predictions, (top1, top5) = theirs(name, pictures, labels, open_clip.OPENAI_IMAGENET_TEMPLATES)
     assert len(set(predictions)) >= 4, "a model that always says the same shows nothing"
-    chosen = {"data": str(shards), "kind": "classes", "classes": str(shards / "classes.txt")}
-    alone, figures = ours(1, name, chosen)
+    places = {"val": str(synthetic.val), "test": str(synthetic.test), "pets": str(shards)}
+    alone, figures = ours(1, name, places)
     assert alone == dict(enumerate(predictions))
-    assert figures["top1"] == pytest.approx(100 * top1, abs=1e-9)
-    assert figures["top5"] == pytest.approx(100 * top5, abs=1e-9)
+    assert figures["eval/pets/top1"] == pytest.approx(100 * top1, abs=1e-9)
+    assert figures["eval/pets/top5"] == pytest.approx(100 * top5, abs=1e-9)
     right = np.array(predictions) == np.array(labels)
     shares = [right[np.array(labels) == number].mean() for number in range(len(NAMES))]
-    assert figures["mean_per_class"] == pytest.approx(100 * np.mean(shares), abs=1e-9)
-    assert (figures["images"], figures["classes"]) == (IMAGES, len(NAMES))
-    first, second = run_on_ranks(2, ours, 2, name, chosen)
-    assert first[1] == second[1] == figures
+    assert figures["eval/pets/mean_per_class"] == pytest.approx(100 * np.mean(shares), abs=1e-9)
+    assert (figures["eval/pets/images"], figures["eval/pets/classes"]) == (IMAGES, len(NAMES))
+    first, second = run_on_ranks(2, ours, 2, name, places)
+    assert {"eval/mean", "eval/coco/mean"} <= figures.keys()
+    assert first[1] == second[1] == figures, "of pairs too"
     assert not first[0].keys() & second[0].keys()
     assert first[0] | second[0] == alone
