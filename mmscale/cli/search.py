@@ -8,11 +8,10 @@ import typer
 
 from mmscale.cli.command import (
     Json,
-    Run,
+    Model,
     app,
     file_out,
     reading,
-    require_there,
     say,
     tell,
     write_json,
@@ -34,7 +33,7 @@ Wanted = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="WORDS KEY=VALUE",
-        help="What to look for; then where what the run names lies now, as for eval.",
+        help="What to look for; then where what a run names lies now, as for eval.",
     ),
 ]
 Image = Annotated[
@@ -44,7 +43,7 @@ Image = Annotated[
 Index = Annotated[
     Path | None,
     typer.Option(
-        help="Where the embeddings are kept; default RUN/search, or the user's cache.",
+        help="Where the embeddings are kept; default RUN/search, else the user's cache.",
         callback=file_out,
     ),
 ]
@@ -52,7 +51,7 @@ Index = Annotated[
 
 @app.command()
 def search(
-    run: Run,
+    model: Model,
     data: Searched,
     words: Wanted = None,
     image: Image = None,
@@ -72,20 +71,19 @@ def search(
         raise ConfigError(f"--out {out}: a page is written; let its name end in .html")
     if not text.strip() and image is None:
         raise ConfigError("nothing to look for; give words, such as a dog in the snow, or --image")
-    require_there(run, "run or checkpoint")
     from mmscale.data.images import open_images
     from mmscale.evaluation.image_index import IndexPlace, index_of
     from mmscale.evaluation.search import found_in, query_row
-    from mmscale.evaluation.trained import load_trained
+    from mmscale.evaluation.trained import load_named
     from mmscale.report.console import progress_of
     from mmscale.report.found import write_found
 
-    trained = load_trained(run, [word for word in words or () if _SETTING.match(word)])
+    loaded = load_named(model, [word for word in words or () if _SETTING.match(word)])
     images = open_images("--data", data)
-    query = query_row(trained, text, image, tell)
-    place = IndexPlace.beside(str(run)) if index is None else IndexPlace(index, True)
+    query = query_row(loaded, text, image, tell)
+    place = IndexPlace.beside(model) if index is None else IndexPlace(index, True)
     with progress_of("encoded") as progress:
-        embedded = index_of(trained, images, place, tell, progress)
+        embedded = index_of(loaded, images, place, tell, progress)
     found = found_in(embedded, query, top)
     _tell_found(found)
     write_json(json_file, [_as_json(entry) for entry in found])
@@ -93,7 +91,7 @@ def search(
         with file_output("--out", out) as aside:
             searched = len(embedded.image)
             write_found(
-                aside, found, images, text, image, model=str(run), data=data, searched=searched
+                aside, found, images, text, image, model=model, data=data, searched=searched
             )
         say(f"page: {out}")
     return 0

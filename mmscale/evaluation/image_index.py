@@ -25,7 +25,7 @@ from mmscale.engine.encode import Encoder
 from mmscale.engine.feed import images_on
 from mmscale.errors import ConfigError, DataError
 from mmscale.evaluation.encoded import add_module
-from mmscale.evaluation.trained import Trained
+from mmscale.evaluation.trained import Loaded
 from mmscale.outputs import file_output
 from mmscale.parallel.peers import Alone
 
@@ -133,7 +133,7 @@ class IndexPlace:
 
 
 def index_of(
-    trained: Trained,
+    loaded: Loaded,
     images: ImageSet,
     place: IndexPlace,
     tell: Callable[[str], None],
@@ -142,7 +142,7 @@ def index_of(
     """The embeddings of a set by a model: those that are kept, or made anew and kept.
 
     Args:
-        trained: The model.
+        loaded: The model.
         images: The set.
         place: Where they are kept.
         tell: Takes a line where they are made, and about images that are left out.
@@ -152,7 +152,7 @@ def index_of(
         DataError: The file is there and no index, or no image can be decoded.
         ConfigError: A named file cannot be written.
     """
-    digest = _digest(trained, images)
+    digest = _digest(loaded, images)
     path = place.file(digest)
     found = ImageIndex.load(path) if path.exists() else None
     if found is not None and found.digest == digest:
@@ -163,31 +163,31 @@ def index_of(
         return found
     because = "is of another model or other images" if found else "is not there yet"
     tell(f"search: {path} {because}; {images.count:,} images are encoded")
-    index = _made(trained, images, digest, tell, progress)
-    _keep(index, place, trained.config.data.cache_gb * 1e9, tell)
+    index = _made(loaded, images, digest, tell, progress)
+    _keep(index, place, loaded.config.data.cache_gb * 1e9, tell)
     return index
 
 
-def _digest(trained: Trained, images: ImageSet) -> str:
+def _digest(loaded: Loaded, images: ImageSet) -> str:
     """What the rows depend on: weights, feeding, precision and images."""
-    digest, spec = hashlib.sha256(), trained.spec
+    digest, spec = hashlib.sha256(), loaded.spec
     feeding = [spec.image_size, spec.mean, spec.std, spec.interpolation, spec.resize]
-    facts = [_VERSION, feeding, str(trained.inference.dtype), images.digest]
+    facts = [_VERSION, feeding, str(loaded.inference.dtype), images.digest]
     digest.update(json.dumps(facts).encode())
-    add_module(digest, "vision", trained.model.vision)
-    add_module(digest, "head", trained.model.head["image"])
+    add_module(digest, "vision", loaded.model.vision)
+    add_module(digest, "head", loaded.model.head["image"])
     return digest.hexdigest()
 
 
 def _made(
-    trained: Trained,
+    loaded: Loaded,
     images: ImageSet,
     digest: str,
     tell: Callable[[str], None],
     progress: Callable[[int, int], None],
 ) -> ImageIndex:
-    inference = trained.inference
-    encoder = Encoder.of(trained.config, inference.call, inference.device, trained.spec, Alone())
+    inference = loaded.inference
+    encoder = Encoder.of(loaded.config, inference.call, inference.device, loaded.spec, Alone())
     rows, names, edges, done = torch.empty(0), bytearray(), [0], 0
     places: list[int] = []
     damaged: list[str] = []

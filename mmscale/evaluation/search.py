@@ -16,7 +16,7 @@ from mmscale.data.stream import pad
 from mmscale.diagnostics.pairs import similarities
 from mmscale.errors import ConfigError, DataError
 from mmscale.evaluation.image_index import ImageIndex, embedded_images
-from mmscale.evaluation.trained import Trained
+from mmscale.evaluation.trained import Loaded
 from mmscale.parallel.peers import Alone
 
 # Rows compared at once: 16 MB of them at a width of 512.
@@ -41,12 +41,12 @@ class Found:
 
 
 def query_row(
-    trained: Trained, words: str, image: Path | None, tell: Callable[[str], None]
+    loaded: Loaded, words: str, image: Path | None, tell: Callable[[str], None]
 ) -> Float[Tensor, " d"]:
     """The unit row of what is looked for: of words, an image, or the middle of both.
 
     Args:
-        trained: The model.
+        loaded: The model.
         words: A caption; empty where only an image is given.
         image: A JPEG, PNG or WebP file.
         tell: Takes a line about words that the text tower does not see.
@@ -55,9 +55,9 @@ def query_row(
         ConfigError: Neither is given, or the tokenizer knows none of the words.
         DataError: The image cannot be read, or the model gives what is no number.
     """
-    rows = [_of_words(trained, words, tell)] if words.strip() else []
+    rows = [_of_words(loaded, words, tell)] if words.strip() else []
     if image is not None:
-        rows.append(_of_image(trained, image))
+        rows.append(_of_image(loaded, image))
     if not rows:
         raise ConfigError("nothing to look for; give words, such as a dog in the snow, or --image")
     row = rows[0] if len(rows) == 1 else F.normalize(rows[0] + rows[1], dim=0)
@@ -69,8 +69,8 @@ def query_row(
     return row
 
 
-def _of_words(trained: Trained, words: str, tell: Callable[[str], None]) -> Float[Tensor, " d"]:
-    spec, inference = trained.spec, trained.inference
+def _of_words(loaded: Loaded, words: str, tell: Callable[[str], None]) -> Float[Tensor, " d"]:
+    spec, inference = loaded.spec, loaded.inference
     token_rows = spec.tokenize([words])
     if line := unknown_words(spec, token_rows, Alone()):
         tell(f"search: {line}")
@@ -82,12 +82,12 @@ def _of_words(trained: Trained, words: str, tell: Callable[[str], None]) -> Floa
     return unit[0].float().cpu()
 
 
-def _of_image(trained: Trained, path: Path) -> Float[Tensor, " d"]:
+def _of_image(loaded: Loaded, path: Path) -> Float[Tensor, " d"]:
     try:
-        pixels = EvalTransform(trained.spec)(decode(path.read_bytes(), str(path)))
+        pixels = EvalTransform(loaded.spec)(decode(path.read_bytes(), str(path)))
     except (DamagedSampleError, OSError) as error:
         raise DataError(f"--image {path}: cannot be read ({error})") from error
-    return embedded_images(trained.inference, stack_rows([pixels]), trained.spec)[0]
+    return embedded_images(loaded.inference, stack_rows([pixels]), loaded.spec)[0]
 
 
 def closest(

@@ -10,11 +10,14 @@ import torch
 from PIL import Image
 
 import mmscale
+import mmscale.cli.entry
+from mmscale.cli.command import app
 from mmscale.data.images import open_images
 from mmscale.evaluation.image_index import IndexPlace, index_of
 from mmscale.evaluation.search import Found, found_in, query_row
 from mmscale.evaluation.trained import load_trained
 from mmscale.report.found import write_found
+from tests.unit.model.test_openclip_weights import write_clip
 from tests.whole.browser import CHROMIUM, Browser
 from tests.whole.command import run
 from tests.whole.small_run import ALONE, succeed, words_for, write_settings
@@ -67,25 +70,44 @@ def test_every_caption_finds_what_brute_force_finds(synthetic, trained, tmp_path
         assert [list(one.captions) for one in found] == [captions[row] for row in expected]
 
 
-def test_the_command_prints_writes_and_draws_and_encodes_once(synthetic, trained, tmp_path):
-    files = ["--json", tmp_path / "found.json", "--out", tmp_path / "page.html"]
-    words = ["mmscale", "search", trained, "--data", synthetic.val, "a", "red circle", "--top", "3"]
-    done = succeed([*words, *files])
-    assert "24 images are encoded" in done.stderr
+def search(*words):
+    assert not app(["search", *map(str, words)], standalone_mode=False)
+
+
+def test_the_command_prints_writes_and_draws_and_encodes_once(synthetic, trained, tmp_path, capsys):
+    words = [trained, "--data", synthetic.val, "a", "red circle", "data.workers=0", "--top", "3"]
+    search(*words, "--json", tmp_path / "found.json", "--out", tmp_path / "page.html")
+    done = capsys.readouterr()
+    assert "24 images are encoded" in done.err
     found = json.loads((tmp_path / "found.json").read_text("utf-8"))
     assert [set(entry) for entry in found] == [{"key", "score", "captions"}] * 3
     assert found == sorted(found, key=lambda entry: -entry["score"])
     for rank, entry in enumerate(found, 1):
-        assert f"{rank} {entry['score']:.4f} {entry['key']}\n" in done.stdout
-        assert all(f"    {caption}\n" in done.stdout for caption in entry["captions"])
+        assert f"{rank} {entry['score']:.4f} {entry['key']}\n" in done.out
+        assert all(f"    {caption}\n" in done.out for caption in entry["captions"])
     page = (tmp_path / "page.html").read_text("utf-8")
     assert page.count('src="data:image/webp;base64,') == 3
     assert "The 3 closest of 24 images" in page
     assert len(list((trained / "search").iterdir())) == 1
 
-    again = succeed([*words, "--json", tmp_path / "again.json"])
-    assert "encoded" not in again.stderr
+    search(*words, "--json", tmp_path / "again.json")
+    assert "encoded" not in capsys.readouterr().err
     assert json.loads((tmp_path / "again.json").read_text("utf-8")) == found
+
+
+def test_a_model_of_others_is_searched_by_any_name(synthetic, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    clip = tmp_path / "clip"
+    write_clip(clip, {})
+    found = []
+    for name in (clip, f"openclip:local-dir:{clip}"):
+        words = [name, "--data", synthetic.source / "images", "a star", "data.workers=0"]
+        search(*words, "--json", tmp_path / "found.json")
+        found.append(json.loads((tmp_path / "found.json").read_text("utf-8")))
+    assert found[0] == found[1]
+    assert [entry["captions"] for entry in found[0]] == [[]] * 10
+    # One model, one index.
+    assert len(list((tmp_path / "cache" / "mmscale" / "search").iterdir())) == 1
 
 
 @pytest.mark.parametrize(
