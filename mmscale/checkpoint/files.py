@@ -38,6 +38,11 @@ def step_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
+def best_blend(run_dir: Path) -> Path:
+    """Where the best point between a run's first and its last weights lies."""
+    return run_dir / "best"
+
+
 def step_of(folder: Path) -> int:
     """The step of a checkpoint folder."""
     return int(folder.name.removeprefix("step-"))

@@ -10,6 +10,7 @@ from typing import Any
 from mmscale.checkpoint.exported import ExportFolder, export_at
 from mmscale.checkpoint.files import (
     Checkpoint,
+    best_blend,
     newest_sound,
     open_together,
     step_folder,
@@ -28,7 +29,7 @@ from mmscale.model.presets import HF, OPENCLIP
 from mmscale.parallel.peers import barrier, broadcast_object
 
 # Settings that may change between the parts of one run.
-MAY_DIFFER = ("engine.", "log.", "checkpoint.", "eval.", "probe.", "guard.")
+MAY_DIFFER = ("engine.", "log.", "checkpoint.", "eval.", "retain.", "probe.", "guard.")
 MAY_DIFFER_EXACTLY = (
     "run.dir",
     "run.resume",
@@ -51,6 +52,7 @@ RUN_FILES = (
     "doctor.json",
     "examples.json",
     "report.html",
+    "retention.json",
 )
 
 
@@ -80,7 +82,8 @@ def starting_point(config: Config, world: World, warn: Any) -> Checkpoint | None
         )
     barrier()
     if holds_run and world.is_main:
-        shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+        for folder in (run_dir / "checkpoints", best_blend(run_dir)):
+            shutil.rmtree(folder, ignore_errors=True)
         for name in RUN_FILES:
             (run_dir / name).unlink(missing_ok=True)
     barrier()
@@ -127,16 +130,30 @@ def open_checkpoint(path: Path, world: World) -> Checkpoint:
 
 
 def open_trained(path: Path) -> Checkpoint:
-    """A checkpoint folder; of a run folder the best where one is kept by a metric, else the newest.
+    """A checkpoint folder; of a run folder the best one.
+
+    That is the blend of its first and its newest, where its end has chosen one; else the best
+    where one is kept by a metric, else the newest.
 
     Raises:
         CheckpointError: Neither.
     """
     opened = open_checkpoint(path, World())
+    if opened.folder != path and (blend := _blend_of(path, opened)) is not None:
+        return blend
     best = opened.state.best
     if opened.folder == path or best is None or best.step == opened.state.step:
         return opened
     return Checkpoint(step_folder(path, best.step))
+
+
+def _blend_of(run_dir: Path, newest: Checkpoint) -> Checkpoint | None:
+    """The blend that a run has chosen at its end, unless it has gone on since."""
+    folder = best_blend(run_dir)
+    if not (folder / STATE).exists():
+        return None
+    blend = Checkpoint(folder)
+    return blend if newest.folder.name in blend.parts.get(BLEND, {}).get("of", ()) else None
 
 
 def first_weights(model: ModelConfig) -> Checkpoint | ExportFolder | None:

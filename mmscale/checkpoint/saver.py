@@ -3,7 +3,7 @@
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -174,7 +174,7 @@ class Saver:
         if self._world.is_main:
             with suppress(OSError):
                 step = snapshot.run.step
-                removed = drop_for_room(self._run_dir, step, snapshot.best_step, needed)
+                removed = drop_for_room(self._run_dir, step, snapshot.others_kept, needed)
         removed = broadcast_object(self._world, removed)
         if removed:
             self._warn(
@@ -207,12 +207,12 @@ class Saver:
         except OSError as error:
             return _Fault.of(0, error)
         snapshot = flight.snapshot
-        self._thread.submit(self._prune, snapshot.run.step, flight.counts, snapshot.best_step)
+        self._thread.submit(self._prune, snapshot.run.step, flight.counts, snapshot.others_kept)
         return None
 
-    def _prune(self, step: int, counts: Counts, best_step: int | None) -> None:
+    def _prune(self, step: int, counts: Counts, others: Collection[int]) -> None:
         try:
-            prune(self._run_dir, step, self._settings.keep, counts, best_step)
+            prune(self._run_dir, step, self._settings.keep, counts, others)
         except OSError as error:
             self._warn(f"an old checkpoint could not be removed ({error})")
 

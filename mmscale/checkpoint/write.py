@@ -6,7 +6,7 @@ name when all notes are there, which a later start can do as well as the run tha
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,9 +74,10 @@ class Snapshot:
         return rank_file(self.rank, self.state["world"])
 
     @property
-    def best_step(self) -> int | None:
-        """Step of the best checkpoint so far."""
-        return None if self.run.best is None else self.run.best.step
+    def others_kept(self) -> set[int]:
+        """Steps of those that stay whatever their age: the best, and what is compared with."""
+        best = set() if self.run.best is None else {self.run.best.step}
+        return best | ({0} if self.state["config"].get("retain", {}).get("sets") else set())
 
     @property
     def bytes(self) -> int:
@@ -201,28 +202,28 @@ def adopt_partial(run_dir: Path) -> None:
 
 
 def prune(
-    run_dir: Path, step: int, keep: int, counts: Callable[[int], bool], best_step: int | None
+    run_dir: Path, step: int, keep: int, counts: Callable[[int], bool], others: Collection[int]
 ) -> None:
-    """Keep that of `step`, the newest `keep` up to it that count, and the best one.
+    """Keep that of `step`, the newest `keep` up to it that count, and some others.
 
     Later ones belong to a course that the run has left: it went on from an earlier checkpoint.
     """
     folders = {step_of(path): path for path in step_folders(run_dir)}
     counted = sorted((at for at in folders if at <= step and counts(at)), reverse=True)
-    kept = {step, *counted[:keep], best_step}
+    kept = {step, *counted[:keep], *others}
     for at, path in folders.items():
         if at not in kept:
             # Renamed first: a folder that has its name is whole.
             shutil.rmtree(path.rename(path.with_suffix(_OLD)))
 
 
-def drop_for_room(run_dir: Path, step: int, best_step: int | None, needed: int) -> list[str]:
-    """Remove the oldest checkpoints, if that makes room; never the newest up to `step` or the best.
+def drop_for_room(run_dir: Path, step: int, others: Collection[int], needed: int) -> list[str]:
+    """Remove the oldest checkpoints, if that makes room; never the newest up to `step`.
 
     Args:
         run_dir: The run's folder.
         step: Of the checkpoint that had no room.
-        best_step: Of the best one.
+        others: Steps of those that stay as well.
         needed: Its bytes.
 
     Returns:
@@ -230,8 +231,8 @@ def drop_for_room(run_dir: Path, step: int, best_step: int | None, needed: int) 
     """
     folders = [path for path in step_folders(run_dir) if path != step_folder(run_dir, step)]
     newest = next((path for path in folders if path < step_folder(run_dir, step)), None)
-    best = None if best_step is None else step_folder(run_dir, best_step)
-    old = [path for path in reversed(folders) if path not in (newest, best)]
+    kept = {newest, *(step_folder(run_dir, other) for other in others)}
+    old = [path for path in reversed(folders) if path not in kept]
     held = {path: sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) for path in old}
     removed: list[str] = []
     if shutil.disk_usage(run_dir).free + sum(held.values()) < needed:

@@ -231,7 +231,9 @@ def _diagnosed_alone(pairs: Any) -> dict[str, Any]:
 
 
 def _diagnosed_model(model: str, data: str | None, words: list[str] | None) -> dict[str, Any]:
+    from mmscale.checkpoint.state import BLEND
     from mmscale.diagnostics.doctor import InTraining
+    from mmscale.diagnostics.forgetting import Forgetting
     from mmscale.diagnostics.of_run import Course, diagnose_run
     from mmscale.evaluation.retrieval import embed_set
     from mmscale.evaluation.trained import Trained
@@ -244,7 +246,10 @@ def _diagnosed_model(model: str, data: str | None, words: list[str] | None) -> d
         return _diagnosed_alone(pairs)
     state, log = loaded.checkpoint.state, Path(model) / "metrics.jsonl"
     own = InTraining.last_of(read_metrics(log)) if log.exists() else None
-    course = Course(loaded.config, state.updates, state.samples, state.position.epoch)
+    forgetting = None
+    if log.exists() and BLEND not in loaded.checkpoint.parts:
+        forgetting = Forgetting.last_of(read_metrics(log), loaded.config.retain)
+    course = Course(loaded.config, state.updates, state.samples, state.position.epoch, forgetting)
     return diagnose_run(pairs, course, own).to_json()
 
 

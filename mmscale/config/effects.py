@@ -201,6 +201,7 @@ _PROBED = Effect(
 _EVALUATED = Effect(
     "with held-out pairs (data.eval or eval.sets)", lambda stretch: is_evaluated(stretch.config)
 )
+_RETAINED = Effect("with retain.sets", lambda stretch: bool(stretch.config.retain.sets))
 _PLATEAU = Effect(
     "with optim.schedule=plateau and held-out pairs (data.eval or eval.sets)",
     lambda s: s.config.optim.schedule == "plateau" and is_evaluated(s.config),
@@ -354,6 +355,9 @@ EFFECTS: dict[str, Effect | None] = {
     "eval.every": _EVALUATED,
     # The verbs read these of a finished run.
     **_always("eval.", "sets", "batch_size", "weights", "rerank"),
+    "retain.sets": None,
+    "retain.budget": _RETAINED,
+    "retain.metric": Effect("with retain.budget", lambda s: s.config.retain.budget is not None),
     "probe.every": None,
     "probe.held_out": _PROBED,
     "guard.action": None,

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from mmscale.config.paths import PathSetting, PathsSetting
-from mmscale.config.values import Duration, Positive, Section
+from mmscale.config.values import Duration, NonNegativeFloat, Positive, Section
 
 # What `data.eval` is called where sets have names.
 MAIN = "main"
@@ -55,6 +55,18 @@ class EvalConfig(Section):
     """What is evaluated: the trained weights, or their running mean (`model.momentum`)."""
     rerank: Annotated[int, Field(ge=0)] = 0
     """First candidates of each query that fusion puts in another order, reported apart; 0 = off."""
+
+
+class RetainConfig(Section):
+    """What a run is not to forget."""
+
+    sets: tuple[str, ...] = ()
+    """Names of `eval.sets`: at each evaluation they are compared with the run's start."""
+    budget: NonNegativeFloat | None = None
+    """Points of mean recall, or of top-1 accuracy, that each may lose: at its end the run walks the
+    line from its first to its last weights, and the best point within becomes RUN/best."""
+    metric: str = "eval/mean"
+    """Figure of an evaluation that counts as gain."""
 
 
 def setting_of(name: str) -> str:

@@ -26,6 +26,7 @@ from mmscale.config.rules import (
     is_evaluated,
     negatives_faults,
     objective_faults,
+    retain_faults,
     set_faults,
     stage_faults,
     stage_settings,
@@ -132,6 +133,7 @@ def validate(settings: dict[str, Any]) -> Config:
         *set_faults(config),
         *figure_faults(config),
         *teacher_faults(config),
+        *retain_faults(config),
     ]
     if faults:
         raise ConfigError("\n".join(faults))

@@ -213,6 +213,14 @@ def set_faults(config: Config) -> Iterator[str]:
                 )
 
 
+def retain_faults(config: Config) -> Iterator[str]:
+    """Retained sets that the run does not evaluate."""
+    for name in config.retain.sets:
+        if name not in config.eval.sets:
+            known = ", ".join(config.eval.sets) or "there are none"
+            yield f"retain.sets={name} is none of eval.sets ({known}); name the data there"
+
+
 def figure_faults(config: Config) -> Iterator[str]:
     """Figures that the run waits for or chooses by, of a set that it does not have."""
     if not is_evaluated(config):
@@ -225,6 +233,7 @@ def figure_faults(config: Config) -> Iterator[str]:
     )
     settings = {
         "checkpoint.best": config.checkpoint.best,
+        "retain.metric": config.retain.metric if config.retain.budget is not None else None,
         "stop.metric": config.stop.metric if waits else None,
     }
     for setting, figure in settings.items():

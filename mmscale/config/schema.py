@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mmscale.config.data import DataConfig
-from mmscale.config.evaluation import EvalConfig
+from mmscale.config.evaluation import EvalConfig, RetainConfig
 from mmscale.config.loss import LossConfig
 from mmscale.config.model import ModelConfig
 from mmscale.config.paths import PathSetting
@@ -144,6 +144,8 @@ class Config(Section):
     """DeepSpeed or accelerate."""
     eval: EvalConfig = EvalConfig()
     """Evaluation sets."""
+    retain: RetainConfig = RetainConfig()
+    """What it must not forget."""
     probe: ProbeConfig = ProbeConfig()
     """Health figures."""
     guard: GuardConfig = GuardConfig()

@@ -200,6 +200,7 @@ Verdict = Literal[
     "scale_saturated",
     "scale_stuck_low",
     "overfit",
+    "forgetting",
     "false_negatives",
     "hubness",
 ]

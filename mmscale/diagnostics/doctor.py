@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mmscale.diagnostics.finding import Figures, Finding, picked
+from mmscale.diagnostics.forgetting import Forgetting
 from mmscale.diagnostics.geometry import PREFIX, health_figures
 from mmscale.diagnostics.mixture import mixture_figures
 from mmscale.diagnostics.order import order_figures
@@ -115,7 +116,9 @@ class Diagnosis:
         }
 
 
-def diagnose(pairs: Pairs, training: InTraining | None = None) -> Diagnosis:
+def diagnose(
+    pairs: Pairs, training: InTraining | None = None, forgetting: Forgetting | None = None
+) -> Diagnosis:
     """The verdict on one set of pairs, the same each time for the same pairs.
 
     `healthy` means that none of the failures in `rules.RULES` shows; it is no praise of the
@@ -124,6 +127,7 @@ def diagnose(pairs: Pairs, training: InTraining | None = None) -> Diagnosis:
     Args:
         pairs: Held-out pairs.
         training: What the run knows of its training pairs, where there is a run.
+        forgetting: What it has lost since its start, where it looks at that.
     """
     figures = health_figures(pairs) | pairing_figures(pairs) | mixture_figures(pairs)
     if pairs_in_doubt(bare(figures)):
@@ -131,6 +135,8 @@ def diagnose(pairs: Pairs, training: InTraining | None = None) -> Diagnosis:
     if training is not None:
         # As many on both sides: the loss of more pairs is another.
         figures |= beside(training, health_figures(pairs, training.pairs))
+    if forgetting is not None:
+        figures |= {PREFIX + name: value for name, value in forgetting.figures().items()}
     return judge(figures, training)
 
 

@@ -8,6 +8,7 @@ from mmscale.config.load import with_words
 from mmscale.config.schema import Config
 from mmscale.config.values import Duration
 from mmscale.diagnostics.doctor import Diagnosis, InTraining, diagnose
+from mmscale.diagnostics.forgetting import Forgetting
 from mmscale.diagnostics.pairs import Pairs
 from mmscale.diagnostics.rules_pairing import ORDER_EVIDENCE
 from mmscale.errors import ConfigError
@@ -36,12 +37,14 @@ class Course:
         updates: Made so far.
         samples: Rows taken so far.
         epochs: Passes over the data, finished so far.
+        forgetting: What it has lost since its start, where it looks at that.
     """
 
     config: Config
     updates: int
     samples: int
     epochs: int
+    forgetting: Forgetting | None = None
 
     def has_passed(self, duration: Duration) -> bool:
         """Whether it has come further than a duration from its beginning."""
@@ -72,7 +75,7 @@ def diagnose_run(pairs: Pairs, course: Course, training: InTraining | None = Non
         course: Where the run is.
         training: What it knows of its training pairs.
     """
-    diagnosis = diagnose(pairs, training)
+    diagnosis = diagnose(pairs, training, course.forgetting)
     why = course.beginning()
     shown = any(name in diagnosis.evidence for name in ORDER_EVIDENCE)
     if why and diagnosis.verdict in UNTRAINED and not shown:

@@ -310,6 +310,27 @@ def overfit(figures: Figures) -> Finding:
     return decided(min(learnt, 1 - below(gap, LARGEST_GAP, 0.05)), evidence, causes, remedies)
 
 
+def forgetting(figures: Figures) -> Finding:
+    """A set that the run is to retain has lost more points than it may.
+
+    Needs the run's own comparison with its start (`points_lost`).
+    """
+    if "points_lost" not in figures:
+        return Finding(False, 1.0, {})
+    lost, allowed = figures["points_lost"], figures["points_allowed"]
+    causes = (
+        "The weights have left what they were pretrained to: too high a rate, or too many updates",
+        "Everything is trained, where a few blocks or an adapter would do",
+    )
+    remedies = (
+        "optim.lr_scale.vision=0.1",
+        "model.vision.adapter.kind=lora",
+        "retain.budget=2.0",
+    )
+    evidence = picked(figures, "points_lost", "points_allowed", "points_error")
+    return decided(1 - below(lost, allowed, figures["points_error"]), evidence, causes, remedies)
+
+
 RULES: dict[str, Callable[[Figures], Finding]] = {
     "too_few_samples": too_few_samples,
     "complete_collapse": complete_collapse,
@@ -320,6 +341,7 @@ RULES: dict[str, Callable[[Figures], Finding]] = {
     "scale_saturated": scale_saturated,
     "scale_stuck_low": scale_stuck_low,
     "overfit": overfit,
+    "forgetting": forgetting,
     "false_negatives": false_negatives,
     "hubness": hubness,
 }

@@ -78,6 +78,10 @@ class TrainingConsole:
             prefix = f"eval/{name}/"
             said = _accuracies if f"{prefix}top1" in line else _recalls
             self.say(f"step {line.get('step', '?')}, {name}: {said(line, prefix)}")
+        if "retain/lost" in line:
+            gained = _number(line.get("retain/gain"), "+.1f")
+            lost = _number(line["retain/lost"], ".1f")
+            self.say(f"step {line['step']}: {gained} points gained since the start, {lost} lost")
 
     def close(self) -> None:
         """Leave the terminal as it was found."""

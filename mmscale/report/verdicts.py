@@ -89,6 +89,11 @@ VERDICTS = {
     "overfit": Verdict(
         "warn", "Overfit", "The model matches its training pairs far better than held-out ones."
     ),
+    "forgetting": Verdict(
+        "warn",
+        "Forgetting",
+        "The model has lost more on a set that it was to retain than it may.",
+    ),
     "false_negatives": Verdict(
         "warn", "False negatives", "Many pairs treated as negatives are really matches."
     ),

@@ -60,6 +60,7 @@ from mmscale.training.parts.momentum import Momentum
 from mmscale.training.parts.non_finite import NonFinite
 from mmscale.training.parts.prototypes import EpochClusters
 from mmscale.training.parts.queue import Queue, RowBank
+from mmscale.training.parts.retention import Retention
 from mmscale.training.parts.start import Begun, begun
 from mmscale.training.parts.stopping import Stopping
 from mmscale.training.parts.teacher import Teachers
@@ -138,7 +139,8 @@ def build_parts(stage: Stage, services: Services) -> tuple[Part, ...]:
         LaunchError: Ranks built different ones.
     """
     momentum = _momentum(stage)
-    evaluation = Evaluation(stage, services, momentum)
+    retention = Retention(stage) if stage.config.retain.sets else None
+    evaluation = Evaluation(stage, services, momentum, retention)
     parts: list[Part] = [
         *([momentum] if momentum else []),
         *_queue(stage),
@@ -150,6 +152,7 @@ def build_parts(stage: Stage, services: Services) -> tuple[Part, ...]:
         _divergence(stage),
         Damage(stage.config.data, stage.stream.schedule.items, stage.job.world, services.report),
         Health(stage, services),
+        *([retention] if retention else []),
         evaluation,
         Stopping(stage.config, _patience(stage), evaluation, services.report),
     ]

@@ -6,6 +6,7 @@ from typing import Any
 
 from mmscale.checkpoint.state import RunState
 from mmscale.diagnostics.doctor import InTraining
+from mmscale.diagnostics.forgetting import Forgetting
 from mmscale.diagnostics.of_run import Course, diagnose_run
 from mmscale.diagnostics.pairs import Pairs
 from mmscale.errors import Stop, TerminatedError
@@ -14,6 +15,7 @@ from mmscale.report.examples import choose_examples
 from mmscale.report.metrics import read_metrics
 from mmscale.report.page import write_page
 from mmscale.report.verdicts import verdict_of
+from mmscale.training.deliver import deliver
 from mmscale.training.part import Part
 from mmscale.training.parts.checkpoints import Checkpoints
 from mmscale.training.parts.evaluation import Evaluation
@@ -37,11 +39,14 @@ def finish(stage: Stage, services: Services, parts: Sequence[Part], state: RunSt
             "made when the same command runs again"
         ) from None
     _save_last(stage, services, parts, state)
+    delivered = deliver(stage, services, state)
+    # A blend within its budget has forgotten no more than it may.
+    forgetting = None if delivered else Forgetting.of(evaluation.metrics, stage.config.retain)
     if stage.job.world.is_main:
         with services.stop.at_once():
             last: dict[str, Any] = {"step": state.step, **evaluation.metrics}
             if pairs is not None:
-                last["verdict"] = _diagnose(stage, services, state, pairs)
+                last["verdict"] = _diagnose(stage, services, state, pairs, forgetting)
             _tell_the_end(stage, services, last)
 
 
@@ -63,11 +68,17 @@ def _tell_the_end(stage: Stage, services: Services, last: dict[str, Any]) -> Non
         report.say(f"report: {page.path}")
 
 
-def _diagnose(stage: Stage, services: Services, state: RunState, pairs: Pairs) -> str:
+def _diagnose(
+    stage: Stage,
+    services: Services,
+    state: RunState,
+    pairs: Pairs,
+    forgetting: Forgetting | None,
+) -> str:
     """Write the doctor's verdict and the page's examples; returns the verdict."""
     report, folder, held_out = services.report, stage.job.folder, stage.held_out
     own = InTraining.last_of(read_metrics(folder / "metrics.jsonl"))
-    course = Course(stage.config, state.updates, state.samples, state.position.epoch)
+    course = Course(stage.config, state.updates, state.samples, state.position.epoch, forgetting)
     diagnosis = diagnose_run(pairs, course, own)
     content = diagnosis.to_json()
     replace_file(folder / "doctor.json", json.dumps(content, indent=1).encode())

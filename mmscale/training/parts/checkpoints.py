@@ -34,7 +34,9 @@ class Checkpoints(Part):
         self._evaluation = evaluation
 
     def begin(self, state: RunState) -> None:
-        if self._evaluation.is_fresh:
+        if state.step == 0 and self._stage.config.retain.sets:
+            self.save(state)
+        elif self._evaluation.is_fresh:
             self._save_if_due(state)
 
     def waits(self, state: RunState) -> bool:

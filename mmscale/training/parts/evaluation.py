@@ -13,6 +13,7 @@ from mmscale.evaluation.sets import as_logged, evaluate_sets
 from mmscale.parallel.peers import gather_objects
 from mmscale.training.part import Part, StepResult
 from mmscale.training.parts.momentum import Momentum
+from mmscale.training.parts.retention import Retention
 from mmscale.training.stage import Services, Stage
 
 
@@ -29,14 +30,22 @@ class Evaluation(Part):
     name = "evaluation"
     lasts = "run"
 
-    def __init__(self, stage: Stage, services: Services, momentum: Momentum | None):
+    def __init__(
+        self,
+        stage: Stage,
+        services: Services,
+        momentum: Momentum | None,
+        retention: Retention | None = None,
+    ):
         """Take what is evaluated.
 
         Args:
             stage: The model and its evaluation sets.
             services: Takes the figures.
             momentum: Evaluated in the model's place, where `eval.weights` says so.
+            retention: Compares with the run's start, which then is evaluated too.
         """
+        self._retention = retention
         self._stage, self._services = stage, services
         self._momentum = momentum if stage.config.eval.weights == "ema" else None
         self._is_owed = False
@@ -45,8 +54,9 @@ class Evaluation(Part):
         self.is_fresh = self.was_stopped = False
 
     def begin(self, state: RunState) -> None:
-        self.is_fresh = self._is_owed
-        if self._is_owed:
+        wants_start = self._retention is not None and self._retention.wants_start
+        self.is_fresh = self._is_owed or wants_start
+        if self.is_fresh:
             self.evaluate(state)
             self._is_owed = False
 
@@ -97,6 +107,8 @@ class Evaluation(Part):
                 heard,
             )
         figures = as_logged(found)
+        if self._retention is not None:
+            figures |= self._retention.figures_of(found)
         pairs = found[MAIN].pairs if MAIN in found else None
         services.report.evaluation({"step": state.step, **figures}, pairs)
         self.metrics, self.best = figures, _best(stage.config.checkpoint, self.best, figures, state)
