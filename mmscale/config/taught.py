@@ -41,7 +41,7 @@ class TeacherTerm(TaughtTerm):
     kind: Literal["teacher"]
     """The teacher is not trained, and no checkpoint keeps its weights."""
     model: PathSetting
-    """`hf:NAME_OR_PATH`, `openclip:NAME[@WEIGHTS]`, or the folder of a run or checkpoint."""
+    """`hf:NAME_OR_PATH`, `openclip:NAME[@WEIGHTS]`, or a run's, checkpoint's or export's folder."""
     cache: PathSetting | None = None
     """Folder that keeps its features of `data.train`, made once; with `data.augment=none`."""
 

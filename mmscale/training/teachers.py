@@ -12,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from mmscale.config.model import ModelConfig
 from mmscale.config.rules import teacher_terms
 from mmscale.config.schema import Config
 from mmscale.config.taught import AnchorTerm, TaughtTerm, TeacherTerm
@@ -24,18 +23,15 @@ from mmscale.engine.encode import Encoder
 from mmscale.engine.inference import Inference
 from mmscale.errors import CheckpointError, ConfigError, LaunchError
 from mmscale.evaluation.encoded import FeatureCache, cached_table
-from mmscale.evaluation.trained import load_trained
-from mmscale.model.build import build_model
-from mmscale.model.presets import HF, OPENCLIP, fill_preset
+from mmscale.evaluation.trained import load_named
 from mmscale.model.two_tower import TwoTower
 from mmscale.parallel.device import DevicePolicy
 from mmscale.parallel.peers import gather_objects
 
-_FORMS = "hf:NAME_OR_PATH, openclip:NAME[@WEIGHTS], or the folder of a run or checkpoint"
 _CACHE = "the cache of a teacher in loss.terms"
 # Cleaning, splitting and cutting that differ show in the tokens of these.
 _PROBES = ("a photograph of two dogs, running", "  A  Caf\u00c3\u00a9 &amp;amp; B's T-shirt_! ")
-# A teacher that is a run shall neither take another rank's device nor round its weights.
+# A teacher that is opened shall neither take another rank's device nor round its weights.
 _ON_THE_CPU = ("engine.device=cpu", "engine.precision=fp32")
 
 
@@ -143,24 +139,13 @@ def open_teacher(name: str) -> Teacher:
         CheckpointError: Its weights cannot be used.
     """
     with _naming(name):
-        model, spec = _opened(name)
+        loaded = load_named(name, _ON_THE_CPU)
+    model, spec = loaded.model, loaded.spec
     model.requires_grad_(False).eval()
     with torch.no_grad():
         features = (torch.zeros(1, tower.width) for tower in (model.vision, model.text))
         width = model("heads", *features)[0].unit.shape[1]
     return Teacher(name, model, spec, width, _digest(model, spec))
-
-
-def _opened(name: str) -> tuple[TwoTower, InputSpec]:
-    if name.startswith((HF, OPENCLIP)):
-        preset, weights = name, "pretrained"
-        if name.startswith(OPENCLIP) and "@" in name:
-            preset, _, weights = name.rpartition("@")
-        return build_model(fill_preset(ModelConfig(preset=preset, weights=weights)), None, 0)
-    if not Path(name).is_dir():
-        raise ConfigError(f"there is no such folder; write {_FORMS}")
-    trained = load_trained(Path(name), _ON_THE_CPU)
-    return trained.model, trained.spec
 
 
 @contextmanager

@@ -188,10 +188,14 @@ def test_cached_features_are_those_of_the_pictures_in_the_batch(folder, words, s
 @pytest.mark.parametrize(
     ("name", "error", "said"),
     [
-        ("ViT-B-32", ConfigError, r"no such folder; write hf:NAME_OR_PATH, openclip:NAME\[@WEIG"),
+        ("ViT-B-32", ConfigError, r"ViT-B-32: no such run or checkpoint; name a run"),
         ("hf:{empty}", ConfigError, r"model=hf:.*empty"),
         ("openclip:ViT-B-33", ConfigError, r"did you mean"),
-        ("openclip:ViT-B-32", ConfigError, r"openai, laion400m_e31"),
+        (
+            "openclip:ViT-B-32",
+            ConfigError,
+            r"openai, .*; name them: openclip:ViT-B-32@WEIGHTS",
+        ),
         ("openclip:ViT-B-32@laion3b", ConfigError, r"model\.weights=laion3b is neither"),
         ("{empty}", CheckpointError, r"neither a checkpoint nor a run with one"),
     ],
