@@ -88,8 +88,8 @@ def test_trackios_store_holds_every_figure_of_one_run(tmp_path, monkeypatch):
     assert trackio.__version__
     (path,) = (tmp_path / "kept").glob("*.db")
     with sqlite3.connect(path) as store:
-        rows = store.execute("SELECT run_name, step, metrics FROM metrics ORDER BY step").fetchall()
-    assert len({name for name, _, _ in rows}) == 1
+        rows = store.execute("SELECT run_id, step, metrics FROM metrics ORDER BY step").fetchall()
+    assert len({run for run, _, _ in rows}) == 1
     kept = [(step, json.loads(metrics)) for _, step, metrics in rows]
     for name in ("loss", "eval/i2t_r1@64"):
         assert [(step, figures[name]) for step, figures in kept if name in figures] == expected(
