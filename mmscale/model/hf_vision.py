@@ -163,7 +163,21 @@ def image_input(folder: str, config: VisionConfig, size: int | None) -> ImageInp
         mean=triple(facts.get("image_mean", IMAGENET_MEAN)),
         std=triple(facts.get("image_std", IMAGENET_STD)),
         interpolation="bilinear" if facts.get("resample") == BILINEAR else "bicubic",
+        resize=_resize_of(facts),
     )
+
+
+def _resize_of(facts: dict[str, Any]) -> str:
+    """Both sides are resized where the file names both and cuts nothing out afterwards."""
+    size = facts.get("size")
+    if facts.get("do_center_crop"):
+        return "shortest"
+    if isinstance(size, int):
+        # Written before sides had names: ViT's meant both.
+        kind = facts.get("image_processor_type") or facts.get("feature_extractor_type") or ""
+        return "squash" if str(kind).startswith("ViT") else "shortest"
+    names_both = isinstance(size, dict) and {"height", "width"} <= size.keys()
+    return "squash" if names_both else "shortest"
 
 
 def _size_of(facts: dict[str, Any]) -> int | None:

@@ -1,6 +1,7 @@
 """`model.preset=hf:NAME`: what a whole model of Hugging Face's gives is what the library gives."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -76,6 +77,27 @@ def test_embeddings_scale_and_bias_of_a_photograph_and_captions_are_the_models_o
 def test_preprocessing_is_that_of_the_models_processor(tmp_path, squash, shape):
     save_whole(tmp_path, "clip", squash)
     _, spec = whole(tmp_path)
+    ours, theirs = our_pixels(spec, shape), their_pixels(tmp_path, shape)
+    std = torch.tensor(spec.std).view(3, 1, 1)
+    assert ((ours - theirs) * std).abs().max() <= 1 / 255 + 1e-6
+
+
+@pytest.mark.parametrize("shape", [LANDSCAPE, PORTRAIT])
+@pytest.mark.parametrize("kind", ["squash", "shortest", "old"])
+def test_an_image_tower_alone_obeys_its_processor_too(tmp_path, bert_folder, kind, shape):
+    save_whole(tmp_path, "dual_encoder", squash=kind != "shortest").vision_model.save_pretrained(
+        tmp_path
+    )
+    if kind == "old":
+        # As pages had it before sides had names.
+        old = {"feature_extractor_type": "ViTFeatureExtractor", "size": 32, "do_resize": True}
+        facts = json.loads((tmp_path / "preprocessor_config.json").read_text())
+        kept = {key: facts[key] for key in ("image_mean", "image_std", "resample")}
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps({**old, **kept}))
+    text = {"name": f"hf:{bert_folder}", "weights": "random"}
+    towers = {"vision": {"name": f"hf:{tmp_path}"}, "text": text}
+    _, spec = build_model(ModelConfig.model_validate(towers), None, 0)
+    assert spec.resize == ("shortest" if kind == "shortest" else "squash")
     ours, theirs = our_pixels(spec, shape), their_pixels(tmp_path, shape)
     std = torch.tensor(spec.std).view(3, 1, 1)
     assert ((ours - theirs) * std).abs().max() <= 1 / 255 + 1e-6
