@@ -22,6 +22,7 @@ from mmscale.report.plots import (
     draw_terms,
     draw_time,
 )
+from mmscale.report.retention import LINE_NAME, RetentionLine, draw_retention, read_line
 from mmscale.report.space import (
     SPACE_NAME,
     Moments,
@@ -85,7 +86,8 @@ def write_page(run_dir: Path, layout: str | None = None) -> Page:
     doctor = read_doctor(run_dir / "doctor.json")
     moments, examples = read_space(run_dir / SPACE_NAME), Examples.read(run_dir)
     layout = layout or _layout(settings, config_path)
-    training, space = training_pictures(lines), space_pictures(moments)
+    training = training_pictures(lines, read_line(run_dir / LINE_NAME))
+    space = space_pictures(moments)
     health = [Plot(title, source) for title, source in draw_health(lines).items()]
     page = run_dir / REPORT_NAME
     write_html(
@@ -155,8 +157,8 @@ def _in_words(value: Any) -> str:
 TIME = "Where the time goes"
 
 
-def training_pictures(lines: Lines) -> list[Plot]:
-    """What could be drawn of the course of a run."""
+def training_pictures(lines: Lines, line: RetentionLine | None = None) -> list[Plot]:
+    """What could be drawn of the course of a run, and of the line between its ends."""
     drawn = [
         (
             "Loss",
@@ -174,6 +176,12 @@ def training_pictures(lines: Lines) -> list[Plot]:
             "Every evaluation set",
             draw_sets(lines),
             "A set that falls while the others rise is what the training forgets.",
+        ),
+        (
+            "Gain and loss since the start",
+            draw_retention(lines, line),
+            "Up is better, right is worse. The dashed line leads from the first weights to the "
+            "last: where it bends to the upper left, a blend forgets less than the run's end.",
         ),
         (
             "Gradient norms",

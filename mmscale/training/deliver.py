@@ -15,11 +15,9 @@ from mmscale.evaluation.retention import GAIN, LOST, Point, best_point, retained
 from mmscale.evaluation.sets import as_logged, evaluate_sets
 from mmscale.outputs import replace_file
 from mmscale.parallel.peers import barrier
+from mmscale.report.retention import LINE_NAME
 from mmscale.training.parts.retention import start_in
 from mmscale.training.stage import Services, Stage
-
-# In the run's folder: the line between its ends.
-LINE_NAME = "retention.json"
 
 
 def deliver(stage: Stage, services: Services, state: RunState) -> Point | None:
