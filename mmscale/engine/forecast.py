@@ -5,7 +5,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from mmscale.config.cluster import ClusterConfig
+from mmscale.config.model import ModelConfig
+from mmscale.config.rules import trained_terms
 from mmscale.config.schema import Config
+from mmscale.config.taught import TeacherTerm
 from mmscale.data.schedule import plan_schedule
 from mmscale.data.shards import open_train
 from mmscale.engine.footprint import Footprint, footprint
@@ -16,6 +19,7 @@ from mmscale.engine.wire import GPUS, StepTime, Transfer, predict, transfers
 from mmscale.engine.zero_settings import deepspeed_settings, ds_file
 from mmscale.errors import ConfigError
 from mmscale.model.outline import outline
+from mmscale.model.presets import HF, OPENCLIP
 
 FILES = {
     "ZeRO-1": "ds_configs/zero1.json",
@@ -99,7 +103,7 @@ def forecast(
         )
     seen = footprint(model, spec, config, batch, tokens or spec.context_length, dtype)
     queue, _ = config.negatives.queue.slots(data.images)
-    work = Workload(seen, config, batch, queue, dtype)
+    work = Workload(seen, config, batch, queue, dtype, _teacher_sizes(config))
     memory = {sharding.name: holdings(work, sharding) for sharding in shardings}
     _require_room(memory, chosen, batch, cluster)
     on_gpus = [replace(work, plan=replace(batch, world=gpus)) for gpus in GPUS]
@@ -152,6 +156,22 @@ def _data(config: Config, batch: BatchPlan, samples: int | None) -> Data:
             f"{batch.global_rows}; lower it"
         )
     return Data(images, count, steps, config.train.duration.steps(steps, batch.global_rows))
+
+
+def _teacher_sizes(config: Config) -> dict[str, int | None]:
+    """Bytes of every teacher of the run; None for one that is a run, which is not opened here."""
+    sizes: dict[str, int | None] = {}
+    for term in trained_terms(config):
+        if not isinstance(term, TeacherTerm) or term.model in sizes:
+            continue
+        preset = term.model
+        if preset.startswith(OPENCLIP) and "@" in preset:
+            preset = preset.rpartition("@")[0]
+        sizes[term.model] = None
+        if preset.startswith((HF, OPENCLIP)):
+            model, _ = outline(ModelConfig(preset=preset), None)
+            sizes[term.model] = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    return sizes
 
 
 def _require_room(

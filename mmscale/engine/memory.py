@@ -5,13 +5,13 @@ fp16. Padding is left out, a few elements a tensor and group. `tests/ranks/test_
 real ranks within 10 % of each figure, with DeepSpeed 0.19.8.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from mmscale.config.rules import needs_momentum
+from mmscale.config.rules import keeps_start, needs_momentum
 from mmscale.config.schema import Config
 from mmscale.engine.footprint import Footprint, Weight
 from mmscale.engine.optimizer import optimizer_kind
@@ -77,6 +77,7 @@ class Workload:
         plan: Its batch.
         queue: Slots of the queue of negatives.
         dtype: Of matrix products.
+        teachers: Bytes of each frozen teacher by name; None where its size is not known here.
     """
 
     seen: Footprint
@@ -84,6 +85,7 @@ class Workload:
     plan: BatchPlan
     queue: int
     dtype: torch.dtype
+    teachers: Mapping[str, int | None] = field(default_factory=dict)
 
 
 def holdings(work: Workload, sharding: Sharding) -> list[Holding]:
@@ -91,6 +93,7 @@ def holdings(work: Workload, sharding: Sharding) -> list[Holding]:
     return [
         *(_sharded(work, sharding) if sharding.stage else _without_zero(work)),
         *_momentum(work, sharding),
+        *_frozen_models(work),
         *_queue(work),
         *activations(work),
     ]
@@ -224,6 +227,19 @@ def _momentum(work: Workload, sharding: Sharding) -> Iterator[Holding]:
     else:
         size = FP32 * seen.numel(True) + seen.buffers
         yield Holding("momentum encoder", size, "4 x trained parameters + buffers")
+
+
+def _frozen_models(work: Workload) -> Iterator[Holding]:
+    """Teachers and the run's start, whole on every rank."""
+    seen = work.seen
+    if work.teachers:
+        unknown = [name for name, size in work.teachers.items() if size is None]
+        without = f"; without {', '.join(unknown)}" if unknown else ""
+        size = sum(size for size in work.teachers.values() if size is not None)
+        yield Holding("teachers", size, f"4 x their parameters + buffers{without}")
+    if keeps_start(work.config):
+        size = FP32 * (seen.numel(True) + seen.numel(False)) + seen.buffers
+        yield Holding("start", size, "4 x parameters + buffers: the weights it began with")
 
 
 def _queue(work: Workload) -> Iterator[Holding]:

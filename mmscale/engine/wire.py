@@ -18,6 +18,8 @@ import torch
 from mmscale.config.cluster import ClusterConfig
 from mmscale.config.rules import trained_terms
 from mmscale.config.schema import Config
+from mmscale.config.taught import TaughtTerm
+from mmscale.config.term import BOTH
 from mmscale.engine.footprint import Footprint, Weight
 from mmscale.engine.memory import FP32, ID, Sharding, Workload, fsdp_units
 from mmscale.engine.plan import BatchPlan
@@ -73,6 +75,8 @@ def _embeddings(config: Config, plan: BatchPlan) -> Iterator[Transfer]:
     in_tiles = [term for term in gathering if term.contrasts_in(mined) == "tiles"]
     # One product of tiles serves both directions, so that captions alone are gathered.
     whole = [side for term in gathering if term not in in_tiles for side in term.needs.gathers]
+    if any(isinstance(t, TaughtTerm) and t.form == "affinity" for t in trained_terms(config)):
+        whole += BOTH
     sides = len({*whole, *("text" for _ in in_tiles)})
     columns, width = plan.global_rows, config.model.embed_dim
     yield Transfer("ids", "all-gather", ID * columns, 1, "8 n")

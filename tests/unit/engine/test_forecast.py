@@ -18,6 +18,7 @@ from mmscale.engine.wire import Transfer, transfers
 from mmscale.errors import ConfigError, explained
 from mmscale.model.build import build_model
 from mmscale.model.outline import outline
+from tests.unit.model.whole_hf import save_whole
 
 # Text of 48 tokens and images of 36 patches through transformers of known shape.
 DEMO = ["demo", "engine.precision=fp32"]
@@ -113,8 +114,25 @@ OBJECTIVES = [
     (["loss.terms=[{kind: vicreg}]"], True, 0),
     (["loss.terms=[{kind: infonce, label_smoothing: 0.1}]"], False, 2),
     (["negatives.mining.kind=hard"], False, 2),
+    (["loss.terms=[{kind: infonce}, {kind: anchor}]"], True, 1),
+    (["loss.terms=[{kind: infonce}, {kind: anchor, form: affinity}]"], False, 2),
     (["loss.terms=[{kind: infonce}, {kind: siglip, weight: 0.1}]"], False, 2),
 ]
+
+
+def test_teachers_and_the_start_are_whole_on_every_rank(tmp_path):
+    save_whole(tmp_path / "clip", "clip")
+    terms = [f"{{kind: teacher, model: 'hf:{tmp_path / 'clip'}'}}", "{kind: infonce}"]
+    others = ["{kind: anchor}", "{kind: teacher, model: 'openclip:ViT-B-32@openai'}"]
+    planned = plan(f"loss.terms=[{', '.join([*terms, *others])}]", "model.embed_dim=12")
+    for held in planned.memory.values():
+        found = {holding.name: holding for holding in held}
+        assert found["start"].bytes == pytest.approx(4 * planned.seen.numel(True), rel=1e-3)
+        assert found["teachers"].bytes == pytest.approx(4 * (12_289 + 151_277_313), rel=1e-3)
+    planned = plan("loss.terms=[{kind: infonce}, {kind: teacher, model: runs/latest}]")
+    (held,) = (h for h in planned.memory["accelerate"] if h.name == "teachers")
+    assert held.formula.endswith("; without runs/latest")
+    assert not [holding for holding in plan().memory["accelerate"] if "teach" in holding.name]
 
 
 def test_what_a_loss_holds_and_gathers_follows_from_its_terms():
