@@ -23,7 +23,9 @@ from mmscale.model.build import build_model
 from mmscale.parallel.device import choose
 from mmscale.parallel.peers import Alone
 from mmscale.training.part import Step
+from mmscale.training.parts.start import Begun, begun
 from mmscale.training.parts.teacher import Teachers
+from mmscale.training.stage import Start
 from mmscale.training.teachers import (
     Repainted,
     cached_features,
@@ -183,6 +185,23 @@ def test_cached_features_are_those_of_the_pictures_in_the_batch(folder, words, s
     said.clear()
     cached_features(config, teachers, shards, policy, Alone(), said.append)
     assert said == []
+
+
+def test_the_start_is_a_copy_that_is_kept_by_name():
+    model, spec = build_model(model_config(), 40, 0)
+    first = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    start = begun(model, spec, 16, Start(RunState(), {}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    kept = {tensor.name.removeprefix("start."): tensor.value for tensor in Begun(start).tensors()}
+    assert kept.keys() == first.keys()
+    assert all(torch.equal(kept[name], first[name]) for name in first)
+    later = begun(model, spec, 16, Start(RunState(), {}, begun=first))
+    assert all(torch.equal(own, first[name]) for name, own in later.model.state_dict().items())
+    del first["scale.log_scale"]
+    with pytest.raises(CheckpointError, match=r"another model: .*the first scale\.log"):
+        begun(model, spec, 16, Start(RunState(), {}, begun=first))
 
 
 @pytest.mark.parametrize(
