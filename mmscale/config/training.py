@@ -221,7 +221,7 @@ class GuardConfig(Section):
     action: Annotated[Literal["off", "warn", "halt"], BeforeValidator(_without_remedy)] = "warn"
     """`warn`: say so; `halt`: end with exit 3, a checkpoint and `doctor.json`."""
     patience: Annotated[int, Field(ge=2)] = 3
-    """Probes in a row that must find the same before it counts."""
+    """Probes in a row that must find the same before it counts; evaluations, for `forgetting`."""
     grace: Duration = Duration(200, "steps")
     """Beginning of the run in which only a contraction of the space counts: an untrained model is
     unaligned."""
@@ -231,6 +231,7 @@ class GuardConfig(Section):
         "dimensional_collapse",
         "shuffled_pairs",
         "unaligned",
+        "forgetting",
     )
     """Which verdicts count."""
 

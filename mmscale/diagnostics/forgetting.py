@@ -9,6 +9,7 @@ from mmscale.config.evaluation import RetainConfig, logged
 
 # Points that count as lost where a run has no budget of its own.
 FORGOTTEN = 2.0
+VERDICT = "forgetting"
 _HEADLINES = ("mean", "top1")
 
 

@@ -139,7 +139,7 @@ def build_parts(stage: Stage, services: Services) -> tuple[Part, ...]:
         LaunchError: Ranks built different ones.
     """
     momentum = _momentum(stage)
-    retention = Retention(stage) if stage.config.retain.sets else None
+    retention = Retention(stage, services.report) if stage.config.retain.sets else None
     evaluation = Evaluation(stage, services, momentum, retention)
     parts: list[Part] = [
         *([momentum] if momentum else []),

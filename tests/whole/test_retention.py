@@ -85,6 +85,24 @@ def test_a_run_that_went_on_has_the_same_line(trained, synthetic, tmp_path):
     assert _line(tmp_path / "run") == _line(trained)
 
 
+def test_the_guard_halts_where_too_much_stays_lost(synthetic, tmp_path):
+    # From a start that knows the retained set by heart, for which that set must be trained first.
+    old = [f"data.train={synthetic.test}", "train.duration=60 steps", "optim.lr=3e-3"]
+    settings = write_settings(tmp_path)
+    succeed([*ALONE, settings, *old, f"run.dir={tmp_path}/old"])
+    data = [f"data.train={synthetic.train}", f"data.eval={synthetic.val}", SETS % synthetic.test]
+    words = ["retain.sets=[old]", "eval.every=5 steps", "guard.action=halt", "guard.patience=2"]
+    words += ["guard.verdicts=[forgetting]"]
+    words += [f"model.weights={tmp_path}/old", "train.duration=40 steps", "optim.lr=1e-2"]
+    done = run([*ALONE, settings, *data, *words, f"run.dir={tmp_path}/run"])
+    assert done.returncode == 3, done.stderr
+    assert "forgetting in 2 evaluations in a row" in done.stderr
+    lost = [line["retain/lost"] for line in metrics(tmp_path / "run") if "retain/lost" in line]
+    assert lost[0] == 0
+    assert min(lost[-2:]) > 2
+    assert not all(points > 2 for points in lost[-3:-2])
+
+
 @pytest.mark.slow
 def test_the_line_of_a_run_under_zero_3_is_that_of_one_process(synthetic, tmp_path):
     zero = f"engine.deepspeed={ROOT}/ds_configs/zero3.json"

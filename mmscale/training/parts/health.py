@@ -12,6 +12,7 @@ from mmscale.checkpoint.state import RunState
 from mmscale.config.training import GuardConfig
 from mmscale.contracts import Batch, LossInput, StepRecord
 from mmscale.diagnostics.doctor import STILL, InTraining, beside, judge
+from mmscale.diagnostics.forgetting import VERDICT as FORGETTING
 from mmscale.diagnostics.geometry import PREFIX, PROBE_ROWS, feature_figures, health_figures
 from mmscale.diagnostics.pairing import pairing_figures
 from mmscale.diagnostics.pairs import Pairs
@@ -228,7 +229,8 @@ def guard_fault(guard: GuardConfig, timetable: Timetable, every: int, pairs: int
         every: Updates between two probes.
         pairs: Pairs that a probe looks at.
     """
-    if guard.action != "halt":
+    # What evaluations show needs no probe.
+    if guard.action != "halt" or set(guard.verdicts) <= {FORGETTING}:
         return None
     steps, last = timetable.total_steps, (guard.patience - 1) * every
     if every + last > steps:
@@ -236,7 +238,7 @@ def guard_fault(guard: GuardConfig, timetable: Timetable, every: int, pairs: int
             f"guard.action=halt: guard.patience={guard.patience} probes, one every {every} updates "
             f"(probe.every), are more than the {steps} updates of the run have; lower one of them"
         )
-    if set(guard.verdicts) <= {COLLAPSE, DEAD}:
+    if set(guard.verdicts) <= {COLLAPSE, DEAD, FORGETTING}:
         # A contraction counts from the first probe on, however few its pairs.
         return None
     repair = f"or count a contraction alone: guard.verdicts=[{COLLAPSE}, {DEAD}]"

@@ -9,10 +9,12 @@ import torch
 from mmscale.checkpoint.files import Checkpoint, step_folder
 from mmscale.checkpoint.state import STATE, RunState
 from mmscale.contracts import NamedTensor
+from mmscale.diagnostics.forgetting import VERDICT, Forgetting
 from mmscale.errors import CheckpointError
 from mmscale.evaluation.retention import AtStart, retained
-from mmscale.evaluation.sets import Evaluated
-from mmscale.training.part import Part
+from mmscale.evaluation.sets import Evaluated, as_logged
+from mmscale.report.report import Report
+from mmscale.training.part import Halt, Part, StepResult
 from mmscale.training.stage import Stage
 
 
@@ -25,14 +27,17 @@ class Retention(Part):
     name = "retention"
     lasts = "run"
 
-    def __init__(self, stage: Stage):
-        """Take what is retained, and where the run's first checkpoint lies."""
-        self._settings, self._device = stage.config.retain, stage.learner.engine.device
+    def __init__(self, stage: Stage, report: Report):
+        """Take what is retained, where the run's first checkpoint lies, and the run's voice."""
+        self._settings, self._guard = stage.config.retain, stage.config.guard
+        self._device, self._report = stage.learner.engine.device, report
         self._folders = [step_folder(stage.job.folder, 0)]
         if (source := stage.start.checkpoint) is not None:
             # A run that goes on from another folder's checkpoint.
             self._folders.append(source.folder.parent / self._folders[0].name)
         self._start: AtStart | None = None
+        # Evaluations in a row that found too much lost, and whether that was told.
+        self._in_a_row, self._is_told = 0, False
 
     @property
     def wants_start(self) -> bool:
@@ -47,10 +52,38 @@ class Retention(Part):
         """What an evaluation shows beside the start, as it is logged; the first is the start."""
         if self._start is None:
             self._start = AtStart.of(evaluated, self._settings)
-        return retained(evaluated, self._start, self._settings)
+        figures = retained(evaluated, self._start, self._settings)
+        found = Forgetting.of({**as_logged(evaluated), **figures}, self._settings)
+        self._in_a_row = self._in_a_row + 1 if found and found.lost > found.allowed else 0
+        self._is_told = self._is_told and self._in_a_row > 0
+        return figures
+
+    def observe(self, result: StepResult, state: RunState) -> Halt | None:
+        """As `guard` says where too much stays lost, evaluation after evaluation."""
+        guard, row = self._guard, self._in_a_row
+        if self._is_told or guard.action == "off" or VERDICT not in guard.verdicts:
+            return None
+        if row < guard.patience:
+            return None
+        self._is_told = True
+        sentence = (
+            f"step {state.step}: {VERDICT} in {row} evaluations in a row: a set of retain.sets is "
+            "farther below the run's start than it may be (`retain/lost` in metrics.jsonl)"
+        )
+        self._report.warn(sentence)
+        if guard.action == "warn":
+            return None
+        return Halt(f"{sentence}; halted as guard.action=halt says; lower optim.lr, or train less")
 
     def state(self) -> dict[str, Any]:
-        return {} if self._start is None else {"figures": dict(self._start.figures)}
+        if self._start is None:
+            return {}
+        told = {"in_a_row": self._in_a_row, "is_told": self._is_told}
+        return {"figures": dict(self._start.figures), **told}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        if state:
+            self._in_a_row, self._is_told = state["in_a_row"], state["is_told"]
 
     def tensors(self) -> Iterator[NamedTensor]:
         rows = {} if self._start is None else self._start.rows
