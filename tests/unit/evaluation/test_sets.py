@@ -72,6 +72,13 @@ def test_a_set_whose_folder_does_not_exist_is_named(synthetic, tmp_path):
         evaluated(synthetic, {"other": tmp_path / "nowhere"})
 
 
+def test_a_set_without_captions_is_refused(synthetic, tmp_path):
+    (tmp_path / "pets" / "cat").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"pets: has no manifest.*is of kind: classes$") as caught:
+        evaluated(synthetic, {"pets": tmp_path / "pets"})
+    assert len(str(caught.value).splitlines()) == 1
+
+
 BAD = [
     (["eval.sets.main.data=a"], r"eval\.sets=.*without a set named main, which is data\.eval"),
     (["eval.sets={a/b: {data: x}}"], r"without 'a/b': a set's name has letters"),

@@ -1,14 +1,16 @@
 """The journal of a sweep, without trainings: outcomes are handed in."""
 
+import json
 import os
 import sys
 
 import pytest
 
+from mmscale.errors import ConfigError
 from mmscale.sweep.page import draw_sweep, rows, sweep_table, write_sweep_page
 from mmscale.sweep.space import Space
 from mmscale.sweep.study import Study, trial_folder
-from mmscale.sweep.trial import Outcome, claim
+from mmscale.sweep.trial import Outcome, claim, values
 from mmscale.sweep.workers import best, sweep_json
 
 pytest.importorskip("optuna")
@@ -147,3 +149,11 @@ def test_a_search_without_a_value_still_has_a_picture(space, tmp_path):
     study = Study(space, tmp_path)
     assert study.next() is not None
     assert draw_sweep(space, study.trials()).startswith("data:image/png;base64,")
+
+
+def test_a_trial_is_judged_by_any_figure_of_any_set(tmp_path):
+    lines = [{"step": step, "eval/coco/t2i_r1": 2.0 * step} for step in (5, 10)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert values(tmp_path, "eval/coco/t2i_r1") == [10.0, 20.0]
+    with pytest.raises(ConfigError, match=r"metric=eval/mean is no figure .* eval/coco/t2i_r1"):
+        values(tmp_path, "eval/mean")
