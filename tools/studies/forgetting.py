@@ -2,28 +2,35 @@
 
 python -m tools.studies.forgetting [--seeds 3] [--out runs/studies/forgetting]
 
-Scenes whose things have four of the eight shapes are the old world, those with the other four the
-new one; scenes with both are left out. A small model is trained on the old world, then on the new
+Four of the eight shapes in four of the eight colours are the old world, the other four of each the
+new one. A small model is trained on the old world, then on the new
 one: plainly, within a budget, and with terms that hold it near its start. All figures are points of
 mean recall, of images that no run was trained on; those with a budget are of the point that it
 chose. Goes on where it stopped.
 """
 
+import csv
 import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
+from itertools import count, islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from mmscale.data.scenes import SHAPES, draw_scene
-from mmscale.data.synth import SynthSettings, image_name, render
+from mmscale.data.scenes import COLOURS, SHAPES, Scene, draw_scene, paint
+from mmscale.data.synth import describe_scene
 from mmscale.errors import explained
 
-IMAGES, SIDE, HELD_OUT = 8000, 64, 250
-WORLDS = {"old": frozenset(SHAPES[:4]), "new": frozenset(SHAPES[4:])}
+IMAGES, SIDE, QUALITY, HELD_OUT = 1500, 64, 90, 250
+Looks: TypeAlias = tuple[tuple[str, ...], tuple[str, ...]]
+WORLDS: dict[str, Looks] = {
+    "old": (SHAPES[:4], tuple(COLOURS)[:4]),
+    "new": (SHAPES[4:], tuple(COLOURS)[4:]),
+}
 BUDGET = 2.0
 TOWERS = (
     "model.vision.options={embed_dim: 96, depth: 3, num_heads: 4, class_token: false, "
@@ -39,6 +46,7 @@ NEAR = "loss.terms=[{kind: infonce}, {kind: anchor, weight: %s}]"
 WAYS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "budget": (f"retain.budget={BUDGET}",),
+    "budget, a third of the rate": (f"retain.budget={BUDGET}", "optim.lr=3e-4"),
     "budget, a tenth of the rate": (f"retain.budget={BUDGET}", "optim.lr=1e-4"),
     "budget, anchor": (f"retain.budget={BUDGET}", NEAR % 1.0),
 }
@@ -47,24 +55,31 @@ app = typer.Typer(add_completion=False)
 
 
 def make_worlds(out: Path, seed: int) -> None:
-    """Render and pack both worlds, each with `train` and `val`."""
-    if (out / "new" / "val").exists():
-        return
-    render(out / "scenes", SynthSettings(IMAGES, seed, SIDE), 2)
-    told = json.loads((out / "scenes" / "dataset_flickr30k.json").read_text("utf-8"))
-    entries = {entry["filename"]: entry for entry in told["images"]}
-    for world, shapes in WORLDS.items():
-        names = [
-            image_name(seed, index)
-            for index in range(IMAGES)
-            if {thing.shape for thing in draw_scene(seed, index).things} <= shapes
-        ]
-        kept = [dict(entries[name]) for name in names]
-        for place, entry in enumerate(kept):
-            entry["split"] = "val" if place < HELD_OUT else "train"
-        listed = out / "scenes" / f"{world}.json"
-        listed.write_text(json.dumps({"images": kept, "dataset": world}), "utf-8")
-        _mmscale("pack", listed, "--images", out / "scenes" / "images", "--out", out / world)
+    """Paint and pack both worlds, each with `train` and `val`."""
+    for world, looks in WORLDS.items():
+        if (out / world / "val").exists():
+            continue
+        folder = out / "scenes" / world
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        rows = []
+        for place, (index, scene) in enumerate(islice(_scenes(seed, looks), IMAGES)):
+            name = f"{index}.jpg"
+            picture = paint(scene, SIDE, QUALITY, (seed, index))
+            (folder / "images" / name).write_bytes(picture)
+            split = "val" if place < HELD_OUT else "train"
+            rows += [[name, caption, split] for caption in describe_scene(scene, f"{seed}/{index}")]
+        with (folder / "pairs.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([["image", "caption", "split"], *rows])
+        _mmscale("pack", folder / "pairs.csv", "--images", folder / "images", "--out", out / world)
+
+
+def _scenes(seed: int, looks: Looks) -> Iterator[tuple[int, Scene]]:
+    """Scenes all of whose things have these shapes and colours."""
+    shapes, colours = looks
+    for index in count():
+        scene = draw_scene(seed, index)
+        if all(thing.shape in shapes and thing.colour in colours for thing in scene.things):
+            yield index, scene
 
 
 def _mmscale(*words: Any) -> None:
