@@ -143,7 +143,8 @@ def require_room(
         run_dir, kept = Path(config.run.dir), config.checkpoint.keep
         there = next(path for path in (run_dir, *run_dir.resolve().parents) if path.exists())
         # The next one is whole before the oldest goes; what is there already goes in turn.
-        most = kept + 1 + (config.checkpoint.best is not None) - len(step_folders(run_dir))
+        besides = (config.checkpoint.best is not None) + bool(config.retain.sets)
+        most = kept + 1 + besides - len(step_folders(run_dir))
         missing = max(1, min(most, ahead))
         needed = missing * checkpoint_bytes(model, momentum, start)
         free = shutil.disk_usage(there).free
@@ -162,7 +163,9 @@ def checkpoints_ahead(config: Config, steps: int, steps_of: Callable[[Duration],
     """How many checkpoints a run writes in so many steps, the one at its end included."""
     checkpoint, evaluation = config.checkpoint, config.eval
     due = [checkpoint.every, evaluation.every if checkpoint.best else None]
-    return max(1, sum(math.ceil(steps / max(1, steps_of(every))) for every in due if every))
+    written = max(1, sum(math.ceil(steps / max(1, steps_of(every))) for every in due if every))
+    # The run's start is kept too, where it is compared with.
+    return written + bool(config.retain.sets)
 
 
 def checkpoint_bytes(model: nn.Module, momentum: bool, start: bool = False) -> int:

@@ -42,6 +42,8 @@ TOWERS = (
     "probe.every=1000 steps",
 )
 NEAR = "loss.terms=[{kind: infonce}, {kind: anchor, weight: %s}]"
+# The same number of updates, some of whose rows are of the old world.
+BOTH = "data.train=[{shards: OUT/new/train}, {shards: OUT/old/train, weight: %s}]"
 # How the new world is learnt: what is said besides the common words.
 WAYS: dict[str, tuple[str, ...]] = {
     "plain": (),
@@ -49,6 +51,8 @@ WAYS: dict[str, tuple[str, ...]] = {
     "budget, a third of the rate": (f"retain.budget={BUDGET}", "optim.lr=3e-4"),
     "budget, a tenth of the rate": (f"retain.budget={BUDGET}", "optim.lr=1e-4"),
     "budget, anchor": (f"retain.budget={BUDGET}", NEAR % 1.0),
+    "budget, a fifth of the old pairs": (f"retain.budget={BUDGET}", BOTH % 0.2),
+    "budget, half of the old pairs": (f"retain.budget={BUDGET}", BOTH % 0.5),
 }
 
 app = typer.Typer(add_completion=False)
@@ -109,7 +113,7 @@ def learn_new(out: Path, way: str, before: Path, steps: int, seed: int) -> dict[
             f"model.weights={before}",
             f"run.seed={seed}",
             "eval.every=null",
-            *WAYS[way],
+            *(word.replace("OUT", str(out)) for word in WAYS[way]),
         )
     log = (run / "metrics.jsonl").read_text("utf-8").splitlines()
     last = next(line for line in map(json.loads, reversed(log)) if "retain/lost" in line)

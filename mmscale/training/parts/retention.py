@@ -1,5 +1,6 @@
 """How a run began, and what it has kept of it."""
 
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from mmscale.diagnostics.forgetting import VERDICT, Forgetting
 from mmscale.errors import CheckpointError
 from mmscale.evaluation.retention import AtStart, retained
 from mmscale.evaluation.sets import Evaluated, as_logged
+from mmscale.outputs import publish, writing
+from mmscale.parallel.peers import barrier
 from mmscale.report.report import Report
 from mmscale.training.part import Halt, Part, StepResult
 from mmscale.training.stage import Stage
@@ -31,10 +34,8 @@ class Retention(Part):
         """Take what is retained, where the run's first checkpoint lies, and the run's voice."""
         self._settings, self._guard = stage.config.retain, stage.config.guard
         self._device, self._report = stage.learner.engine.device, report
-        self._folders = [step_folder(stage.job.folder, 0)]
-        if (source := stage.start.checkpoint) is not None:
-            # A run that goes on from another folder's checkpoint.
-            self._folders.append(source.folder.parent / self._folders[0].name)
+        self._first, self._world = step_folder(stage.job.folder, 0), stage.job.world
+        self._origin = stage.start.checkpoint
         self._start: AtStart | None = None
         # Evaluations in a row that found too much lost, and whether that was told.
         self._in_a_row, self._is_told = 0, False
@@ -46,7 +47,8 @@ class Retention(Part):
 
     def begin(self, state: RunState) -> None:
         if state.step:
-            self._start = self._read()
+            self._bring_first()
+            self._start = start_in(self._first)
 
     def figures_of(self, evaluated: Mapping[str, Evaluated]) -> dict[str, float]:
         """What an evaluation shows beside the start, as it is logged; the first is the start."""
@@ -90,14 +92,22 @@ class Retention(Part):
         for name, value in rows.items():
             yield NamedTensor(f"{self.name}.{name}", value.to(self._device), {})
 
-    def _read(self) -> AtStart:
-        folder = next((path for path in self._folders if (path / STATE).exists()), None)
-        if folder is None:
+    def _bring_first(self) -> None:
+        """Take the first checkpoint along where the run goes on in another folder. Collective."""
+        first, origin = self._first, self._origin
+        if self._world.is_main and origin is not None and not first.exists():
+            source, aside = origin.folder.parent / first.name, first.with_name(f".{first.name}")
+            if source.exists():
+                shutil.rmtree(aside, ignore_errors=True)
+                with writing("run.dir", first):
+                    shutil.copytree(source, aside)
+                    publish(aside, first)
+        barrier()
+        if not (first / STATE).exists():
             raise CheckpointError(
-                f"{self._folders[0]}: missing, and with it what retain.sets compares with; put it "
-                "back, or set retain.sets=[]"
+                f"{first}: missing, and with it what retain.sets compares with; put it back, or "
+                "set retain.sets=[]"
             )
-        return start_in(folder)
 
 
 def start_in(folder: Path) -> AtStart:

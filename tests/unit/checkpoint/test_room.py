@@ -8,6 +8,7 @@ from mmscale.checkpoint.files import newest_sound, step_folders
 from mmscale.checkpoint.saver import Saver
 from mmscale.checkpoint.state import Best, RunState
 from mmscale.checkpoint.write import Kept, take_snapshot
+from mmscale.config.evaluation import RetainConfig
 from mmscale.config.load import validate
 from mmscale.config.schema import CheckpointConfig, Config
 from mmscale.config.values import Duration
@@ -118,3 +119,5 @@ def test_checkpoints_of_a_run_are_counted(checkpoint, steps, wanted):
         return duration.steps(10, 16)
 
     assert checkpoints_ahead(config, steps, steps_of) == wanted
+    retaining = config.model_copy(update={"retain": RetainConfig(sets=("a",))})
+    assert checkpoints_ahead(retaining, steps, steps_of) == wanted + 1
