@@ -20,7 +20,14 @@ from mmscale.data.remote import is_remote
 from mmscale.data.shard_bytes import LocalShards
 from mmscale.data.shard_set import ShardSet
 from mmscale.data.shards import list_shards
-from mmscale.data.tar import IMAGE_SUFFIXES, TEXT_BYTES, Member, sample_in, walk_members
+from mmscale.data.tar import (
+    IMAGE_SUFFIXES,
+    TEXT_BYTES,
+    Member,
+    sample_in,
+    telling_damage,
+    walk_members,
+)
 from mmscale.errors import DataError
 
 _LABEL, _JSON = "cls", "json"
@@ -243,7 +250,8 @@ def _labels_in(setting: str, path: Path) -> Iterator[tuple[str, int, int | str]]
                 key, offset, suffixes, said = member.key, member.offset, set(), {}
             suffixes.add(member.suffix)
             if member.suffix in (_LABEL, _JSON) and member.size <= _most(member):
-                said[member.suffix] = member.read()
+                with telling_damage():
+                    said[member.suffix] = member.read()
         if key is not None:
             yield sample()
     except (OSError, DamagedShardError) as error:

@@ -7,6 +7,7 @@ import io
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -177,17 +178,28 @@ def walk_shard(path: Path) -> Iterator[TarSample]:
         DamagedShardError: It is not a whole, uncompressed tar.
         OSError: It cannot be read.
     """
-    yield from samples_in(walk_members(path))
+    with telling_damage():
+        yield from samples_in(walk_members(path))
 
 
 def walk_members(path: Path) -> Iterator[Member]:
-    """Members of a tar from its first byte to its last; raises as `walk_shard` does."""
+    """Members of a tar from its first byte to its last; raises as `walk_shard` does.
+
+    Whoever reads a member's content does so within `telling_damage`.
+    """
     if not path.is_file():
         # A pipe in its place would never be opened.
         raise DamagedShardError("is missing, or not a file")
     _refuse_packed(path)
-    try:
+    with telling_damage():
         yield from _members_to_the_end(path)
+
+
+@contextmanager
+def telling_damage() -> Iterator[None]:
+    """Lines that read a tar: what tarfile raises becomes a DamagedShardError."""
+    try:
+        yield
     except (OSError, DamagedShardError):
         raise
     except Exception as error:

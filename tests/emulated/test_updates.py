@@ -51,7 +51,7 @@ def run_on(
         pytest.param([*CHUNKS, *QUEUE, "engine.precision=bf16"], id="chunks, queue and momentum"),
         pytest.param(["loss.preset=siglip"], id="siglip"),
         pytest.param([*CHUNKS, "HF"], id="a hub's text tower"),
-        pytest.param(["TEACHER", *CHUNKS], id="a teacher"),
+        pytest.param(["TEACHER", *CHUNKS], id="a teacher", marks=pytest.mark.slow),
         pytest.param([*MINING, "engine.precision=fp32"], id="mining", marks=pytest.mark.slow),
     ],
 )

@@ -96,6 +96,7 @@ def test_a_run_does_not_go_on_from_a_blend(made, synthetic):
     assert f"model.weights={out}" in done.stderr
 
 
+@pytest.mark.slow
 def test_adapters_are_merged_before_a_mean_is_taken(made, synthetic):
     words = ["model.text.adapter.kind=lora", "optim.lr=1e-2", "train.duration=4 steps"]
     words += [f"data.train={synthetic.train}", f"run.dir={made}/lora", "checkpoint.every=2 steps"]

@@ -68,7 +68,7 @@ def test_a_run_that_changes_its_own_settings_is_refused(words, tmp_path):
     assert done.stderr.count("\n") == 1, explain(done)
 
 
-@pytest.mark.parametrize("also_in_config", [False, True])
+@pytest.mark.parametrize("also_in_config", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_words_stored_in_a_checkpoint_are_no_words_of_the_user(
     words, synthetic, also_in_config, tmp_path
 ):

@@ -78,6 +78,7 @@ def test_a_run_goes_on_bit_for_bit_with_its_clusters_and_queue(settings, straigh
     assert {k: v for k, v in again[-1].items() if "second" not in k} == wanted[-1]
 
 
+@pytest.mark.slow
 def test_two_ranks_make_the_same_clusters(settings, straight, tmp_path):
     succeed([*torchrun(), *settings, *REMEMBERING, f"run.dir={tmp_path}"])
     wanted = {line["step"]: line for line in training_lines(straight)}

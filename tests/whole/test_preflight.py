@@ -121,6 +121,7 @@ def test_a_folder_with_a_run_in_it_is_refused_on_every_rank(settings, tmp_path):
     succeed([*words, f"train.duration={steps} steps"])
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_over(settings, tmp_path):
     """By the same words, as a queue starts it again; by others it is another run."""
     folder = tmp_path / "run"

@@ -230,6 +230,7 @@ def _resumes_sharded(settings: list[str], tmp_path: Path, stage: int) -> None:
     _assert_whole(folder)
 
 
+@pytest.mark.slow
 def test_two_ranks_of_zero_2_go_on_bit_for_bit(settings, tmp_path):
     _resumes_sharded(settings, tmp_path, 2)
 

@@ -75,6 +75,7 @@ def test_the_best_point_within_the_budget_is_what_verbs_take(trained, synthetic,
     assert load_trained(trained).checkpoint.folder == trained / "best"
 
 
+@pytest.mark.slow
 def test_a_run_that_went_on_has_the_same_line(trained, synthetic, tmp_path):
     words = [*_words(trained.parent, synthetic), "checkpoint.every=5 steps"]
     half = [word for word in words if not str(word).startswith("train.duration")]
@@ -95,6 +96,7 @@ def test_a_run_that_goes_on_in_another_folder_takes_its_start_along(trained, syn
     assert _line(tmp_path / "other") == _line(trained)
 
 
+@pytest.mark.slow
 def test_the_guard_halts_where_too_much_stays_lost(synthetic, tmp_path):
     # From a start that knows the retained set by heart, for which that set must be trained first.
     old = [f"data.train={synthetic.test}", "train.duration=60 steps", "optim.lr=3e-3"]

@@ -104,6 +104,7 @@ def test_a_signal_to_a_whole_job_in_its_feature_pass_keeps_the_features(settings
     _in_the_feature_pass(settings, tmp_path, to_group)
 
 
+@pytest.mark.slow
 def test_a_feature_pass_goes_on_where_it_was_cut_short(settings, tmp_path):
     words = _in_the_feature_pass(settings, tmp_path, to_process)
     done = succeed(words)

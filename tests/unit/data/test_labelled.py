@@ -118,6 +118,15 @@ def test_a_label_that_is_no_class_is_named(tmp_path, png, members, told):
         opened(tmp_path / "s")
 
 
+def test_a_shard_that_ends_inside_a_label_is_named(tmp_path, png):
+    shard = tmp_path / "s" / "0.tar"
+    write_tar(shard, {"a.png": png, "a.cls": b"0", "b.png": png, "b.cls": b"1"})
+    content = shard.read_bytes()
+    shard.write_bytes(content[: content.rindex(b"b.cls") + 512])
+    with pytest.raises(DataError, match=r"0\.tar: .*; fetch or pack the shard again"):
+        opened(tmp_path / "s")
+
+
 def test_what_is_no_labelled_set_is_refused(tmp_path, png):
     write_tar(tmp_path / "s" / "0.tar", {"a.cls": b"0"})
     picture(tmp_path / "folders" / "cow" / "x.png")

@@ -17,7 +17,10 @@ def test_pca_is_the_first_two_directions(clusters):
     assert np.array_equal(lay_out(clusters, "pca"), clusters[:, :2])
 
 
-@pytest.mark.parametrize(("method", "library"), [("tsne", "sklearn"), ("umap", "umap")])
+@pytest.mark.parametrize(
+    ("method", "library"),
+    [("tsne", "sklearn"), pytest.param("umap", "umap", marks=pytest.mark.slow)],
+)
 def test_a_map_keeps_clusters_together_and_repeats_itself(clusters, method, library):
     pytest.importorskip(library)
     places = lay_out(clusters, method)

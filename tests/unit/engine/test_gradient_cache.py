@@ -115,6 +115,7 @@ def test_a_batch_of_4096_in_chunks_of_32_is_the_batch():
         labels=ids,
         keys=[f"{row}#0" for row in range(rows)],
         captions=["a caption"] * rows,
+        teacher_tokens={},
     )
     settings = {"train": {"global_batch_size": rows}}
     gradients, loss = gradients_of(settings, batch, 32, torch.float32)
