@@ -11,6 +11,8 @@ from mmscale.config.values import Duration, NonNegativeFloat, Positive, Section
 # What `data.eval` is called where sets have names.
 MAIN = "main"
 PREFIX = "eval/"
+# What a set is judged by: mean recall of pairs, accuracy of classes.
+HEADLINES = MEAN, TOP1 = "mean", "top1"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 

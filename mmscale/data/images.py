@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from mmscale.contracts import InputSpec
 from mmscale.data.damage import DamagedSampleError
+from mmscale.data.features import loaded
 from mmscale.data.manifest import MANIFEST_NAME
 from mmscale.data.pixels import EvalTransform, decode, stack_rows
 from mmscale.data.reader import SampleReader
@@ -20,7 +20,6 @@ from mmscale.data.shard_set import ShardSet
 from mmscale.data.shards import open_shards
 from mmscale.data.sources.records import PICTURE
 from mmscale.errors import DataError
-from mmscale.parallel.signals import outlive_termination
 
 
 @dataclass(frozen=True)
@@ -196,18 +195,7 @@ def image_batches(
     Raises:
         DataError: An image, or its shard, cannot be read.
     """
-    loader = DataLoader(
-        _Batches(images, spec, size),
-        batch_size=None,
-        num_workers=workers,
-        generator=torch.Generator(),
-        worker_init_fn=outlive_termination,
-    )
-    for batch in loader:
-        # Handed over as a value: a loader would bury it in a traceback.
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
+    yield from loaded(_Batches(images, spec, size), workers)
 
 
 class _Batches(Dataset):
@@ -221,15 +209,9 @@ class _Batches(Dataset):
     def __len__(self) -> int:
         return -(-self._images.count // self._size)
 
-    def __getitem__(self, index: int) -> ImageBatch | DataError:
+    def __getitem__(self, index: int) -> ImageBatch:
         # A reader is opened where it is used: workers share no files.
-        self._reader = self._reader or self._images.reader()
-        try:
-            return self._read(self._reader, index)
-        except DataError as error:
-            return error
-
-    def _read(self, reader: ImageReader, index: int) -> ImageBatch:
+        reader = self._reader = self._reader or self._images.reader()
         batch, pixels = ImageBatch(), []
         start = index * self._size
         for place in range(start, min(start + self._size, self._images.count)):

@@ -5,12 +5,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mmscale.config.evaluation import RetainConfig, logged
+from mmscale.config.evaluation import HEADLINES, RetainConfig, logged
 
 # Points that count as lost where a run has no budget of its own.
 FORGOTTEN = 2.0
 VERDICT = "forgetting"
-_HEADLINES = ("mean", "top1")
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Forgetting:
         if not known:
             return None
         name = max(known, key=lambda each: float(known[each]))
-        now = next(line[key] for h in _HEADLINES if (key := logged(name, h)) in line)
+        now = next(line[key] for h in HEADLINES if (key := logged(name, h)) in line)
         images = max(1, int(line.get(logged(name, "images"), 1)))
         shares = (now / 100, (now + known[name]) / 100)
         error = 100 * math.sqrt(sum(share * (1 - share) for share in shares) / images)

@@ -122,7 +122,7 @@ def line(points: int = POINTS) -> Iterator[tuple[float, float]]:
 
 
 @dataclass(frozen=True)
-class Point:
+class Tried:
     """A blend that was tried: the models' shares, and its figures on held-out pairs."""
 
     shares: tuple[float, ...]
@@ -136,20 +136,23 @@ class Point:
 
 def tried(
     models: Sequence[Blendable], shares: Iterable[tuple[float, ...]], shards: ShardSet
-) -> Iterator[Point]:
+) -> Iterator[Tried]:
     """Blends on held-out pairs, one after the other; the first model takes their weights."""
-    evaluated = models[0].trained
+    for each, evaluated in blended(models, shares):
+        yield Tried(each, evaluate_set(evaluated, shards, Alone()))
+
+
+def blended(
+    models: Sequence[Blendable], shares: Iterable[tuple[float, ...]]
+) -> Iterator[tuple[tuple[float, ...], Trained]]:
+    """Blends one after the other: their shares, and the first model with their weights."""
+    first = models[0].trained
+    own = first.model.state_dict()
     for each in shares:
-        put(evaluated, blend(models, each))
-        yield Point(each, evaluate_set(evaluated, shards, Alone()))
-
-
-def put(trained: Trained, weights: Weights) -> None:
-    """Give a model other weights, wherever it lies."""
-    own = trained.model.state_dict()
-    with torch.no_grad():
-        for name, value in weights.items():
-            own[name].copy_(value)
+        with torch.no_grad():
+            for name, value in blend(models, each).items():
+                own[name].copy_(value)
+        yield each, first
 
 
 def require_new(folder: Path) -> None:

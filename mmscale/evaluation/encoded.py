@@ -250,17 +250,27 @@ class FeatureCache:
 def _towers_digest(model: TwoTower, spec: InputSpec) -> str:
     """What the outputs depend on, besides the data."""
     digest = hashlib.sha256()
-    pixels = [spec.image_size, spec.mean, spec.std, spec.interpolation, spec.resize]
-    feeding = [*pixels, spec.context_length]
-    digest.update(json.dumps([feeding, spec.tokenize(_PROBES), spec.pad_token]).encode())
+    add_feeding(digest, spec)
     for side, tower in (("vision", model.vision), ("text", model.text)):
         add_module(digest, side, tower)
     return digest.hexdigest()
 
 
+def add_feeding(digest: Any, spec: InputSpec) -> None:
+    """How pictures and captions reach a model, to a digest of `hashlib`."""
+    pixels = [spec.image_size, spec.mean, spec.std, spec.interpolation, spec.resize]
+    feeding = [*pixels, spec.context_length]
+    digest.update(json.dumps([feeding, spec.tokenize(_PROBES), spec.pad_token]).encode())
+
+
 def add_module(digest: Any, name: str, module: nn.Module) -> None:
     """What a module is, and its tensors, to a digest of `hashlib`."""
     digest.update(f"{name}: {module}".encode())
+    add_tensors(digest, module)
+
+
+def add_tensors(digest: Any, module: nn.Module) -> None:
+    """A module's tensors alone: how a library prints the module may change."""
     for tensor_name, tensor in module.state_dict().items():
         digest.update(tensor_name.encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mmscale.config.evaluation import RetainConfig, logged
+from mmscale.config.evaluation import MEAN, TOP1, RetainConfig, logged
 from mmscale.diagnostics.pairing import cka
 from mmscale.diagnostics.pairs import one_to_one
 from mmscale.evaluation.sets import Evaluated, as_logged
@@ -71,7 +71,7 @@ def retained(
 
 
 def _lost(name: str, evaluated: Evaluated, start: AtStart) -> float:
-    headline = "mean" if evaluated.pairs is not None else "top1"
+    headline = MEAN if evaluated.pairs is not None else TOP1
     return start.figures[logged(name, headline)] - evaluated.figures[headline]
 
 

@@ -176,23 +176,6 @@ def load(
     return model, Transform(loaded.spec), Tokenizer(loaded.spec)
 
 
-def load_on_cpu(
-    path: Path, words: Sequence[str] = (), check: Callable[[Config], None] | None = None
-) -> tuple[Config, DualEncoder, InputSpec]:
-    """The model of a run or checkpoint in fp32, with the run's configuration; as `load_trained`.
-
-    Raises:
-        CheckpointError: Neither, or damaged.
-        ConfigError: A word would make it another model.
-    """
-    trained = load_trained(path, words, check)
-    return (
-        trained.config,
-        DualEncoder(trained.model.cpu().float(), trained.spec.pad_token),
-        trained.spec,
-    )
-
-
 class Transform:
     """A photograph to the pixels that the model was evaluated with."""
 

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
+from mmscale.config.evaluation import HEADLINES
 from mmscale.parallel.phases import PHASES
 from mmscale.report.figure import (
     CHANCE_COLOUR,
@@ -135,11 +136,7 @@ def draw_sets(lines: Lines) -> str | None:
         name: curve
         for name, key in (
             ("data.eval", MEAN_RECALL),
-            *(
-                (name, f"eval/{name}/{figure}")
-                for name in set_names(lines)
-                for figure in ("mean", "top1")
-            ),
+            *((name, f"eval/{name}/{figure}") for name in set_names(lines) for figure in HEADLINES),
         )
         if (curve := series(lines, key)) is not None
     }

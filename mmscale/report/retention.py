@@ -17,10 +17,10 @@ from mmscale.report.figure import (
     drawing,
 )
 from mmscale.report.metrics import Lines
+from mmscale.report.plots import HEIGHT
 
 # In the run's folder: the line between its first and its last weights.
 LINE_NAME = "retention.json"
-HEIGHT = 3.1  # inches
 
 _Points = Annotated[float, Field(allow_inf_nan=False, ge=-100, le=100)]
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 from mmscale.checkpoint.files import best_blend, step_folder
 from mmscale.checkpoint.state import RunState
-from mmscale.evaluation.blend import Blendable, blend, line, open_all, put, write_blend
+from mmscale.evaluation.blend import Blendable, blend, blended, line, open_all, write_blend
 from mmscale.evaluation.retention import GAIN, LOST, Point, best_point, retained
 from mmscale.evaluation.sets import as_logged, evaluate_sets
 from mmscale.outputs import replace_file
@@ -55,13 +55,12 @@ def deliver(stage: Stage, services: Services, state: RunState) -> Point | None:
 
 
 def _line(stage: Stage, services: Services, models: list[Blendable]) -> Iterator[Point]:
-    first, trained = start_in(step_folder(stage.job.folder, 0)), models[0].trained
+    first = start_in(step_folder(stage.job.folder, 0))
 
     def alive(done: int, total: int) -> None:
         services.watchdog.alive(f"a point between the run's ends after {done} of {total}")
 
-    for shares in line():
-        put(trained, blend(models, shares))
+    for (_, share), trained in blended(models, line()):
         found = evaluate_sets(
             stage.config,
             trained.inference.call,
@@ -71,7 +70,7 @@ def _line(stage: Stage, services: Services, models: list[Blendable]) -> Iterator
             alive,
         )
         figures = retained(found, first, stage.config.retain)
-        yield Point(shares[1], figures[GAIN], figures[LOST], as_logged(found))
+        yield Point(share, figures[GAIN], figures[LOST], as_logged(found))
 
 
 def _told(point: Point) -> str:

@@ -1,7 +1,6 @@
 """Frozen teachers of the objective: found by their names, and how the run's batches reach them."""
 
 import hashlib
-import json
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,15 +21,13 @@ from mmscale.engine.compiled import caption_lengths
 from mmscale.engine.encode import Encoder
 from mmscale.engine.inference import Inference
 from mmscale.errors import CheckpointError, ConfigError, LaunchError
-from mmscale.evaluation.encoded import FeatureCache, cached_table
+from mmscale.evaluation.encoded import FeatureCache, add_feeding, add_tensors, cached_table
 from mmscale.evaluation.trained import load_named
 from mmscale.model.two_tower import TwoTower
 from mmscale.parallel.device import DevicePolicy
 from mmscale.parallel.peers import gather_objects
 
 _CACHE = "the cache of a teacher in loss.terms"
-# Cleaning, splitting and cutting that differ show in the tokens of these.
-_PROBES = ("a photograph of two dogs, running", "  A  Caf\u00c3\u00a9 &amp;amp; B's T-shirt_! ")
 # A teacher that is opened shall neither take another rank's device nor round its weights.
 _ON_THE_CPU = ("engine.device=cpu", "engine.precision=fp32")
 
@@ -168,12 +165,8 @@ def _require_width(term: TeacherTerm, teacher: Teacher, width: int) -> None:
 
 def _digest(model: nn.Module, spec: InputSpec) -> str:
     digest = hashlib.sha256()
-    pixels = [spec.image_size, spec.mean, spec.std, spec.interpolation]
-    feeding = [*pixels, spec.context_length, spec.pad_token, spec.tokenize(_PROBES)]
-    digest.update(json.dumps(feeding).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    add_feeding(digest, spec)
+    add_tensors(digest, model)
     return digest.hexdigest()
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from mmscale.checkpoint.state import FileRecord, write_state
 from mmscale.errors import ConfigError
-from mmscale.evaluation.trained import load_on_cpu
+from mmscale.evaluation.trained import load_trained
 from tests.unit.model.test_foreign import bring_code, save_openclip
 from tests.unit.model.test_kept import save_clip_with_tokenizer
 from tests.unit.model.tiny import save_bert
@@ -151,4 +151,4 @@ def test_an_export_that_cannot_be_is_refused_before_the_model_is_built(made, tmp
 
     monkeypatch.setattr("mmscale.evaluation.trained.build_model", build)
     with pytest.raises(ConfigError, match="no timm:test_convnext"):
-        load_on_cpu(made / "run", (), refuse)
+        load_trained(made / "run", (), refuse)
