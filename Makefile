@@ -37,7 +37,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(STAMP): pyproject.toml tools/constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check -c tools/constraints.txt -e ".[deepspeed,dev,adapters,sentence-transformers,wandb,tensorboard,onnx,maps,sweep]"
+	$(BIN)/python -m pip install --disable-pip-version-check -c tools/constraints.txt -e ".[deepspeed,dev,adapters,sentence-transformers,wandb,tensorboard,onnx,maps,sweep,datasets,cloud,faiss]"
 	touch $@
 
 demo: setup  ## render pairs, pack, train, evaluate, diagnose: runs/demo/report.html

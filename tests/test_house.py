@@ -29,7 +29,7 @@ FOREIGN = {"datasets", "distributed", "evaluate", "tokenizers", "wandb", "webdat
 # What a page tells its reader to write.
 TO_BE_WRITTEN = {"mmscale/loss/cyclic.py"}
 # A little above what is true today, so that a change has room and growth is noticed.
-FILES, LINES, LONGEST_FILE = 270, 46_000, 400
+FILES, LINES, LONGEST_FILE = 310, 53_000, 400
 LONG_FUNCTIONS, WIDE_FUNCTIONS = 0, 7
 WAY_FILES, WAY_LINES = 17, 3_700
 # Roots of folders that exist on one machine only.
