@@ -6,13 +6,22 @@ from typing import Annotated, Any
 
 import typer
 
-from mmscale.cli.command import Json, app, folder_out, reading, require_there, say, write_json
+from mmscale.cli.command import (
+    USING,
+    Json,
+    app,
+    folder_out,
+    reading,
+    require_there,
+    say,
+    write_json,
+)
 from mmscale.config.paths import path_of
 from mmscale.errors import ConfigError
 from mmscale.outputs import writing
 
 
-@app.command()
+@app.command(rich_help_panel=USING)
 def blend(
     models: Annotated[
         list[str],

@@ -1,23 +1,77 @@
 """What every verb needs: the command that it joins, and how it speaks and writes."""
 
+import importlib.metadata
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from mmscale.config.paths import path_of
 from mmscale.errors import ConfigError, printable
 from mmscale.outputs import require_file, require_folder, write_output
 
+# What a verb is for, in the order of a first use; a verb's `rich_help_panel` is one of them.
+DATA = "Pairs"
+BEFORE = "Before a run"
+TRAINING = "Training"
+LOOKING = "Looking at what was learnt"
+USING = "Using a model"
+
+
+class Verbs(TyperGroup):
+    """The verbs by what they are for, each with the first sentence of its description whole."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the groups' sections into the page of `--help`."""
+        verbs = [(name, self.commands[name]) for name in self.list_commands(ctx)]
+        for group in (DATA, BEFORE, TRAINING, LOOKING, USING):
+            rows = [
+                (name, " ".join((verb.help or "").split("\n\n")[0].split()))
+                for name, verb in verbs
+                if getattr(verb, "rich_help_panel", None) == group
+            ]
+            with formatter.section(group):
+                formatter.write_dl(rows)
+
+
 app = typer.Typer(
     help="Distributed trainer for image-text dual encoders.",
-    add_completion=False,
+    cls=Verbs,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        say(f"mmscale {importlib.metadata.version('mmscale')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", is_eager=True, callback=_version),
+    ] = False,
+) -> None:
+    """Distributed trainer for image-text dual encoders."""
+
+
+def complete_words(incomplete: str) -> Iterator[str]:
+    """Presets and settings that begin so, for a shell's completion."""
+    from mmscale.config.explain import known_settings
+    from mmscale.config.load import preset_names
+
+    known = list(known_settings())
+    sections = {name.rpartition(".")[0] for name in known}
+    names = [*preset_names(), *(f"{name}=" for name in known if name not in sections)]
+    return (name for name in names if name.startswith(incomplete))
 
 
 def say(text: str) -> None:
@@ -95,7 +149,9 @@ Json = Annotated[
 Settings = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="CONFIG KEY=VALUE", help="YAML files or presets, then settings; the later one wins."
+        metavar="CONFIG KEY=VALUE",
+        help="YAML files or presets, then settings; the later one wins.",
+        autocompletion=complete_words,
     ),
 ]
 Words = Annotated[

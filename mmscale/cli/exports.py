@@ -8,14 +8,24 @@ from typing import Annotated, Any
 
 import typer
 
-from mmscale.cli.command import Run, Words, app, folder_out, reading, require_there, say, tell
+from mmscale.cli.command import (
+    USING,
+    Run,
+    Words,
+    app,
+    folder_out,
+    reading,
+    require_there,
+    say,
+    tell,
+)
 from mmscale.errors import ConfigError, DataError
 from mmscale.outputs import writing
 
 To = Annotated[str, typer.Option(help="open_clip, hf, onnx, sentence_transformers, adapter, clip.")]
 
 
-@app.command()
+@app.command(rich_help_panel=USING)
 def export(
     run: Run,
     to: To,
@@ -59,7 +69,7 @@ def export(
     return 0
 
 
-@app.command()
+@app.command(rich_help_panel=USING)
 def push(
     run: Run,
     page: Annotated[

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mmscale.cli.command import (
+    DATA,
     Json,
     LeftOut,
     Workers,
@@ -22,7 +23,7 @@ from mmscale.errors import ConfigError
 from mmscale.outputs import require_folder, writing
 
 
-@app.command()
+@app.command(rich_help_panel=DATA)
 def synth(
     out: Annotated[
         Path, typer.Option(help="Folder to write, in Flickr30k's layout.", callback=folder_out)
@@ -54,7 +55,7 @@ def synth(
     return 0
 
 
-@app.command()
+@app.command(rich_help_panel=DATA)
 def pack(
     source: Annotated[
         Path,
@@ -117,7 +118,7 @@ def pack(
     return 0
 
 
-@app.command()
+@app.command(rich_help_panel=DATA)
 def index(
     shards: Annotated[
         list[str],
@@ -168,7 +169,7 @@ def index(
     return 0
 
 
-@app.command()
+@app.command(rich_help_panel=DATA)
 def verify(
     folder: Annotated[Path, typer.Argument(help="A packed folder.", callback=reading)],
     workers: Workers = 2,

@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from mmscale.cli.command import (
+    BEFORE,
+    TRAINING,
     Json,
     Settings,
     app,
@@ -23,7 +25,7 @@ from mmscale.outputs import require_folder, write_output, writing
 _SLURM = Path(__file__).parents[1] / "slurm"
 
 
-@app.command(context_settings={"ignore_unknown_options": True})
+@app.command(context_settings={"ignore_unknown_options": True}, rich_help_panel=TRAINING)
 def train(settings: Settings = None) -> int:
     """Train, as `python mmscale/train.py` does.
 
@@ -36,7 +38,7 @@ def train(settings: Settings = None) -> int:
     return run(settings or [])
 
 
-@app.command(context_settings={"ignore_unknown_options": True})
+@app.command(context_settings={"ignore_unknown_options": True}, rich_help_panel=BEFORE)
 def plan(
     settings: Settings = None,
     world: Annotated[int, typer.Option(help="Ranks to plan for.", min=1)] = 1,
@@ -77,7 +79,7 @@ def plan(
     return 0
 
 
-@app.command()
+@app.command(rich_help_panel=BEFORE)
 def models(
     name: Annotated[
         str | None,
@@ -109,7 +111,7 @@ def models(
     return 0
 
 
-@app.command()
+@app.command(rich_help_panel=BEFORE)
 def schema() -> int:
     """Print the JSON schema of the configuration, for editors that complete YAML."""
     from mmscale.config.schema import Config
@@ -118,7 +120,7 @@ def schema() -> int:
     return 0
 
 
-@app.command()
+@app.command(rich_help_panel=TRAINING)
 def sbatch(
     script: Annotated[
         str | None, typer.Argument(help="train, pack, eval or sweep; none: all are listed.")
@@ -135,7 +137,7 @@ def sbatch(
     return 0
 
 
-@app.command()
+@app.command(rich_help_panel=TRAINING)
 def sweep(
     space: Annotated[
         Path, typer.Argument(help="The search, a YAML file (docs/sweep.md).", callback=reading)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmscale.cli.command import (
+    USING,
     Json,
     Model,
     app,
@@ -49,7 +50,7 @@ Index = Annotated[
 ]
 
 
-@app.command()
+@app.command(rich_help_panel=USING)
 def search(
     model: Model,
     data: Searched,

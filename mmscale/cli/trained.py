@@ -6,6 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from mmscale.cli.command import (
+    LOOKING,
+    USING,
     Data,
     Json,
     Model,
@@ -25,7 +27,7 @@ from mmscale.outputs import file_output, require_file, writing
 _ELSEWHERE = ("openclip:", "hf:")
 
 
-@app.command("eval")
+@app.command("eval", rich_help_panel=LOOKING)
 def evaluate(
     model: Model,
     words: Words = None,
@@ -68,7 +70,7 @@ def evaluate(
     return 0
 
 
-@app.command()
+@app.command(rich_help_panel=USING)
 def embed(
     model: Model,
     data: Data,
@@ -87,7 +89,7 @@ def embed(
     return 0
 
 
-@app.command()
+@app.command(rich_help_panel=LOOKING)
 def doctor(
     subject: Annotated[
         str,
@@ -122,7 +124,7 @@ def doctor(
     return 0 if diagnosis["verdict"] == "healthy" else 3
 
 
-@app.command()
+@app.command(rich_help_panel=LOOKING)
 def report(
     run: Annotated[Path, typer.Argument(help="A run folder.", callback=reading)],
     layout: Annotated[
@@ -154,7 +156,7 @@ def report(
     return 0
 
 
-@app.command()
+@app.command(rich_help_panel=LOOKING)
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.", callback=reading)],
     out: Annotated[
