@@ -51,17 +51,21 @@ def plan(
     cluster: Annotated[
         str,
         typer.Option(
-            help="a100, h100, or a YAML file as config/clusters/a100.yaml.", callback=reading
+            help="a100, a100_40gb, h100, rtx4090, or a YAML file like theirs.", callback=reading
         ),
     ] = "a100",
     plot: Annotated[
         Path | None, typer.Option(help="Write a picture (PNG).", callback=file_out)
     ] = None,
+    formulas: Annotated[
+        bool, typer.Option("--formulas", help="Show how each figure is worked out.")
+    ] = False,
     json_file: Json = None,
 ) -> int:
     """Predict memory, traffic and efficiency of a run, without training.
 
-    Every figure is predicted and stands beside its formula. What could not run is refused.
+    For example: mmscale plan flickr30k --world 16 --samples 29000 train.global_batch_size=4096.
+    First it says whether the run fits and how long it takes. What could not run is refused.
     """
     from mmscale.config.cluster import read_cluster
     from mmscale.config.load import load_config
@@ -69,7 +73,7 @@ def plan(
     from mmscale.report.forecast import plan_json, tables
 
     planned = forecast(load_config(settings or []), world, read_cluster(cluster), samples, tokens)
-    say(tables(planned))
+    say(tables(planned, formulas))
     write_json(json_file, plan_json(planned))
     if plot is not None:
         from mmscale.report.forecast_plot import draw_forecast

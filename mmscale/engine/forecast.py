@@ -12,7 +12,7 @@ from mmscale.config.taught import TeacherTerm
 from mmscale.data.schedule import plan_schedule
 from mmscale.data.shards import open_train
 from mmscale.engine.footprint import Footprint, footprint
-from mmscale.engine.memory import UNZEROED, Holding, Sharding, Workload, holdings
+from mmscale.engine.memory import TOWER_ACTIVATIONS, UNZEROED, Holding, Sharding, Workload, holdings
 from mmscale.engine.optimizer import optimizer_kind
 from mmscale.engine.plan import BatchPlan, plan_batch
 from mmscale.engine.wire import GPUS, StepTime, Transfer, predict, transfers
@@ -60,6 +60,7 @@ class Forecast:
         memory: By sharding.
         wire: By sharding.
         steps: Updates at each of `GPUS`, by sharding; each GPU keeps its rows.
+        here: An update on the ranks that were asked for, by sharding.
         cluster: The GPUs and links.
     """
 
@@ -71,7 +72,34 @@ class Forecast:
     memory: dict[str, list[Holding]]
     wire: dict[str, list[Transfer]]
     steps: dict[str, list[StepTime]]
+    here: dict[str, StepTime]
     cluster: ClusterConfig
+
+    @property
+    def room(self) -> dict[str, int]:
+        """Bytes on a device, of the ways to shard that fit into one."""
+        sizes = {name: device_bytes(held) for name, held in self.memory.items()}
+        return {name: size for name, size in sizes.items() if size <= 1e9 * self.cluster.memory_gb}
+
+    @property
+    def fastest(self) -> str:
+        """Of the ways to shard that fit, that with the shortest update, if possible the chosen."""
+        timed = [name for name in (self.chosen, *self.room) if name in self.here]
+        return min(timed, key=lambda name: self.here[name].seconds, default=self.chosen)
+
+    @property
+    def chunks_wanted(self) -> int:
+        """The fewest chunks with which activations leave a tenth of a device's memory free."""
+        fitting = fewest_chunks(self.memory[self.chosen], self.batch, self.cluster)
+        return min(fitting or self.batch.chunks, self.batch.chunks)
+
+
+def fewest_chunks(held: list[Holding], batch: BatchPlan, cluster: ClusterConfig) -> int | None:
+    """In how many chunks a rank's rows leave a tenth of a GPU's memory free; None: in none."""
+    kept = sum(holding.bytes for holding in held if holding.name == TOWER_ACTIVATIONS)
+    free = 0.9e9 * cluster.memory_gb - (device_bytes(held) - kept)
+    chunks = (n for n in range(1, batch.rank_rows + 1) if batch.rank_rows % n == 0)
+    return next((n for n in chunks if kept * batch.chunks / n <= free), None)
 
 
 def forecast(
@@ -107,14 +135,15 @@ def forecast(
     memory = {sharding.name: holdings(work, sharding) for sharding in shardings}
     _require_room(memory, chosen, batch, cluster)
     on_gpus = [replace(work, plan=replace(batch, world=gpus)) for gpus in GPUS]
+    # What the host computes and copies has no figure in a cluster's description.
+    timed = [sharding for sharding in shardings if not sharding.offloads]
     steps = {
         sharding.name: [predict(each, sharding, precision, cluster) for each in on_gpus]
-        for sharding in shardings
-        # What the host computes and copies has no figure in a cluster's description.
-        if not sharding.offloads
+        for sharding in timed
     }
+    here = {sharding.name: predict(work, sharding, precision, cluster) for sharding in timed}
     wire = {sharding.name: transfers(work, sharding) for sharding in shardings}
-    return Forecast(batch, data, seen, precision, chosen, memory, wire, steps, cluster)
+    return Forecast(batch, data, seen, precision, chosen, memory, wire, steps, here, cluster)
 
 
 def _shardings(config: Config, batch: BatchPlan, dtype: torch.dtype) -> tuple[list[Sharding], str]:
@@ -181,12 +210,15 @@ def _require_room(
     if needed <= 1e9 * cluster.memory_gb:
         return
     room = {name: device_bytes(held) for name, held in memory.items()}
-    fits = [name for name, size in room.items() if size <= 1e9 * cluster.memory_gb]
-    repair = f"take {fits[0]}, or lower" if fits else "lower"
+    repairs = [f"take {name}" for name, size in room.items() if size <= 1e9 * cluster.memory_gb][:1]
+    chunks = fewest_chunks(memory[chosen], batch, cluster)
+    if chunks is not None:
+        repairs.append(f"set train.micro_batch_size={batch.rank_rows // chunks}")
+    repairs.append("switch model.vision.checkpointing on")
     raise ConfigError(
-        f"{chosen} on {batch.world} ranks needs {needed / 1e9:.1f} GB a GPU, a GPU of "
-        f"{cluster.name} has {cluster.memory_gb:g}; {repair} train.micro_batch_size="
-        f"{batch.micro_rows}, or switch model.vision.checkpointing on"
+        f"{chosen} on {batch.world} ranks needs {needed / 1e9:.1f} GB a GPU with "
+        f"train.micro_batch_size={batch.micro_rows}, a GPU of {cluster.name} has "
+        f"{cluster.memory_gb:g}; {', or '.join(repairs)}"
     )
 
 

@@ -48,6 +48,8 @@ class Sharding:
 
 
 UNZEROED = Sharding("accelerate", 0, {})
+# What grows with the rows that are forwarded at once.
+TOWER_ACTIVATIONS = "tower activations"
 
 
 @dataclass(frozen=True)
@@ -255,7 +257,7 @@ def activations(work: Workload) -> Iterator[Holding]:
     towers = sum(part.saved for part in seen.towers.values())
     features = sum(part.output for part in seen.towers.values()) * plan.chunks
     yield Holding(
-        "tower activations",
+        TOWER_ACTIVATIONS,
         towers,
         f"kept by the forward of {seen.rows} rows, {seen.tokens} tokens",
     )

@@ -173,14 +173,19 @@ class StepTime:
     exposed: float
 
     @property
+    def seconds(self) -> float:
+        """Of the whole update."""
+        return self.compute + self.exposed
+
+    @property
     def efficiency(self) -> float:
         """Share of the speed that as many lone GPUs would have together."""
-        return self.compute / (self.compute + self.exposed)
+        return self.compute / self.seconds
 
     @property
     def samples_per_second(self) -> float:
         """Pairs a second over all GPUs."""
-        return self.global_rows / (self.compute + self.exposed)
+        return self.global_rows / self.seconds
 
 
 def predict(work: Workload, sharding: Sharding, precision: str, cluster: ClusterConfig) -> StepTime:

@@ -4,31 +4,73 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from mmscale.engine.forecast import Forecast, device_bytes
+from mmscale.engine.forecast import FILES, Forecast, device_bytes
 from mmscale.engine.memory import Holding
 from mmscale.engine.wire import FORMULA, StepTime, Transfer
+from mmscale.report.console import duration
 from mmscale.report.metrics import in_columns
 
 UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
-def tables(plan: Forecast) -> str:
-    """Everything as text."""
-    return "\n".join(_lines(plan))
+def tables(plan: Forecast, formulas: bool) -> str:
+    """Everything as text, first what follows from it."""
+    return "\n".join(_lines(plan, formulas))
 
 
-def _lines(plan: Forecast) -> Iterator[str]:
+def _lines(plan: Forecast, formulas: bool) -> Iterator[str]:
+    yield from _conclusion(plan)
+    yield ""
     yield from _facts(plan)
     yield ""
     yield f"memory a rank, predicted ({plan.batch.world} ranks; configured: {plan.chosen})"
     yield in_columns(list(_memory_rows(plan)))
-    yield from _formulas(plan.memory)
+    yield from _formulas(plan.memory) if formulas else ()
     yield ""
     yield f"sent by a rank in one update, predicted ({plan.batch.world} ranks, ring algorithms)"
     yield in_columns(list(_wire_rows(plan))) if any(plan.wire.values()) else "nothing: one rank"
-    yield from _formulas(plan.wire)
+    yield from _formulas(plan.wire) if formulas else ()
     yield ""
     yield from _efficiency(plan)
+    yield f"  {FORMULA}" if formulas else "every figure is predicted; --formulas shows how"
+
+
+def _conclusion(plan: Forecast) -> Iterator[str]:
+    batch, cluster, chosen = plan.batch, plan.cluster, plan.chosen
+    yield (
+        f"fits: {chosen} keeps {bytes_as_text(plan.room[chosen])} of {cluster.memory_gb:g} GB on "
+        f"{'each of ' * (batch.world > 1)}{_count(batch.world, 'GPU')} ({cluster.name})"
+    )
+    if chosen in plan.here:
+        update = plan.here[chosen].seconds
+        yield (
+            f"time: an epoch about {_span(update * plan.data.steps_per_epoch)}, the run about "
+            f"{_span(update * plan.data.steps)}, {batch.global_rows / update:,.0f} pairs/s at "
+            f"{cluster.utilisation:.0%} of the peak; reading and evaluation are not counted"
+        )
+    yield from (f"take: {advice}" for advice in _advice(plan))
+
+
+def _span(seconds: float) -> str:
+    return duration(seconds) if seconds >= 60 else f"{seconds:.2g} s"
+
+
+def _advice(plan: Forecast) -> Iterator[str]:
+    fastest, chosen, batch = plan.fastest, plan.chosen, plan.batch
+    if fastest != chosen:
+        gain = (
+            f"{plan.here[chosen].seconds / plan.here[fastest].seconds:.2f} times as fast"
+            if chosen in plan.here
+            else "nothing moves to the host"
+        )
+        size = bytes_as_text(plan.room[fastest])
+        yield f"engine.deepspeed={FILES.get(fastest, 'null')}: {gain}, and fits with {size}"
+    if plan.chunks_wanted < batch.chunks:
+        spares = ", which spares the second forward" if plan.chunks_wanted == 1 else ""
+        yield (
+            f"train.micro_batch_size={batch.rank_rows // plan.chunks_wanted} instead of "
+            f"{batch.micro_rows}: it fits too{spares}"
+        )
 
 
 def _facts(plan: Forecast) -> Iterator[str]:
@@ -122,7 +164,6 @@ def _efficiency(plan: Forecast) -> Iterator[str]:
         else []
     )
     yield in_columns(rows)
-    yield f"  {FORMULA}"
 
 
 def bytes_as_text(size: float) -> str:
@@ -143,6 +184,13 @@ def plan_json(plan: Forecast) -> dict[str, Any]:
         "precision": plan.precision,
         "tokens": plan.seen.tokens,
         "chosen": plan.chosen,
+        "conclusion": {
+            "bytes": plan.room[plan.chosen],
+            "seconds_per_update": plan.here[plan.chosen].seconds
+            if plan.chosen in plan.here
+            else None,
+            "take": list(_advice(plan)),
+        },
         "memory": {name: [asdict(h) for h in held] for name, held in plan.memory.items()},
         "wire": {
             name: [_transfer(t, plan.batch.world) for t in sent] for name, sent in plan.wire.items()

@@ -6,6 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
 from mmscale.engine.forecast import Forecast
+from mmscale.engine.memory import TOWER_ACTIVATIONS
 from mmscale.engine.wire import GPUS
 from mmscale.report.figure import CHANCE_COLOUR, FULL_WIDTH, drawing, png
 
@@ -20,7 +21,7 @@ GROUPS = {
     "gradients": "gradients",
     "optimizer": "optimizer",
     "buckets": "buckets",
-    "tower activations": "activations",
+    TOWER_ACTIVATIONS: "activations",
     "head activations": "activations",
     "loss": "activations",
 }

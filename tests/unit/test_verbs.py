@@ -10,7 +10,6 @@ import pytest
 from mmscale.cli import command, entry
 from mmscale.errors import explained
 
-
 # As the console script is, under the name that completion looks for.
 STARTED = "import sys; sys.argv[0] = 'mmscale'; from mmscale.cli import main; main()"
 

@@ -11,13 +11,15 @@ from mmscale.cli import entry
 from mmscale.config.cluster import read_cluster
 from mmscale.config.load import load_config
 from mmscale.engine.footprint import footprint
-from mmscale.engine.forecast import forecast
+from mmscale.engine.forecast import device_bytes, forecast
 from mmscale.engine.memory import UNZEROED, Workload, activations, holdings
 from mmscale.engine.plan import plan_batch
 from mmscale.engine.wire import Transfer, transfers
 from mmscale.errors import ConfigError, explained
 from mmscale.model.build import build_model
 from mmscale.model.outline import outline
+from mmscale.report.console import duration
+from mmscale.report.forecast import tables
 from tests.unit.model.whole_hf import save_whole
 
 # Text of 48 tokens and images of 36 patches through transformers of known shape.
@@ -183,6 +185,8 @@ def test_the_command_prints_writes_and_draws(monkeypatch, capsys, tmp_path):
     figures, picture = tmp_path / "plan.json", tmp_path / "plan.png"
     words = ["--world", "8", "--samples", "100000", "--json", str(figures), "--plot", str(picture)]
     assert run(monkeypatch, *DEMO, *words) == 0
+    assert "4 x trained" not in capsys.readouterr().out
+    assert run(monkeypatch, *DEMO, *words, "--formulas") == 0
     shown = capsys.readouterr().out
     assert "8 ranks x 16 rows x 1 chunk = 128 pairs" in shown
     for word in ("ZeRO-3 + offload", "all-gather", "steps", "4 x trained", "efficiency", "512"):
@@ -219,3 +223,40 @@ def test_a_file_that_contradicts_the_run_is_refused_with_both_values(tmp_path):
 def test_a_model_that_does_not_fit_is_refused_with_what_does():
     with pytest.raises(ConfigError, match=r"needs .* GB a GPU.*train\.micro_batch_size=131072"):
         plan("train.global_batch_size=1048576", samples=10**8)
+
+
+def test_fewer_chunks_are_advised_as_far_as_they_fit():
+    def planned(rows):
+        words = ["flickr30k", "train.global_batch_size=8192", f"train.micro_batch_size={rows}"]
+        return forecast(load_config(words), 1, read_cluster("rtx4090"), 29_000, None)
+
+    tight = planned(64)
+    rows = 8192 // tight.chunks_wanted
+    assert 64 < rows < 4096
+    assert f"take: train.micro_batch_size={rows} instead of 64" in tables(tight, False)
+    followed = planned(rows)
+    assert followed.chunks_wanted == followed.batch.chunks
+    assert device_bytes(followed.memory["accelerate"]) <= 0.9 * 24e9
+    with pytest.raises(ConfigError, match=f"set train.micro_batch_size={rows}, or switch"):
+        planned(2 * rows)
+
+
+def test_the_fastest_way_that_fits_is_advised():
+    planned = plan("engine.deepspeed=zero3_offload")
+    times = {name: step.seconds for name, step in planned.here.items()}
+    assert planned.chosen not in times
+    assert planned.fastest == min(times, key=lambda name: times[name]) == "accelerate"
+    assert "take: engine.deepspeed=null: nothing moves to the host" in tables(planned, False)
+    slower = plan("engine.deepspeed=zero1")
+    gain = slower.here["ZeRO-1"].seconds / slower.here["accelerate"].seconds
+    assert f"take: engine.deepspeed=null: {gain:.2f} times as fast" in tables(slower, False)
+    assert "take:" not in tables(plan(), False)
+
+
+def test_the_time_of_a_run_is_that_of_its_updates():
+    planned = plan("train.duration=3 epochs", samples=500_000_000)
+    seconds = planned.here["accelerate"].seconds
+    assert seconds == planned.steps["accelerate"][0].seconds
+    epoch = 500_000_000 // 128 * seconds
+    shown = tables(planned, False).splitlines()[1]
+    assert f"an epoch about {duration(epoch)}, the run about {duration(3 * epoch)}" in shown
