@@ -116,6 +116,31 @@ def models(
 
 
 @app.command(rich_help_panel=BEFORE)
+def fetch(settings: Settings = None) -> int:
+    """Bring the weights and tokenizers that a run needs from the hub into the cache.
+
+    For example, where there is a network: mmscale fetch flickr30k. Jobs without one then start with
+    the same HF_HOME and HF_HUB_OFFLINE=1. A lone openclip:NAME@WEIGHTS or hf:NAME is fetched too.
+    """
+    from mmscale.config.load import load_config
+    from mmscale.evaluation.trained import load_named
+    from mmscale.report.forecast import bytes_as_text
+    from mmscale.training.fetch import cache_folder, cached_pages, fetch_for
+
+    words = settings or []
+    before = cached_pages()
+    if len(words) == 1 and words[0].startswith(("openclip:", "hf:")):
+        load_named(words[0])
+    else:
+        fetch_for(load_config(words))
+    after = cached_pages()
+    for page in sorted(after.keys() - before.keys()):
+        say(f"{page}: {bytes_as_text(after[page])}")
+    say(f"all that is needed of the hub lies in {cache_folder()}")
+    return 0
+
+
+@app.command(rich_help_panel=BEFORE)
 def schema() -> int:
     """Print the JSON schema of the configuration, for editors that complete YAML."""
     from mmscale.config.schema import Config

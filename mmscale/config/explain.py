@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from mmscale.config.evaluation import EvalSetConfig
+from mmscale.config.foreign import FOREIGN_NAMES
 from mmscale.config.loss import AnyTerm
 from mmscale.config.paths import FAULT
 from mmscale.config.schema import Config
@@ -16,30 +17,6 @@ from mmscale.config.schema import Config
 TERMS = ["loss", "terms"]
 SETS = ["eval", "sets"]
 KINDS = {get_args(term.model_fields["kind"].annotation)[0]: term for term in get_args(AnyTerm)}
-
-# Names that users bring from other trainers, and the setting that they mean here.
-FOREIGN_NAMES = {
-    "epochs": "train.duration",
-    "num_epochs": "train.duration",
-    "max_steps": "train.duration",
-    "steps": "train.duration",
-    "batchsize": "train.global_batch_size",
-    "batch_size": "train.global_batch_size",
-    "gradient_accumulation_steps": "train.micro_batch_size",
-    "accum_freq": "train.micro_batch_size",
-    "learning_rate": "optim.lr",
-    "wd": "optim.weight_decay",
-    "grad_clip_norm": "optim.clip_norm",
-    "num_workers": "data.workers",
-    "train_data": "data.train",
-    "val_data": "data.eval",
-    "temperature": "model.logit_scale.init",
-    "output_dir": "run.dir",
-    "resume_from_checkpoint": "run.resume",
-    "train_num_samples": "data.epoch_samples",
-    "dataset_resampled": "data.resampled",
-    "train_data_upsampling_factors": "data.train",
-}
 
 
 def known_settings() -> dict[str, FieldInfo]:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from mmscale.config.effects import ineffective, settings_in
 from mmscale.config.explain import explain, known_settings, meant_by
+from mmscale.config.foreign import OPEN_CLIP_FLAGS
 from mmscale.config.model import head_faults
 from mmscale.config.paths import is_path, path_of
 from mmscale.config.rules import (
@@ -223,8 +224,11 @@ def flatten(section: BaseModel, prefix: str = "") -> dict[str, Any]:
 
 def _read_word(word: str) -> dict[str, Any]:
     if word.startswith("-"):
-        meant = meant_by(word.lstrip("-").partition("=")[0].replace("-", "_"))
+        flag = word.lstrip("-").partition("=")[0].replace("-", "_")
+        meant = OPEN_CLIP_FLAGS[flag] if flag in OPEN_CLIP_FLAGS else meant_by(flag)
         example = f", here {meant}=VALUE" if meant else ""
+        if flag in OPEN_CLIP_FLAGS:
+            example += " (docs/from-open-clip.md)"
         raise ConfigError(f"{word}: no such option; settings are written key=value{example}")
     if word.startswith("~"):
         # A file; a word key=value may hold a home folder, but does not begin with one.
