@@ -1,4 +1,4 @@
-"""What the README says holds: verbs, targets, presets, settings, exit codes, files."""
+"""What the README says holds, and the commands of every page."""
 
 import re
 import runpy
@@ -14,32 +14,67 @@ from mmscale.diagnostics.rules import ORDER, RULES
 from mmscale.model.presets import PRESETS as MODEL_PRESETS
 from tests.whole.command import ROOT
 
-README = (ROOT / "README.md").read_text("utf-8")
-INLINE = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.M))
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
+README = PAGES[0].read_text("utf-8")
 INDENTED = re.findall(r"^ {4}(make .*)$", README, re.MULTILINE)
 # After these words of a command line come presets, files and key=value.
-TRAINERS = ("mmscale/train.py", "slurm/train.sbatch", "mmscale train", "mmscale plan")
+TRAINERS = (
+    "mmscale/train.py",
+    "slurm/train.sbatch",
+    "mmscale train",
+    "mmscale plan",
+    "mmscale fetch",
+)
 
 
-def block_lines() -> list[str]:
+def inline(page: str) -> list[str]:
+    """What stands between single backticks outside of blocks."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", page, flags=re.DOTALL | re.M))
+
+
+def block_lines(page: str = README) -> list[str]:
     """Lines of the shell blocks, continued lines joined, without comments."""
-    blocks = re.findall(r"^```sh\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    blocks = [block for language, block in fenced if language in ("", "sh")]
+    blocks += re.findall(
+        r"^\n((?: {4}(?:mmscale|python|torchrun) .*\n(?: {6,}.*\n)*)+)", page, re.M
+    )
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [line for line in lines if line.strip() and not line.startswith("#")]
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def commands() -> list[str]:
+    """Every command line of all pages."""
+    texts = [page.read_text("utf-8") for page in PAGES]
+    return sorted({line for text in texts for line in (*block_lines(text), *inline(text))})
+
+
+INLINE = inline(README)
+COMMANDS = commands()
 
 
 def configurations() -> list[list[str]]:
-    """The words that each training command of the page would hand to `load_config`."""
+    """The words that each training command of a page would hand to `load_config`."""
     found = []
-    for line in [*block_lines(), *INLINE]:
+    for line in COMMANDS:
         for trainer in TRAINERS:
-            if f"{trainer} " in line:
-                words = shlex.split(line.split(f"{trainer} ", 1)[1])
-                if "--world" in words:
-                    at = words.index("--world")
-                    del words[at : at + 2]
-                found.append(words)
+            words = shlex.split(line.split(f"{trainer} ", 1)[1]) if f"{trainer} " in line else []
+            # What a page leaves to its reader.
+            if words and words[0] not in ("CONFIG", "..."):
+                found.append(without_options(words))
     return found
+
+
+def without_options(words: list[str]) -> list[str]:
+    """Words without options and their values, which `mmscale plan` has."""
+    kept, rest = list[str](), iter(words)
+    for word in rest:
+        if not word.startswith("--"):
+            kept.append(word)
+        elif word != "--formulas":
+            next(rest)
+    return kept
 
 
 def settings_tool() -> dict:
@@ -60,9 +95,26 @@ def test_the_page_of_settings_is_up_to_date():
 
 def test_verbs_exist():
     verbs = set(typer.main.get_command(app).commands)
-    code = [*block_lines(), *INLINE]
-    named = {verb for line in code for verb in re.findall(r"\bmmscale ([a-z]+)", line)}
+    named = {verb for line in COMMANDS for verb in re.findall(r"\bmmscale ([a-z]+)", line)}
     assert {"pack", "verify", "train", "eval", "doctor"} <= named <= verbs
+
+
+def verb_lines() -> list[tuple[str, list[str]]]:
+    """Verb and options of each of our commands, on any page."""
+    lines = (re.search(r"\bmmscale ([a-z]+)\b(.*)", line) for line in COMMANDS)
+    return [(m[1], re.findall(r"(?<!\S)(--[a-z-]+)", m[2])) for m in lines if m]
+
+
+def test_options_exist_on_every_page():
+    verbs = typer.main.get_command(app).commands
+    wrong = [
+        (verb, option)
+        for verb, options in verb_lines()
+        for option in options
+        if verb in verbs and option not in {"--help"}.union(*(p.opts for p in verbs[verb].params))
+    ]
+    assert not wrong
+    assert len(verb_lines()) > 60
 
 
 def test_make_targets_exist():
@@ -75,8 +127,8 @@ def test_make_targets_exist():
 
 @pytest.mark.parametrize("words", configurations(), ids=" ".join)
 def test_training_commands_load(words):
-    config = load_config(words)
-    assert config.model.preset is None or config.model.preset in MODEL_PRESETS
+    preset = load_config(words).model.preset
+    assert preset is None or preset in MODEL_PRESETS or preset.startswith(("openclip:", "hf:"))
 
 
 def test_training_commands_are_found():
