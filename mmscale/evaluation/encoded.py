@@ -8,9 +8,11 @@ stale one is never used.
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -35,6 +37,8 @@ from mmscale.parallel.peers import barrier, broadcast_object, gather_objects
 
 Tell = Callable[[str], None]
 
+# Between two lines of a pass through the towers.
+TOLD_SECONDS = 10.0
 # Cleaning, splitting and cutting that differ show in the tokens of these.
 _PROBES = ("a photograph of two dogs, running", "  A  Caf\u00c3\u00a9 &amp;amp; B's T-shirt_! ")
 
@@ -135,7 +139,7 @@ def cached_table(
         tell(f"features: {shards.samples:,} images through the frozen towers, once")
         if kept.count:
             tell(f"features: {kept.count:,} images are there from a pass that was cut short")
-        return encode(encoder, shards, _tenths(tell), kept)
+        return encode(encoder, shards, pace_of_features(tell), kept)
 
     return cache.table(shards, encoder.peers, make)
 
@@ -164,22 +168,32 @@ def own_neighbours(
     """
     device = encoder.device
     if features is None:
-        features = encode(encoder, shards, _tenths(tell))
+        features = encode(encoder, shards, pace_of_features(tell))
     image, text, *_ = encoder.call("heads", features.image.to(device), features.text.to(device))
     embedded = replace(features, image=image.unit.float().cpu(), text=text.unit.float().cpu())
     table = embedded.neighbours(by).tensors() if world.is_main else None
     return Neighbours.of(broadcast_object(world, table))
 
 
-def _tenths(tell: Tell) -> Callable[[int, int], None]:
-    """Progress that speaks at each tenth."""
-    told = 0
+def pace_of_features(tell: Tell) -> Callable[[int, int], None]:
+    """Progress that speaks every ten seconds and at the end, with the rate and the time left."""
+    # What an earlier pass has left counts neither for the rate nor for the time.
+    begun: tuple[float, int] | None = None
+    told = time.monotonic()
 
     def progress(done: int, total: int) -> None:
-        nonlocal told
-        if 10 * done // total > told:
-            told = 10 * done // total
-            tell(f"features: {done:,} of this rank's {total:,} images done")
+        nonlocal begun, told
+        now = time.monotonic()
+        start, first = begun = begun or (now, done)
+        if now - told < TOLD_SECONDS and done < total:
+            return
+        told = now
+        line = f"features: {done:,} of this rank's {total:,} images"
+        if done > first and now > start:
+            rate = (done - first) / (now - start)
+            left = timedelta(seconds=round((total - done) / rate))
+            line += f", {rate:,.1f}/s, {left} left"
+        tell(line)
 
     return progress
 

@@ -28,7 +28,10 @@ from rich.text import Text
 from mmscale.contracts import World
 from mmscale.report.metrics import set_names
 
-PLAIN_SECONDS = 5.0  # between two lines where stderr is a file
+# Between two lines where stderr is a file: a share of the time until then, so that a run of a day
+# writes some hundred lines, and within these bounds.
+PLAIN_SHARE = 0.02
+PLAIN_SECONDS = (5.0, 600.0)
 PACE_UPDATES = 50
 RECALLS = ("r1", "r5", "r10")
 _BIDI_CONTROLS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -47,7 +50,8 @@ class TrainingConsole:
         self._total_steps = total_steps
         self._recall: tuple[float, float] | None = None
         self._pace = _Pace(total_steps)
-        self._last_plain = -PLAIN_SECONDS
+        self._begun = time.monotonic()
+        self._next_plain = self._begun
         self._progress: Progress | None = None
 
     def say(self, text: str) -> None:
@@ -65,8 +69,10 @@ class TrainingConsole:
         status = self._status(line)
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._show_live(step, status)
-        elif step >= self._total_steps or time.monotonic() - self._last_plain >= PLAIN_SECONDS:
-            self._last_plain = time.monotonic()
+        elif step >= self._total_steps or time.monotonic() >= self._next_plain:
+            least, most = PLAIN_SECONDS
+            now = time.monotonic()
+            self._next_plain = now + min(max(PLAIN_SHARE * (now - self._begun), least), most)
             self.say(status)
 
     def evaluation(self, line: Mapping[str, Any]) -> None:
@@ -94,6 +100,8 @@ class TrainingConsole:
         chance = f" (chance {line['loss_chance']:.3f})" if "loss_chance" in line else ""
         parts = [
             f"step {line['step']:,}/{self._total_steps:,}",
+            # First, because a narrow terminal cuts the end.
+            f"{self._pace.left()} left",
             f"loss {_number(line.get('loss'), '.4f')}{chance}",
         ]
         if self._recall is not None:
@@ -102,7 +110,6 @@ class TrainingConsole:
             f"{_number(line.get('samples_per_second'), ',.0f')} pairs/s",
             f"data wait {_number(line.get('data_wait'), '.0%')}",
             *([f"MFU {line['mfu']:.0%}"] if "mfu" in line else []),
-            f"{self._pace.left()} left",
         ]
         return "  ".join(parts)
 

@@ -10,6 +10,7 @@ import torch
 from mmscale.data.caption_text import with_cleaning
 from mmscale.data.features import FeatureTable
 from mmscale.data.shards import open_shards
+from mmscale.evaluation import encoded
 from mmscale.evaluation.encoded import FeatureCache
 from mmscale.model.build import build_model
 from mmscale.parallel.peers import Alone
@@ -119,3 +120,16 @@ def test_the_table_used_longest_ago_goes_first_and_never_one_in_use(tmp_path, to
     for shards in sets:
         tight.get(shards)
     assert tight.made == 2
+
+
+def test_the_pace_of_a_pass_leaves_out_what_was_there_before(monkeypatch):
+    clock = iter((0.0, 1.0, 9.0, 21.0, 22.0))
+    monkeypatch.setattr(encoded.time, "monotonic", lambda: next(clock))
+    told = []
+    progress = encoded.pace_of_features(told.append)
+    for done in (1000, 1160, 1400, 1420):
+        progress(done, 1420)
+    assert told == [
+        "features: 1,400 of this rank's 1,420 images, 20.0/s, 0:00:01 left",
+        "features: 1,420 of this rank's 1,420 images, 20.0/s, 0:00:00 left",
+    ]

@@ -1,5 +1,6 @@
 import io
 import time
+from itertools import pairwise
 
 from rich.console import Console
 
@@ -83,3 +84,29 @@ def test_the_time_left_goes_by_the_pace_of_the_stage_at_hand(monkeypatch):
         now += 0.01 if step <= 200 else 6.0
         screen.training(line(step))
     assert "1:10:00 left" in stream.getvalue().splitlines()[-1]
+
+
+def test_a_file_gets_lines_at_growing_intervals(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    screen, stream = watched(total_steps=86_401)
+    for step in range(1, 86_401):
+        now += 1.0
+        screen.training(line(step))
+    steps = [
+        int(said.split()[1].split("/")[0].replace(",", ""))
+        for said in stream.getvalue().splitlines()
+    ]
+    gaps = [later - earlier for earlier, later in pairwise(steps)]
+    assert gaps[:10] == [5] * 10
+    assert gaps == sorted(gaps)
+    assert 590 <= gaps[-1] <= 601
+    assert 300 < len(steps) < 400
+
+
+def test_the_time_left_is_seen_on_a_narrow_terminal():
+    stream = io.StringIO()
+    screen = TrainingConsole(10, Console(file=stream, force_terminal=True, width=60))
+    screen.training(line(10))
+    screen.close()
+    assert "step 10/10  0:00 left" in stream.getvalue()
