@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
 from pydantic import Field, model_validator
 
-from mmscale.config.taught import AnchorTerm, TeacherTerm
+from mmscale.config.taught import AnchorTerm, L2StartTerm, TeacherTerm
 from mmscale.config.term import BOTH, ONE, ZERO, AtLeastZero, Needs, Share, Term
 from mmscale.config.values import NonNegativeFloat, Positive, PositiveFloat, Ramp, Section
 
@@ -286,6 +286,7 @@ AnyTerm: TypeAlias = (
     | DistillationTerm
     | TeacherTerm
     | AnchorTerm
+    | L2StartTerm
     | MatchingTerm
     | ClassificationTerm
     | MatryoshkaTerm

@@ -9,7 +9,7 @@ from mmscale.config.data import DataConfig, SourceConfig
 from mmscale.config.evaluation import MAIN, logged, set_named_in
 from mmscale.config.loss import TERMS, AnyTerm, LossConfig, MatryoshkaTerm
 from mmscale.config.schema import Config
-from mmscale.config.taught import AnchorTerm, TeacherTerm
+from mmscale.config.taught import TeacherTerm
 from mmscale.config.term import Needs
 from mmscale.config.training import StageConfig
 
@@ -48,7 +48,7 @@ def teacher_terms(config: Config) -> tuple[TeacherTerm, ...]:
 
 def keeps_start(config: Config) -> bool:
     """Whether the weights that the run began with are kept for a term."""
-    return any(isinstance(term, AnchorTerm) for term in trained_terms(config))
+    return any(term.needs.start for term in trained_terms(config))
 
 
 def teacher_faults(config: Config) -> Iterator[str]:
@@ -115,6 +115,11 @@ def objective_faults(config: Config) -> Iterator[str]:
             yield (
                 f"loss.terms holds {kind}, but model.logit_scale.bias is null; set it, for example "
                 f"to {needs.logit_scale[1]:g}"
+            )
+        if kinds == ["l2_start"]:
+            yield (
+                "loss.terms holds l2_start alone, which lets nothing move; add what the run learns "
+                "by, such as {kind: infonce}"
             )
         if needs.once is not None and kinds.count(kind) > 1:
             yield f"loss.terms holds {kind} more than once; {needs.once}"

@@ -1,4 +1,4 @@
-"""Settings of the terms that compare with a frozen model; `loss.py` has all others."""
+"""Settings of the terms that compare with frozen weights; `loss.py` has all others."""
 
 from typing import ClassVar, Literal
 
@@ -49,7 +49,20 @@ class TeacherTerm(TaughtTerm):
 class AnchorTerm(TaughtTerm):
     """Stay near what the run began with: its start is the teacher."""
 
+    needs: ClassVar[Needs] = Needs(start=True)
+
     kind: Literal["anchor"]
     """Checkpoints keep the weights of the start, before any stage."""
     form: Literal["affinity", "feature"] = "feature"
     """`feature`: rows stay where they were; `affinity`: what was alike stays alike."""
+
+
+class L2StartTerm(Term):
+    """Squared distance of the trained weights to those that the run began with (L2-SP)."""
+
+    needs: ClassVar[Needs] = Needs(
+        start=True, once="it is the same distance twice; add up their weights"
+    )
+
+    kind: Literal["l2_start"]
+    """A sum over all trained parameters, not a mean: `weight` is half of the paper's alpha."""

@@ -20,6 +20,7 @@ class Needs:
         mining: `negatives.mining` says which of its negatives count.
         momentum: Rows of the momentum encoders.
         pictures: The batch's pixels and captions, for a frozen teacher to encode.
+        start: The weights that the run began with, kept in every checkpoint.
         fusion: The head of the fusion model whose logits it takes.
         labels: Labels in the data.
         logit_scale: Scale and bias of the logits that its authors start from; it needs the bias.
@@ -31,6 +32,7 @@ class Needs:
     mining: bool = False
     momentum: bool = False
     pictures: bool = False
+    start: bool = False
     fusion: Literal["matching", "classes"] | None = None
     labels: bool = False
     logit_scale: tuple[float, float] | None = None

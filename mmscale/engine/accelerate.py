@@ -1,6 +1,6 @@
 """The engine for one device: accelerate's choice of it, precision and loss scaling."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -105,6 +105,17 @@ class AccelerateEngine:
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
                 yield name, parameter.detach()
+
+    def cut(self, name: str, whole: Tensor) -> Tensor:
+        return whole
+
+    def pull(self, added: Iterable[tuple[str, Tensor]], factor: float) -> None:
+        if self._accelerator.scaler is not None:
+            factor *= self._accelerator.scaler.get_scale()
+        for name, value in added:
+            gradient = self.module.get_parameter(name).grad
+            assert gradient is not None, "the update's last backward comes first"
+            gradient.add_(value, alpha=factor)
 
     def tensors(self) -> Iterator[NamedTensor]:
         state = self._optimizer.optimizer.state

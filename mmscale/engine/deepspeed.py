@@ -7,7 +7,7 @@ Private names of DeepSpeed 0.19 are used where its API has a gap; each is held b
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -72,6 +72,7 @@ class DeepSpeedEngine:
             self._zero.unscale_and_clip_grads = partial(_clip, config.optim.clip_norm)
         self._scale = LossScale() if policy.dtype == torch.float16 else None
         self.groups: list[dict[str, Any]] = self._zero.param_groups
+        self._named: dict[str, Any] = dict(self._engine.module.named_parameters())
         self._updates = 0
 
     def call(self, mode: str, *inputs: Any) -> Any:
@@ -130,6 +131,25 @@ class DeepSpeedEngine:
             piece = self._master(parameter) if parameter.requires_grad else None
             if piece is not None:
                 yield name, piece.detach()
+
+    def cut(self, name: str, whole: Tensor) -> Tensor:
+        parameter, flat = self._named[name], whole.flatten()
+        if self._stage != 3:
+            place = parameter._hp_mapping.lp_fragment_address
+            return flat.narrow(0, place.start, place.numel)
+        size = parameter.ds_tensor.numel()
+        rank = self._deepspeed.comm.get_rank()
+        return flat[rank * size : (rank + 1) * size]
+
+    def pull(self, added: Iterable[tuple[str, Tensor]], factor: float) -> None:
+        if self._scale is not None:
+            factor *= self._scale.value
+        for name, value in added:
+            parameter = self._named[name]
+            for piece in self._gradient(parameter):
+                # What lies behind a parameter's end is padding.
+                piece.view(-1)[: value.numel()].add_(value.to(piece.device), alpha=factor)
+                self._tell_offloaded(parameter, piece)
 
     def tensors(self) -> Iterator[NamedTensor]:
         utils = self._deepspeed.utils
@@ -210,9 +230,13 @@ class DeepSpeedEngine:
         """Divide this rank's piece of a parameter's gradient."""
         for piece in self._gradient(parameter):
             piece.div_(scale)
-            if self._stage == 3 and self._zero.offload_optimizer:
-                # DeepSpeed keeps the norm that it took on the way to the host.
-                parameter._z3_optimizer.set_local_grad_for_param(piece, parameter)
+            self._tell_offloaded(parameter, piece)
+
+    def _tell_offloaded(self, parameter: Any, piece: Tensor) -> None:
+        """Hand a changed gradient in the host's memory back."""
+        if self._stage == 3 and self._zero.offload_optimizer:
+            # DeepSpeed keeps the norm that it took on the way to the host.
+            parameter._z3_optimizer.set_local_grad_for_param(piece, parameter)
 
     def _master(self, parameter: Any) -> Tensor | None:
         """This rank's piece of a parameter in fp32; None where it holds none."""

@@ -7,7 +7,7 @@ while the backward goes on with the block before it. Frozen parameters stay whol
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -129,6 +129,15 @@ class FsdpEngine:
         for name, share in self._shares.items():
             if share.master.numel():
                 yield name, share.master.detach()
+
+    def cut(self, name: str, whole: Tensor) -> Tensor:
+        return self._shares[name].cut(whole)
+
+    def pull(self, added: Iterable[tuple[str, Tensor]], factor: float) -> None:
+        if self._scale is not None:
+            factor *= self._scale.value
+        for name, value in added:
+            self._shares[name].gradient.add_(value, alpha=factor)
 
     def tensors(self) -> Iterator[NamedTensor]:
         state = self._optimizer.state

@@ -13,6 +13,7 @@ import torch
 
 from mmscale.config.rules import keeps_start, needs_momentum
 from mmscale.config.schema import Config
+from mmscale.config.taught import L2StartTerm
 from mmscale.engine.footprint import Footprint, Weight
 from mmscale.engine.optimizer import optimizer_kind
 from mmscale.engine.plan import BatchPlan
@@ -242,6 +243,9 @@ def _frozen_models(work: Workload) -> Iterator[Holding]:
     if keeps_start(work.config):
         size = FP32 * (seen.numel(True) + seen.numel(False)) + seen.buffers
         yield Holding("start", size, "4 x parameters + buffers: the weights it began with")
+    if any(isinstance(term, L2StartTerm) for term in work.config.loss.terms):
+        size = FP32 * seen.numel(True) // work.plan.world
+        yield Holding("pull to the start", size, "4 x trained parameters / ranks")
 
 
 def _queue(work: Workload) -> Iterator[Holding]:

@@ -1,6 +1,6 @@
 """What a run asks of an engine; `accelerate.py`, `fsdp.py` and `deepspeed.py` answer it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -15,8 +15,8 @@ class Engine(Protocol):
     """Holds the model, shards it or not, and applies updates; three implementations.
 
     One update is `begin_update`, any number of `call`s and `backward`s of which the last
-    says so, then `part_norms`, then `apply` or `skip_update`. Gradients are averaged over ranks.
-    Where the host runs ahead of the device, `apply` alone ends it.
+    says so, then perhaps `pull`, then `part_norms`, then `apply` or `skip_update`. Gradients are
+    averaged over ranks. Where the host runs ahead of the device, `apply` alone ends it.
 
     Attributes:
         label: Name for the log.
@@ -67,6 +67,17 @@ class Engine(Protocol):
         """This rank's share of the trained weights in fp32, by parameter: views, not copies.
 
         The shares of all ranks make each parameter whole once.
+        """
+
+    def cut(self, name: str, whole: Tensor) -> Tensor:
+        """Of something as large as a parameter of `masters`: this rank's share, as it has it."""
+
+    def pull(self, added: Iterable[tuple[str, Tensor]], factor: float) -> None:
+        """Add to this rank's share of the averaged gradient.
+
+        Args:
+            added: By parameters of `masters`, each as large as its share.
+            factor: Of all of them.
         """
 
     def tensors(self) -> Iterator[NamedTensor]:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmscale.config.taught import AnchorTerm, TeacherTerm
+from mmscale.config.taught import AnchorTerm, L2StartTerm, TeacherTerm
 from mmscale.contracts import START, Taught
 from mmscale.loss.contrast import Contrast, PairRows, directions, wide
 from mmscale.loss.strips import Sums, sum_over_rows
@@ -93,6 +93,12 @@ def _teacher(settings: TeacherTerm, given: Given) -> TermValue:
 def _anchor(settings: AnchorTerm, given: Given) -> TermValue:
     taught = given.rows.teachers.get(START)
     return _compared(settings, given, given.needed(taught, settings, "rows of its start"))
+
+
+@term(L2StartTerm)
+def _l2_start(settings: L2StartTerm, given: Given) -> TermValue:
+    distance = given.needed(given.rows.distance, settings, "distance to its start")
+    return TermValue(distance, lambda counts: Bounds(0.0))
 
 
 def _compared(settings: AnchorTerm | TeacherTerm, given: Given, taught: Taught) -> TermValue:

@@ -21,6 +21,7 @@ from mmscale.config.rules import (
     needs_momentum_rows,
 )
 from mmscale.config.schema import Config
+from mmscale.config.taught import L2StartTerm
 from mmscale.contracts import START, InputSpec
 from mmscale.data.caption_text import with_cleaning
 from mmscale.data.features import CachedStream, FeatureTable
@@ -57,6 +58,7 @@ from mmscale.training.parts.evaluation import Evaluation
 from mmscale.training.parts.health import Health
 from mmscale.training.parts.matching import Matching
 from mmscale.training.parts.momentum import Momentum
+from mmscale.training.parts.near_start import NearStart
 from mmscale.training.parts.non_finite import NonFinite
 from mmscale.training.parts.prototypes import EpochClusters
 from mmscale.training.parts.queue import Queue, RowBank
@@ -67,7 +69,13 @@ from mmscale.training.parts.teacher import Teachers
 from mmscale.training.prepare import towers_of
 from mmscale.training.stage import Job, Services, Stage, Start, Timetable
 from mmscale.training.step import Learner
-from mmscale.training.teachers import cached_features, fed_with, open_teachers, taught_terms
+from mmscale.training.teachers import (
+    Teacher,
+    cached_features,
+    fed_with,
+    open_teachers,
+    taught_terms,
+)
 
 
 def build_stage(job: Job, start: Start, say: Tell) -> Stage:
@@ -219,8 +227,10 @@ def _prototypes(stage: Stage) -> Iterator[EpochClusters]:
 
 
 def _teachers(stage: Stage) -> Iterator[Part]:
-    yield from (Begun(teacher) for teacher in stage.teachers if teacher.name == START)
     terms = taught_terms(stage.config)
+    for start in (teacher for teacher in stage.teachers if teacher.name == START):
+        yield Begun(start)
+        yield from _near(stage, start)
     if named := [teacher for teacher in stage.teachers if teacher.name in terms]:
         yield Teachers(
             named,
@@ -228,6 +238,17 @@ def _teachers(stage: Stage) -> Iterator[Part]:
             stage.job.policy,
             stage.spec,
             stage.plan.micro_rows,
+            stage.timetable.uncut,
+        )
+
+
+def _near(stage: Stage, start: Teacher) -> Iterator[NearStart]:
+    for term in (term for term in stage.config.loss.terms if isinstance(term, L2StartTerm)):
+        yield NearStart(
+            term,
+            stage.learner.engine,
+            start.model.state_dict(),
+            stage.job.world.size,
             stage.timetable.uncut,
         )
 

@@ -147,6 +147,9 @@ class Part:
         """
         return rows
 
+    def pull(self, step: Step) -> None:
+        """After an update's last backward: add to the engine's own shares of the gradient."""
+
     def follow(self, rows: LossInput, batch: Batch, applied: Tensor | None = None) -> None:
         """After an update was applied: work on the device, without waiting for it. Collective.
 

@@ -116,6 +116,8 @@ def launch(learner: Learner, batch: Batch, step: Step, parts: Sequence[Part] = (
 
     sequences = any(part.reads_tokens for part in parts)
     output = _gradients(engine, batch, learner.micro_rows, sequences, compute_loss)
+    for part in parts:
+        part.pull(step)
     outcome = agree(engine, learner.peers, batch, output, step)
     rows = _detached(output.rows)
     if engine.decides_on_device and all(part.may_follow_unasked for part in parts):

@@ -24,6 +24,7 @@ from mmscale.parallel.device import choose
 from mmscale.parallel.peers import connect
 from mmscale.training.part import Step
 from mmscale.training.parts.momentum import Momentum
+from mmscale.training.parts.near_start import NearStart
 from mmscale.training.parts.prototypes import EpochClusters
 from mmscale.training.parts.queue import Queue, RowBank
 from mmscale.training.parts.teacher import Teachers
@@ -138,6 +139,7 @@ def train(
         *_queue(config, peers, dtype),
         *_clusters(config, world),
         *_teachers(config, micro, dtype),
+        *_near(engine, config, world, dtype),
     ]
     records, gradients = [], {}
     apply = engine.apply
@@ -196,6 +198,13 @@ def _teachers(config: Config, micro: int, dtype: torch.dtype) -> Iterator[Teache
         begun, _ = build_model(config.model, None, 6)
         start = Teacher(START, begun.requires_grad_(False).to(dtype), own, 16, "")
         yield Teachers([teacher, start], terms, policy, own, micro, whole_steps)
+
+
+def _near(engine: Any, config: Config, world: World, dtype: torch.dtype) -> Iterator[NearStart]:
+    """The pull to other weights than those that the first update begins with."""
+    for term in [term for term in config.loss.terms if term.kind == "l2_start"]:
+        begun, _ = build_model(config.model, None, 6)
+        yield NearStart(term, engine, begun.to(dtype).state_dict(), world.size, whole_steps)
 
 
 def read_gradients(engine: Any, kind: str) -> dict[str, torch.Tensor]:

@@ -63,6 +63,7 @@ def taught(synthetic, tmp_path_factory):
             {"kind": "teacher", "model": model},
             {"kind": "teacher", "model": model, "form": "feature", "weight": 0.5},
             {"kind": "anchor", "weight": 2},
+            {"kind": "l2_start", "weight": 0.5},
         ),
     ]
     again = [*words_for(synthetic, write_settings(folder)), *LENGTH, "model.embed_dim=20"]
@@ -97,7 +98,10 @@ def test_a_pupil_learns_what_its_teacher_finds_alike(taught):
         assert line["loss/teacher_floor"] == line["loss/teacher_2_floor"] == 0
         assert line["loss/teacher_2_chance"] == 2
         total = line["loss/infonce"] + line["loss/teacher"] + 0.5 * line["loss/teacher_2"]
-        assert line["loss"] == pytest.approx(total + 2 * line["loss/anchor"], rel=1e-6)
+        total += 2 * line["loss/anchor"] + 0.5 * line["loss/l2_start"]
+        assert line["loss"] == pytest.approx(total, rel=1e-6)
+    moved = [line["loss/l2_start"] for line in lines]
+    assert moved[0] == 0 < min(moved[1:])
     assert lines[-1]["loss/teacher"] < lines[0]["loss/teacher"]
     # Nothing of the teacher is trained or kept.
     names = {name.partition("/")[2] for name in kept(folder / "run", 6)}
@@ -164,3 +168,16 @@ def test_a_taught_run_goes_on_bit_for_bit_and_only_with_its_teacher(taught, tmp_
     again, wanted = kept(folder, 6), kept(straight / "run", 6)
     assert again.keys() == wanted.keys()
     assert all(torch.equal(again[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("more", [[], ["engine.deepspeed=zero3"]])
+def test_a_run_stays_near_the_same_start_in_another_world_and_engine(taught, tmp_path, more):
+    words, straight = taught
+    folder = shutil.copytree(straight / "run", tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints" / "step-00000006")
+    runs = run_on_ranks(2, _runs, [*words, *more, f"run.dir={folder}"], join=False)
+    assert runs == [[0], [0]]
+    for line, wanted in zip(training_lines(folder), training_lines(straight / "run"), strict=True):
+        assert line["keys_digest"] == wanted["keys_digest"]
+        for figure in ("loss", "loss/l2_start", "loss/anchor"):
+            assert line[figure] == pytest.approx(wanted[figure], rel=1e-3, abs=1e-9), figure

@@ -38,6 +38,11 @@ def test_a_running_mean_is_kept_where_something_uses_it(words, kept):
         (["eval.rerank=16"], r"eval\.rerank=16.*matching"),
         ([MATCHING, "eval.rerank=4"], r"eval\.rerank=4 is shorter than the 10"),
         ([MATCHING, "model.fusion.enabled=false"], r"model\.fusion\.enabled=false"),
+        (["loss.terms=[{kind: l2_start}]"], r"l2_start alone"),
+        (
+            ["loss.terms=[{kind: infonce}, {kind: l2_start}, {kind: l2_start}]"],
+            r"l2_start more than once; .*add up their weights",
+        ),
         (["model.momentum=1.0"], r"model\.momentum"),
     ],
 )

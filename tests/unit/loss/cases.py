@@ -53,6 +53,7 @@ TERMS: dict[str, dict[str, Any]] = {
     "teacher feature": {"model": "as wide", "form": "feature"},
     "anchor": {},
     "anchor affinity": {"form": "affinity"},
+    "l2_start": {},
     "matching": {},
     "classification": {},
     "matryoshka": {"widths": [2, 4]},
@@ -160,6 +161,8 @@ def made_up(leaf: dict, ids: torch.Tensor, seed: int = 1, with_bank: bool = Fals
         class_logits=leaf["classes"],
         prototypes=(Prototypes(draw(CLUSTERS, WIDTH), scales, ids % CLUSTERS),),
         teachers={"wider": taught(WIDTH + 3), "as wide": taught(WIDTH), START: taught(WIDTH)},
+        # Of the weights: here of one of them.
+        distance=leaf["scale"].square().sum(),
     )
 
 
