@@ -60,7 +60,8 @@ def pack(
     source: Annotated[
         Path,
         typer.Argument(
-            help="A data set's folder, its csv, tsv, txt or json, or a recipe, such as flickr30k.",
+            help="A data set's folder, its csv, tsv, jsonl, parquet, txt or json, a recipe, such "
+            "as flickr30k, or hf:ORG/NAME.",
             callback=reading,
         ),
     ],
@@ -87,6 +88,10 @@ def pack(
         float,
         typer.Option(help="Share of the images for val, where nothing tells splits.", min=0, max=1),
     ] = 0.0,
+    columns: Annotated[
+        str | None,
+        typer.Option(help="Columns of a table that are not to be guessed: image=A,caption=B."),
+    ] = None,
     max_left_out: LeftOut = 0.5,
     part: Annotated[
         str, typer.Option(help="I/N: write only every N-th shard, from the I-th on.")
@@ -102,11 +107,20 @@ def pack(
     from mmscale.data.pack import PackSettings
     from mmscale.data.pack import pack as run
     from mmscale.data.pack_folder import PackPart
+    from mmscale.data.sources.columns import parse_columns
     from mmscale.report.console import progress_of
 
     chosen = PackPart.parse(part)
     settings = PackSettings(
-        split, samples_per_shard, resize, quality, max_pixels, images, hold_out, max_left_out
+        split,
+        samples_per_shard,
+        resize,
+        quality,
+        max_pixels,
+        images,
+        hold_out,
+        max_left_out,
+        None if columns is None else parse_columns(columns),
     )
     with progress_of("packed") as progress:
         results = run(

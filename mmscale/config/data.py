@@ -62,6 +62,23 @@ class HardBatchesConfig(Section):
     """Batches among which images change places, for `data.positive_share` too."""
 
 
+class ColumnsConfig(Section):
+    """Names of a table's columns; what is null is guessed by name, and told."""
+
+    image: str | None = None
+    """File names of images, or the images as they are."""
+    captions: str | None = None
+    """A caption, or several as a list."""
+    split: str | None = None
+    """`train`, `val` or `test`; default the column `split`."""
+    label: str | None = None
+    """Class of the image; default the column `label`."""
+    group: str | None = None
+    """Images that count as one, with `data.match=group`; default the column `group`."""
+    image_id: str | None = None
+    """The image's own number; default the column `image_id`."""
+
+
 class DataConfig(Section):
     """The training and evaluation streams."""
 

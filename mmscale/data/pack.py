@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmscale.config.data import ColumnsConfig
 from mmscale.data.damage import MOST_LEFT_OUT, are_too_many
 from mmscale.data.manifest import Manifest, with_identities, write_manifest
 from mmscale.data.pack_folder import (
@@ -27,7 +28,7 @@ from mmscale.data.pack_folder import (
 from mmscale.data.pool import map_ordered
 from mmscale.data.shard_writer import Done, Task, Treatment, read_done, write_shard
 from mmscale.data.sources import Record, Rejection, Source, read_source
-from mmscale.data.sources.read import is_file
+from mmscale.data.sources.read import is_there
 from mmscale.data.sources.records import held_out
 from mmscale.errors import ConfigError, DataError
 
@@ -48,6 +49,7 @@ class PackSettings:
         images: Folder of the images, where it cannot be found beside the captions.
         hold_out: Share of the images that become `val`, where the source tells no splits.
         most_left_out: Share of a split's images that may be missing or useless.
+        columns: Which columns of a table are what; the rest is guessed by name.
     """
 
     split: str | None = None
@@ -58,6 +60,7 @@ class PackSettings:
     images: Path | None = None
     hold_out: float = 0.0
     most_left_out: float = MOST_LEFT_OUT
+    columns: ColumnsConfig | None = None
 
 
 _DEFAULT, _ALL = PackSettings(), PackPart()
@@ -90,7 +93,7 @@ def pack(
         LaunchError: A worker was killed.
     """
     _check(settings)
-    data = read_source(source, settings.images)
+    data = read_source(source, settings.images, settings.columns)
     if settings.hold_out:
         data = held_out(data, settings.hold_out)
     for note in data.notes:
@@ -286,11 +289,12 @@ def _require_few(where: object, left_out: int, total: int, most: float) -> None:
 
 def _require_images(records: Sequence[Record], most: float) -> None:
     """Refuse a data set of which too many image files are not there, before anything is packed."""
-    missing = [record for record in records if not is_file(record.image)]
+    missing = [record for record in records if not is_there(record.image)]
     if are_too_many(len(missing), len(records), most):
         first = missing[0]
+        folder = first.image.parent if isinstance(first.image, Path) else first.image.file
         raise DataError(
-            f"{first.image.parent}: {len(missing):,} of {len(records):,} images of {first.split} "
+            f"{folder}: {len(missing):,} of {len(records):,} images of {first.split} "
             f"are missing, first {first.image.name}, more than --max-left-out {most:g} allows; put "
             "them there, name their folder with --images, or pack the rest with --max-left-out 1"
         )

@@ -14,6 +14,7 @@ from mmscale.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from mmscale.data.pool import map_ordered
 from mmscale.data.shard_writer import Task, Treatment, is_sound, read_note
 from mmscale.data.sources import Record, Rejection
+from mmscale.data.sources.cells import ImageCell
 from mmscale.errors import ConfigError, DataError, printable
 from mmscale.outputs import replace_file
 
@@ -35,16 +36,23 @@ def settings_digest(
     plan = (version, split, asdict(treatment), samples_per_shard, refused)
     digest.update(json.dumps(plan).encode())
     for record in records:
-        try:
-            size = record.image.stat().st_size
-        except OSError:
-            size = -1
+        size = _bytes_of(record.image)
         file = (record.image.name, size)
         fields = (record.key, record.captions, record.source, record.image_id, record.label, file)
         digest.update(json.dumps(fields).encode())
         if record.group is not None:
             digest.update(json.dumps(record.group).encode())
     return digest.hexdigest()
+
+
+def _bytes_of(image: Path | ImageCell) -> int:
+    """How large an encoded image is; -1 where there is none."""
+    if isinstance(image, ImageCell):
+        return image.size
+    try:
+        return image.stat().st_size
+    except OSError:
+        return -1
 
 
 def finished_manifest(folder: Path, settings: str, trust: bool = False) -> Manifest | None:
@@ -228,18 +236,24 @@ def _alike(marks: dict[int, bytes]) -> dict[int, bytes]:
     return {index: mark for index, mark in marks.items() if mark and counts[mark] > 1}
 
 
-def _map(look: Callable[[Path], bytes], paths: Sequence[Path], workers: int) -> Iterator[bytes]:
+def _map(
+    look: Callable[[Path | ImageCell], bytes], paths: Sequence[Path | ImageCell], workers: int
+) -> Iterator[bytes]:
     chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
     for part in map_ordered(partial(_each, look), chunks, min(workers, len(chunks))):
         yield from part
 
 
-def _each(look: Callable[[Path], bytes], paths: Sequence[Path]) -> list[bytes]:
+def _each(
+    look: Callable[[Path | ImageCell], bytes], paths: Sequence[Path | ImageCell]
+) -> list[bytes]:
     return [look(path) for path in paths]
 
 
-def _size(path: Path) -> bytes:
-    """A mark of a file's size; none where there is no file or nothing in it."""
+def _size(path: Path | ImageCell) -> bytes:
+    """A mark of an image's size; none where there is no file or nothing in it."""
+    if isinstance(path, ImageCell):
+        return b"%d/" % path.size
     try:
         status = path.stat()
     except OSError:
@@ -247,13 +261,17 @@ def _size(path: Path) -> bytes:
     return b"%d/" % status.st_size if stat.S_ISREG(status.st_mode) and status.st_size else b""
 
 
-def _tail(path: Path) -> bytes:
-    """A mark of a file's last bytes: the first ones of photographs are much alike."""
+def _tail(path: Path | ImageCell) -> bytes:
+    """A mark of an image's last bytes: the first ones of photographs are much alike."""
+    if isinstance(path, ImageCell):
+        return path.digest
     with path.open("rb") as file:
         file.seek(-min(_TAIL_BYTES, os.fstat(file.fileno()).st_size), os.SEEK_END)
         return hashlib.sha256(file.read()).digest()
 
 
-def _digest(path: Path) -> bytes:
+def _digest(path: Path | ImageCell) -> bytes:
+    if isinstance(path, ImageCell):
+        return path.digest
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()

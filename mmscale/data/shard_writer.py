@@ -21,6 +21,7 @@ from mmscale.data.manifest import Shard, parse_shard
 from mmscale.data.members import image_id_of
 from mmscale.data.pixels import in_rgb, orientation_of
 from mmscale.data.sources import Record
+from mmscale.data.sources.cells import ImageCell
 from mmscale.errors import DataError
 from mmscale.outputs import publish, replace_file
 
@@ -47,23 +48,26 @@ class RejectedImageError(Exception):
     """Why an image was left out."""
 
 
-def prepare_image(path: Path, treatment: Treatment) -> tuple[str, bytes]:
+def prepare_image(image: Path | ImageCell, treatment: Treatment) -> tuple[str, bytes]:
     """An image's ending and bytes for a shard: its own, or encoded anew and upright.
 
     Raises:
         RejectedImageError: It is missing, empty, too large, or cannot be decoded.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
+        if isinstance(image, ImageCell):
+            content = image.read()
+        elif stat.S_ISREG(image.stat().st_mode):
+            content = image.read_bytes()
+        else:
             raise RejectedImageError("missing file: what has this name is not a file")
-        content = path.read_bytes()
     except FileNotFoundError as error:
         raise RejectedImageError("missing file") from error
     except OSError as error:
         raise RejectedImageError(f"unreadable file: {error.strerror}") from error
     if not content:
         raise RejectedImageError("zero bytes")
-    with _without_pillow_limit(), warnings_named(str(path)):
+    with _without_pillow_limit(), warnings_named(str(getattr(image, "file", image))):
         return _treat(content, treatment)
 
 

@@ -8,11 +8,20 @@ import re
 import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mmscale.config.data import ColumnsConfig
 from mmscale.config.load import read_yaml
 from mmscale.config.paths import path_of
+from mmscale.data.sources.beside import (
+    has_texts_beside,
+    metadata_in,
+    read_any_table,
+    read_metadata,
+    read_texts_beside,
+)
 from mmscale.data.sources.records import (
     IMAGE_FOLDERS,
     Entry,
@@ -26,6 +35,7 @@ from mmscale.data.sources.records import (
     stem_of,
 )
 from mmscale.data.sources.table import read_table, read_token
+from mmscale.data.sources.typed import is_saved, parquet_in, read_parquet, read_saved
 from mmscale.errors import ConfigError, DataError
 
 _KARPATHY = ("dataset_flickr30k.json", "dataset_flickr8k.json", "dataset_coco.json", "dataset.json")
@@ -56,6 +66,7 @@ class Recipe:
     images: tuple[str, ...] | None = None
     captions: tuple[str, ...] | None = None
     splits: dict[str, tuple[str, ...]] | None = None
+    columns: ColumnsConfig | None = None
 
 
 def shipped_recipes() -> list[str]:
@@ -150,8 +161,9 @@ def read_listings(recipe: Recipe) -> tuple[list[Listing], list[str]]:
     Raises:
         DataError: None is there, one cannot be read, or two disagree about the images.
     """
-    found = _known(recipe.root) if recipe.captions is None else _named(recipe, recipe.captions)
+    found = _known(recipe) if recipe.captions is None else _named(recipe, recipe.captions)
     chosen, *others = found
+    _require_columns(recipe, chosen)
     listings = [chosen.read(file) for file in chosen.files]
     _require_disjoint(listings)
     images, notes = _images(listings), []
@@ -167,12 +179,13 @@ def read_listings(recipe: Recipe) -> tuple[list[Listing], list[str]]:
     return listings, notes
 
 
-def _known(root: Path) -> list[_Description]:
-    """Descriptions of known names in a folder, best first."""
-    found, folders = [], _folders(root)
+def _known(recipe: Recipe) -> list[_Description]:
+    """Descriptions of known names in a folder, best first; else what the folder shows itself."""
+    found, root, folders = [], recipe.root, _folders(recipe.root)
+    tabled = partial(read_table, asked=recipe.columns)
     for names, read in (
         (_KARPATHY, read_karpathy),
-        (_TABLES, read_table),
+        (_TABLES, tabled),
         (_TOKENS, read_token),
     ):
         found += [_Description((file,), read) for name in names for file in _find(folders, name)]
@@ -181,31 +194,62 @@ def _known(root: Path) -> list[_Description]:
         found.append(_Description(tuple(coco), read_coco))
     if found:
         return found
-    tables = sorted((*root.glob("*.csv"), *root.glob("*.tsv")))
-    if len(tables) == 1:
-        return [_Description((tables[0],), read_table)]
+    tables = sorted((*root.glob("*.csv"), *root.glob("*.tsv"), *root.glob("*.jsonl")))
+    shown = _shown_by_folder(recipe, tables)
+    if shown is not None:
+        return [shown]
     seen = f" (it holds {', '.join(table.name for table in tables)})" if tables else ""
     raise DataError(
         f"{root}: no known data set{seen}; looked for "
         f"{', '.join((*_KARPATHY, *_TABLES, *_TOKENS))}, "
-        "annotations/captions_*.json or a single csv or tsv; name the caption file in a recipe "
-        "(captions: FILE)"
+        "annotations/captions_*.json, metadata.csv, jsonl or parquet, what save_to_disk writes, "
+        "parquet files, images with a .txt beside each, or a single csv, tsv or jsonl; name the "
+        "caption file in a recipe (captions: FILE)"
     )
+
+
+def _shown_by_folder(recipe: Recipe, tables: list[Path]) -> _Description | None:
+    """What a folder without a known caption file holds; None where that is nothing known."""
+    root, asked, name = recipe.root, recipe.columns, recipe.root.resolve().name
+    if is_saved(root):
+        return _Description((root,), lambda _: read_saved(root, name, asked))
+    if metadata := metadata_in(root):
+        return _Description(tuple(metadata[:1]), lambda _: read_metadata(root, metadata, asked))
+    if len(tables) == 1:
+        return _Description((tables[0],), partial(read_any_table, asked=asked))
+    if not tables and (files := parquet_in(root)):
+        return _Description(tuple(files[:1]), lambda _: read_parquet(files, name, asked))
+    if not tables and has_texts_beside(root):
+        return _Description((root,), read_texts_beside)
+    return None
+
+
+def _require_columns(recipe: Recipe, chosen: _Description) -> None:
+    if recipe.columns is not None and chosen.read in (
+        read_karpathy,
+        read_coco,
+        read_token,
+        read_texts_beside,
+    ):
+        raise ConfigError(
+            f"{chosen.title}: has no columns; leave --columns (data.columns of a run) away"
+        )
 
 
 def _named(recipe: Recipe, patterns: Sequence[str]) -> list[_Description]:
     """Descriptions that a recipe names; a pattern with a star may be several files together."""
     found, root, folders = [], recipe.root, _folders(recipe.root)
+    read = partial(_read_by_content, asked=recipe.columns)
     for pattern in patterns:
         if glob.has_magic(pattern) and not (root / pattern).is_file():
             # Unlike Path.glob this takes absolute patterns too.
             matches = sorted(glob.glob(str(recipe.root / pattern)))  # noqa: PTH207
             if matches:
-                found.append(_Description(tuple(map(Path, matches)), _read_by_content))
+                found.append(_Description(tuple(map(Path, matches)), read))
         elif Path(pattern).is_absolute():
-            found += [_Description((file,), _read_by_content) for file in _find([root], pattern)]
+            found += [_Description((file,), read) for file in _find([root], pattern)]
         else:
-            found += [_Description((file,), _read_by_content) for file in _find(folders, pattern)]
+            found += [_Description((file,), read) for file in _find(folders, pattern)]
     if not found:
         raise DataError(f"{recipe.root}: holds none of {', '.join(patterns)}")
     return found
@@ -261,16 +305,19 @@ def _require_disjoint(listings: list[Listing]) -> None:
                 )
 
 
-def _read_by_content(file: Path) -> Listing:
+def _read_by_content(file: Path, asked: ColumnsConfig | None = None) -> Listing:
     """A file of any name, by its ending and, for JSON, by what it holds."""
     name = file.name.removesuffix(".gz")
+    is_text = name.endswith(".txt") and name != "captions.txt"
+    if name.endswith((".csv", ".tsv", ".jsonl", ".parquet")) or name == "captions.txt":
+        return read_any_table(file, asked)
+    if is_text and not _looks_numbered(file):
+        return read_table(file, asked)
+    if asked is not None:
+        raise ConfigError(f"{file}: has no columns; leave --columns (data.columns) away")
     if name.endswith(".json"):
         content = read_json(file)
         return read_coco(file) if "annotations" in content else read_karpathy(file)
-    if name.endswith((".csv", ".tsv")) or name == "captions.txt":
-        return read_table(file)
-    if name.endswith(".txt") and not _looks_numbered(file):
-        return read_table(file)
     return read_token(file)
 
 

@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mmscale.config.data import ColumnsConfig
 from mmscale.data.caption_text import MOST_CAPTIONS
 from mmscale.data.members import too_long
+from mmscale.data.sources.cells import ImageCell
 from mmscale.data.sources.layouts import (
     Recipe,
     read_listings,
@@ -27,38 +29,34 @@ from mmscale.data.sources.records import (
     read_lines,
     stem_of,
 )
+from mmscale.data.sources.typed import HUB, read_hub
 from mmscale.errors import DataError
 
-_CAPTION_FILES = (".csv", ".tsv", ".txt", ".token", ".json")
+_CAPTION_FILES = (".csv", ".tsv", ".jsonl", ".parquet", ".txt", ".token", ".json")
 
 
-def read_source(path: Path, images: Path | None = None) -> Source:
+def read_source(
+    path: Path, images: Path | None = None, columns: ColumnsConfig | None = None
+) -> Source:
     """Read a data set from its folder, its caption file or a recipe.
 
     Args:
-        path: One of these, or the name of a recipe that comes with mmscale.
+        path: One of these, the name of a recipe that comes with mmscale, or `hf:ORG/NAME`.
         images: Folder of the images, where it cannot be found beside the captions.
+        columns: Which columns of a table are what; the rest is guessed by name.
 
     Raises:
         DataError: No known layout, a file that cannot be read, or an image in two splits.
     """
     path = Path(path)
-    if path.is_dir():
-        recipe = Recipe(path)
-    elif path.suffix in (".yaml", ".yml") and path.is_file():
-        recipe = read_recipe(path)
-    elif path.is_file() and path.name.removesuffix(".gz").endswith(_CAPTION_FILES):
-        recipe = Recipe(path.parent, captions=(str(path.absolute()),))
-    elif (shipped := shipped_recipe(path)) is not None:
-        recipe = shipped
+    notes: list[str] = []
+    if str(path).startswith(HUB):
+        recipe, listings = Recipe(path, splits={}), [read_hub(str(path), columns)]
     else:
-        raise DataError(
-            f"{path}: is neither a folder nor a caption file ({', '.join(_CAPTION_FILES)}) nor a "
-            f"recipe (*.yaml, or {', '.join(shipped_recipes())}); check the path"
-        )
-    if images is not None:
-        recipe = replace(recipe, images=(str(images.absolute()),))
-    listings, notes = read_listings(recipe)
+        recipe = replace(_recipe_of(path), columns=columns)
+        if images is not None:
+            recipe = replace(recipe, images=(str(images.absolute()),))
+        listings, notes = read_listings(recipe)
     lists = split_lists(recipe, listings)
     records: list[Record] = []
     rejected: list[Rejection] = []
@@ -76,7 +74,8 @@ def read_source(path: Path, images: Path | None = None) -> Source:
         except NoImageError as error:
             absent.append(error)
             continue
-        described.setdefault(folder, set()).update(names)
+        if folder is not None:
+            described.setdefault(folder, set()).update(names)
     if len(absent) == len(listings):
         raise absent[0]
     notes += [f"left out: {error}" for error in absent]
@@ -91,6 +90,23 @@ def read_source(path: Path, images: Path | None = None) -> Source:
         classes,
         tuple(notes),
         known,
+    )
+
+
+def _recipe_of(path: Path) -> Recipe:
+    """Where the parts of a data set lie, by what a path is."""
+    if path.is_dir():
+        return Recipe(path)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return read_recipe(path)
+    if path.is_file() and path.name.removesuffix(".gz").endswith(_CAPTION_FILES):
+        return Recipe(path.parent, captions=(str(path.absolute()),))
+    if (shipped := shipped_recipe(path)) is not None:
+        return shipped
+    raise DataError(
+        f"{path}: is neither a folder nor a caption file ({', '.join(_CAPTION_FILES)}) nor a "
+        f"recipe (*.yaml, or {', '.join(shipped_recipes())}) nor a data set of the Hub "
+        f"({HUB}ORG/NAME); check the path"
     )
 
 
@@ -116,14 +132,17 @@ class NoImageError(DataError):
 
 def resolve(
     recipe: Recipe, listing: Listing, records: list[Record], rejected: list[Rejection]
-) -> Path:
+) -> Path | None:
     """Append the record of every entry, or why it has none, to the lists; its folder of images.
+
+    There is none where the images lie in the table.
 
     Raises:
         NoImageError: No image is where it should be.
         DataError: No entry can be used.
     """
-    folder = _image_folder(recipe, listing)
+    in_table = bool(listing.entries) and all(one.cell is not None for one in listing.entries)
+    folder = None if in_table else _image_folder(recipe, listing)
     seen = {record.key for record in records}
     for entry in listing.entries:
         split = entry.split or ""
@@ -146,7 +165,8 @@ def resolve(
             continue
         seen.add(key)
         about = (recipe.name or listing.source, entry.image_id, entry.label, entry.group)
-        records.append(Record(key, folder / entry.name, tuple(captions), split, *about))
+        image = entry.cell or (folder or recipe.root) / entry.name
+        records.append(Record(key, image, tuple(captions), split, *about))
     return folder
 
 
@@ -200,8 +220,13 @@ def _shown(fault: Rejection) -> str:
     return f"{fault.key}: {fault.reason}"
 
 
+def is_there(image: Path | ImageCell) -> bool:
+    """Whether an image is there; a name that no file system takes is none."""
+    return isinstance(image, ImageCell) or is_file(image)
+
+
 def is_file(path: Path) -> bool:
-    """Whether a file is there; a name that no file system takes is none."""
+    """Whether a file is there."""
     try:
         return path.is_file()
     except OSError:
@@ -209,7 +234,9 @@ def is_file(path: Path) -> bool:
 
 
 def _ending_hint(folders: list[Path], name: str) -> str | None:
-    """What to say where only the ending is missing."""
+    """What to say where only the ending is missing, or a name is an address."""
+    if re.match("https?://", name):
+        return "download them with img2dataset, and index its shards with mmscale index"
     for folder in folders:
         for ending in (".jpg", ".jpeg", ".png", ".webp", ".JPG", ".PNG"):
             if is_file(folder / f"{name}{ending}"):
@@ -306,11 +333,15 @@ def _find_lists(recipe: Recipe, listings: list[Listing]) -> list[tuple[str, Path
     # Caption files that tell splits know better.
     if any(entry.split is not None for listing in listings for entry in listing.entries):
         return []
+    described = {stem_of(entry.name) for listing in listings for entry in listing.entries}
     return [
         (match[1].lower(), file)
         for folder in dict.fromkeys((recipe.root, listings[0].file.parent))
         for file in sorted(folder.iterdir())
-        if (match := _SPLIT_LIST.fullmatch(file.name)) and file.is_file()
+        if (match := _SPLIT_LIST.fullmatch(file.name))
+        and file.is_file()
+        # The text beside an image is no list, whatever the image is called.
+        and file.stem not in described
     ]
 
 
@@ -339,7 +370,8 @@ def apply_splits(listing: Listing, lists: dict[str, str]) -> list[str]:
         return [f"{total} are in no split list and are left out"]
     return [
         f"no split is known for {total} (no column `split`, no list such as valImages.txt beside "
-        "it): they become train; --hold-out 0.1 keeps a tenth of them for val"
+        "it): they become train; --hold-out 0.1, or data.hold_out of a "
+        "run, keeps a tenth of them for val"
     ]
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mmscale.data.sources.cells import ImageCell
 from mmscale.errors import ConfigError, DataError
 
 
@@ -23,7 +24,7 @@ class Record:
 
     Attributes:
         key: Its name in a shard: no dot, no slash, no blank.
-        image: The image file; not looked at yet.
+        image: The image file, or the cell of a table that holds it; not looked at yet.
         captions: At least one, none empty.
         split: `train`, `val`, `test`, or a name of the source's own.
         source: Name of the data set.
@@ -33,7 +34,7 @@ class Record:
     """
 
     key: str
-    image: Path
+    image: Path | ImageCell
     captions: tuple[str, ...]
     split: str
     source: str
@@ -135,6 +136,7 @@ class Entry:
     image_id: int | None = None
     label: int | str | None = None
     group: str | None = None
+    cell: ImageCell | None = None
 
 
 @dataclass
@@ -147,6 +149,7 @@ class Listing:
     faults: list[Rejection] = field(default_factory=list)
     image_folders: tuple[str, ...] = IMAGE_FOLDERS
     notes: list[str] = field(default_factory=list)
+    cells: str = "cell"
 
 
 def read_lines(file: Path) -> Iterator[tuple[str, str]]:

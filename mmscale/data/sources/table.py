@@ -6,11 +6,14 @@ by commas, semicolons, tabs or bars: by whatever gives the header names of colum
 
 import csv
 import re
+from collections.abc import Hashable, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mmscale.data.caption_text import CAPTION_NAMES, lines_of, listed
+from mmscale.config.data import ColumnsConfig
+from mmscale.data.caption_text import captions_in, lines_of, listed
+from mmscale.data.sources.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, Columns, choose_columns
 from mmscale.data.sources.records import (
     PICTURE,
     Entry,
@@ -26,19 +29,16 @@ from mmscale.errors import DataError
 if TYPE_CHECKING:
     import _csv
 
-_IMAGE_COLUMNS = (
-    "image", "image_name", "image_path", "img_path", "filename", "file_name", "filepath",
-    "file_path", "path", "img", "file",
-)  # fmt: skip
-_CAPTION_COLUMNS = tuple(
-    dict.fromkeys(("caption", "captions", "comment", "raw", "text", "title", *CAPTION_NAMES))
-)
 _SEPARATORS = ("\t", ";", ",", "|")
 _KAGGLE = re.compile(r"\s*[^|]+\|\s*(?:\w*number|\w*id)\s*\|[^|]+")
 
 
-def read_table(file: Path) -> Listing:
+def read_table(file: Path, asked: ColumnsConfig | None = None) -> Listing:
     """A table with a header line, which names the columns of images and captions.
+
+    Args:
+        file: The table.
+        asked: Which columns are taken; what it leaves open is guessed.
 
     Raises:
         DataError: It has no such columns, or is not csv.
@@ -51,7 +51,7 @@ def read_table(file: Path) -> Listing:
     if not lines:
         raise DataError(f"{file}: has no header line; it needs the columns image and caption")
     header = lines[0][1]
-    separator = _separator(header, separators)
+    separator = _separator(header, separators, asked)
     if separator == "|" and _KAGGLE.fullmatch(header):
         return read_barred(file)
     is_flickr = file.name.startswith(("results", "flickr_annotations"))
@@ -62,18 +62,24 @@ def read_table(file: Path) -> Listing:
     rows = csv.reader(text, delimiter=separator, strict=True)
     limit = csv.field_size_limit(sum(map(len, text)))
     try:
-        _read_rows(listing, rows, [where for where, _ in lines])
+        _read_rows(listing, rows, [where for where, _ in lines], asked)
     finally:
         csv.field_size_limit(limit)
-    _open_cells(listing)
+    if is_flickr:
+        listing.notes.clear()
+    open_cells(listing)
     return listing
 
 
-def _separator(header: str, among: tuple[str, ...]) -> str:
+def _separator(header: str, among: tuple[str, ...], asked: ColumnsConfig | None) -> str:
     """What parts the header into names that are known, else the first that parts it at all."""
+    images, captions = set(IMAGE_COLUMNS), set(CAPTION_COLUMNS)
+    if asked is not None:
+        images = {asked.image.lower()} if asked.image else images
+        captions = {asked.captions.lower()} if asked.captions else captions
     for separator in among:
-        names = _names(header.split(separator))
-        if set(names) & set(_IMAGE_COLUMNS) and set(names) & set(_CAPTION_COLUMNS):
+        names = set(_names(header.split(separator)))
+        if names & images and names & captions:
             return separator
     return next((separator for separator in among if separator in header), ",")
 
@@ -82,20 +88,27 @@ def _names(header: list[str]) -> list[str]:
     return [name.strip().strip('"').strip().lower() for name in header]
 
 
-def _read_rows(listing: Listing, rows: "_csv.Reader", places: list[str]) -> None:
-    entries: dict[str, Entry] = {}
-    columns: list[str] = []
+def _read_rows(
+    listing: Listing, rows: "_csv.Reader", places: list[str], asked: ColumnsConfig | None
+) -> None:
+    entries: dict[Hashable, Entry] = {}
+    names: list[str] = []
+    columns: Columns | None = None
     start = 0
     try:
         for cells in rows:
             where, start = places[start], rows.line_num
-            if not columns:
-                columns = _columns(listing.file, cells)
-            elif len(cells) != len(columns):
-                reason = f"has {len(cells)} cells for {len(columns)} columns"
+            if columns is None:
+                names = _names(cells)
+                columns = choose_columns(listing.file, names, asked)
+                listing.notes += [columns.note] if columns.note else []
+            elif len(cells) != len(names):
+                reason = f"has {len(cells)} cells for {len(names)} columns"
                 listing.faults.append(Rejection(where, f"{reason}; commas in captions want quotes"))
             else:
-                _take(entries, dict(zip(columns, cells, strict=True)), f"{listing.file}: {where}")
+                fields = dict(zip(names, cells, strict=True))
+                name = fields[columns.image].strip()
+                take(entries, name, Entry(name), columns, fields, f"{listing.file}: {where}")
     except csv.Error as error:
         raise DataError(
             f"{listing.file}: {places[start]}: is not csv ({error}); mend the row's quotes"
@@ -103,59 +116,66 @@ def _read_rows(listing: Listing, rows: "_csv.Reader", places: list[str]) -> None
     listing.entries = list(entries.values())
 
 
-def _columns(file: Path, header: list[str]) -> list[str]:
-    """Names of the columns, `image` and `caption` under these names."""
-    names = _names(header)
-    image = next((name for name in _IMAGE_COLUMNS if name in names), None)
-    caption = next((name for name in _CAPTION_COLUMNS if name in names), None)
-    if image is None or caption is None:
-        raise DataError(
-            f"{file}: its columns are {', '.join(names)[:200]}; it needs "
-            f"one of {', '.join(_IMAGE_COLUMNS)} and one of {', '.join(_CAPTION_COLUMNS)}, parted "
-            "by commas, semicolons, tabs or bars"
-        )
-    return [{image: "image", caption: "caption"}.get(name, name) for name in names]
+def take(
+    entries: dict[Hashable, Entry],
+    image: Hashable,
+    new: Entry,
+    columns: Columns,
+    fields: Mapping[str, Any],
+    where: str,
+) -> Entry:
+    """Add a row to its image's entry, which is `new` for the first row of that image.
 
-
-def _take(entries: dict[str, Entry], fields: dict[str, str], where: str) -> None:
-    """Add a row to its image's entry."""
-    name, split = fields["image"].strip(), fields.get("split") or None
-    entry = entries.setdefault(name, Entry(name, split=split))
+    Raises:
+        DataError: A row before said that the image is in another split.
+    """
+    given = {use: fields.get(column) for use, column in columns.others.items()}
+    split = given.get("split") or new.split
+    if image not in entries:
+        new.split = split
+    entry = entries.setdefault(image, new)
     if entry.split != split:
         raise DataError(
-            f"{where}: {name} is in {split} and in {entry.split}; an image may be in one split"
+            f"{where}: {entry.name} is in {split} and in {entry.split}; an image may be in one "
+            "split"
         )
-    entry.captions.append(fields["caption"])
-    entry.image_id = number_of(fields.get("image_id"))
-    entry.label = label_of(fields.get("label"))
-    entry.group = name_of(fields.get("group"))
+    entry.captions.append(fields[columns.caption])
+    entry.image_id = number_of(given.get("image_id"))
+    entry.label = label_of(given.get("label"))
+    entry.group = name_of(given.get("group"))
+    return entry
 
 
-def _open_cells(listing: Listing) -> None:
+def open_cells(listing: Listing) -> None:
     """Put captions in the place of cells that hold several, and note how cells were read."""
-    cells = [cell for entry in listing.entries for cell in entry.captions if listed(cell) is None]
+    texts = (cell for entry in listing.entries for cell in entry.captions if isinstance(cell, str))
+    cells = [cell for cell in texts if listed(cell) is None]
     several = sum(len(lines_of(cell)) > 1 for cell in cells)
     by_line = bool(several) and several == len(cells)
     for entry in listing.entries:
         entry.captions = [
             caption for cell in entry.captions for caption in _captions_of(cell, by_line)
         ]
+    what = listing.cells
     if by_line:
-        listing.notes.append(f"{listing.file}: every cell has several lines; each is a caption")
+        listing.notes.append(f"{listing.file}: every {what} has several lines; each is a caption")
     elif several:
         listing.notes.append(
-            f"{listing.file}: {several:,} cells of several lines are one caption each, as others "
+            f"{listing.file}: {several:,} {what}s of several lines are one caption each, as others "
             "have one line; write JSON lists where lines are captions"
         )
     odd = [cell for cell in cells if re.fullmatch(r"\s*\[.*\]\s*", cell, re.DOTALL)]
     if odd:
         listing.notes.append(
-            f"{listing.file}: {len(odd):,} cells look like lists but hold no quoted texts, so each "
-            f"is one caption, first {odd[0].strip()[:60]}"
+            f"{listing.file}: {len(odd):,} {what}s look like lists but hold no quoted texts, so "
+            f"each is one caption, first {odd[0].strip()[:60]}"
         )
 
 
-def _captions_of(cell: str, by_line: bool) -> list[str]:
+def _captions_of(cell: Any, by_line: bool) -> list[Any]:
+    if not isinstance(cell, str):
+        # A list as such; None and whatever else is no caption stays, to be named.
+        return captions_in(cell) if isinstance(cell, (list, tuple, dict)) else [cell]
     found = listed(cell)
     if found is not None:
         return found
