@@ -110,18 +110,9 @@ def pack(
     from mmscale.data.sources.columns import parse_columns
     from mmscale.report.console import progress_of
 
-    chosen = PackPart.parse(part)
-    settings = PackSettings(
-        split,
-        samples_per_shard,
-        resize,
-        quality,
-        max_pixels,
-        images,
-        hold_out,
-        max_left_out,
-        None if columns is None else parse_columns(columns),
-    )
+    chosen, asked = PackPart.parse(part), columns and parse_columns(columns)
+    image_settings = (samples_per_shard, resize, quality, max_pixels, images)
+    settings = PackSettings(split, *image_settings, hold_out, max_left_out, asked or None)
     with progress_of("packed") as progress:
         results = run(
             source, out, settings, workers=workers, part=chosen, progress=progress, tell=tell
