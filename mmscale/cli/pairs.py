@@ -23,6 +23,18 @@ from mmscale.errors import ConfigError
 from mmscale.outputs import require_folder, writing
 
 
+_Images = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of the images, where it is not beside the captions.", callback=reading
+    ),
+]
+_Columns = Annotated[
+    str | None,
+    typer.Option(help="Columns of a table that are not to be guessed: image=A,caption=B."),
+]
+
+
 @app.command(rich_help_panel=DATA)
 def synth(
     out: Annotated[
@@ -78,20 +90,12 @@ def pack(
     max_pixels: Annotated[
         int, typer.Option(help="Larger images are rejected.", min=1)
     ] = 89_478_485,
-    images: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of the images, where it is not beside the captions.", callback=reading
-        ),
-    ] = None,
+    images: _Images = None,
     hold_out: Annotated[
         float,
         typer.Option(help="Share of the images for val, where nothing tells splits.", min=0, max=1),
     ] = 0.0,
-    columns: Annotated[
-        str | None,
-        typer.Option(help="Columns of a table that are not to be guessed: image=A,caption=B."),
-    ] = None,
+    columns: _Columns = None,
     max_left_out: LeftOut = 0.5,
     part: Annotated[
         str, typer.Option(help="I/N: write only every N-th shard, from the I-th on.")
