@@ -22,7 +22,6 @@ from mmscale.cli.command import (
 from mmscale.errors import ConfigError
 from mmscale.outputs import require_folder, writing
 
-
 _Images = Annotated[
     Path | None,
     typer.Option(
