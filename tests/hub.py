@@ -27,6 +27,9 @@ class Hub:
         files: Content by page, branch and file.
         asked: Every request, as `METHOD path`.
         large: Ends of the names that are kept by Git LFS.
+        private: Pages whose files are for those with a token.
+        elsewhere: Files are kept by another host, to which the hub sends whoever asks.
+        leaked: Tokens that the other host was sent.
     """
 
     endpoint: str = ""
@@ -36,6 +39,9 @@ class Hub:
     asked: list[str] = field(default_factory=list)
     objects: dict[str, bytes] = field(default_factory=dict)
     large: tuple[str, ...] = ()
+    private: set[str] = field(default_factory=set)
+    elsewhere: bool = False
+    leaked: list[str] = field(default_factory=list)
 
     def environment(self, cache: Any) -> dict[str, str]:
         """For a process that is to use this hub, logged in."""
@@ -148,6 +154,16 @@ class _Answers(BaseHTTPRequestHandler):
                 hub.commit(f"{org}/{name}", branch, lines)
                 url = f"{hub.endpoint}/{org}/{name}/commit/{'c' * 40}"
                 self._json({"success": True, "commitOid": "c" * 40, "commitUrl": url})
+            case ["api", "datasets", org, name, "tree", branch, *within]:
+                kept = hub.files.get((f"datasets/{org}/{name}", branch), {})
+                folder = "/".join([*within, ""])
+                self._json(
+                    [
+                        {"type": "file", "path": file, "size": len(content), "oid": "0" * 40}
+                        for file, content in kept.items()
+                        if file.startswith(folder) and "/" not in file.removeprefix(folder)
+                    ]
+                )
             case ["api", "models", org, name, "tree", *_]:
                 kept = hub.files.get((f"{org}/{name}", "main"), {})
                 self._json(
@@ -177,15 +193,36 @@ class _Answers(BaseHTTPRequestHandler):
         ]
 
     def _file(self, path: str) -> None:
-        page, _, rest = path.strip("/").partition("/resolve/")
+        token = self.headers.get("Authorization")
+        is_kept = path.startswith("/kept/")
+        page, _, rest = path.removeprefix("/kept").strip("/").partition("/resolve/")
+        if is_kept and token:
+            self.hub.leaked.append(token)
+        if page in self.hub.private and not is_kept and token != f"Bearer {TOKEN}":
+            self._answer(401, b"", {"X-Error-Code": "RepoNotFound"})
+            return
         branch, _, name = rest.partition("/")
         branch = "main" if branch == "c" * 40 else branch
+        if (page, branch) not in self.hub.files and page.startswith("datasets/"):
+            self._answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
+            return
         content = self.hub.files.get((page, branch), {}).get(name)
         if content is None:
             self._answer(404, b"", {"X-Error-Code": "EntryNotFound"})
             return
+        if self.hub.elsewhere and not is_kept:
+            host = self.hub.endpoint.replace("127.0.0.1", "localhost")
+            self._answer(302, b"", {"Location": f"{host}/kept{path}?Signature=of-the-hub"})
+            return
         digest = hashlib.sha256(content).hexdigest()
-        self._answer(200, content, {"ETag": f'"{digest}"', "X-Repo-Commit": "c" * 40})
+        headers = {"ETag": f'"{digest}"', "X-Repo-Commit": "c" * 40}
+        if asked := self.headers.get("Range"):
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            part = content[int(first) : int(last) + 1 if last else None]
+            headers["Content-Range"] = f"bytes {first}-{int(first) + len(part) - 1}/{len(content)}"
+            self._answer(206, part, headers)
+            return
+        self._answer(200, content, headers)
 
     def _json(self, content: Any, status: int = 200) -> None:
         self._answer(status, json.dumps(content).encode(), {"Content-Type": "application/json"})

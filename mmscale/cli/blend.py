@@ -11,7 +11,7 @@ from mmscale.cli.command import (
     Json,
     app,
     folder_out,
-    reading,
+    reading_places,
     require_there,
     say,
     write_json,
@@ -42,7 +42,9 @@ def blend(
     data: Annotated[
         str | None,
         typer.Option(
-            "--data", help="Held-out pairs; default the first run's data.eval.", callback=reading
+            "--data",
+            help="Held-out pairs; default the first run's data.eval.",
+            callback=reading_places,
         ),
     ] = None,
     json_file: Json = None,
@@ -99,7 +101,7 @@ def _shares(weights: str | None, models: int, sweep: bool) -> tuple[float, ...]:
 
 def _tried(opened: Any, shares: Any, data: str | None, is_needed: bool) -> list[Any]:
     """Blends on held-out pairs, told as they come; none where no pairs are named."""
-    from mmscale.data.shards import open_shards
+    from mmscale.data.shards import open_shards, open_stored
     from mmscale.evaluation.blend import tried
 
     where = data or opened[0].trained.config.data.eval
@@ -108,7 +110,8 @@ def _tried(opened: Any, shares: Any, data: str | None, is_needed: bool) -> list[
             raise ConfigError("--sweep compares on held-out pairs; name them with --data")
         return []
     points = []
-    for point in tried(opened, shares, open_shards("--data" if data else "data.eval", where)):
+    shards = open_shards("--data", data) if data else open_stored(where)
+    for point in tried(opened, shares, shards):
         say(f"{_in_words(point.shares)}: mean recall {point.mean:.2f}")
         points.append(point)
     return points

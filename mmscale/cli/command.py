@@ -111,6 +111,15 @@ def reading(param: typer.CallbackParam, value: Any) -> Any:
     return Path(text) if isinstance(value, Path) else text
 
 
+def reading_places(param: typer.CallbackParam, value: Any) -> Any:
+    """As `reading`, where an address may stand in the place of a path to shards."""
+    if value is None:
+        return None
+    if isinstance(value, (list, tuple)):
+        return [reading_places(param, entry) for entry in value]
+    return path_of(value, f"{_name(param)} {value}".strip(), far=True)
+
+
 def file_out(param: typer.CallbackParam, value: Path | None) -> Path | None:
     """A file that is written at the end."""
     path: Path | None = reading(param, value)
@@ -167,5 +176,5 @@ LeftOut = Annotated[
 ]
 Workers = Annotated[int, typer.Option(help="Processes.", min=1)]
 Data = Annotated[
-    str, typer.Option("--data", help="A packed folder, or shard globs.", callback=reading)
+    str, typer.Option("--data", help="A packed folder, or shard globs.", callback=reading_places)
 ]

@@ -14,7 +14,7 @@ from mmscale.cli.command import (
     Words,
     app,
     folder_out,
-    reading,
+    reading_places,
     require_there,
     say,
     tell,
@@ -39,7 +39,7 @@ def export(
         typer.Option(
             "--data",
             help="With --int8: pairs on which its cost is measured; default the run's data.eval.",
-            callback=reading,
+            callback=reading_places,
         ),
     ] = None,
 ) -> int:
@@ -129,12 +129,12 @@ def _loaded(
 
 def _with_cost(exported: Any, data: str | None) -> Any:
     """With what measures the cost of int8: on pairs if some are at hand."""
-    from mmscale.data.shards import open_shards
+    from mmscale.data.shards import open_shards, open_stored
     from mmscale.evaluation.quantised import cost_on_pairs, cost_on_sample
 
-    config, where = exported.config, data or exported.config.data.eval
+    config, where = exported.config, exported.config.data.eval
     try:
-        shards = open_shards("--data" if data else "data.eval", where) if where else None
+        shards = open_shards("--data", data) if data else where and open_stored(where)
     except DataError as error:
         if data:
             raise

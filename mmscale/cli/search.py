@@ -13,6 +13,7 @@ from mmscale.cli.command import (
     app,
     file_out,
     reading,
+    reading_places,
     say,
     tell,
     write_json,
@@ -27,7 +28,9 @@ _SETTING = re.compile(r"[a-z_]+(?:\.[a-z_]+)+=")
 Searched = Annotated[
     str,
     typer.Option(
-        "--data", help="A packed folder, shard globs, or a folder of image files.", callback=reading
+        "--data",
+        help="A packed folder, shard globs, or a folder of image files.",
+        callback=reading_places,
     ),
 ]
 Wanted = Annotated[

@@ -15,6 +15,7 @@ from mmscale.cli.command import (
     app,
     file_out,
     reading,
+    reading_places,
     require_there,
     say,
     tell,
@@ -33,7 +34,7 @@ def evaluate(
     words: Words = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", help="A packed folder, or shard globs.", callback=reading),
+        typer.Option("--data", help="A packed folder, or shard globs.", callback=reading_places),
     ] = None,
     sets: Annotated[
         Path | None,
@@ -102,7 +103,7 @@ def doctor(
     data: Annotated[
         str | None,
         typer.Option(
-            "--data", help="Held-out pairs; default the run's data.eval.", callback=reading
+            "--data", help="Held-out pairs; default the run's data.eval.", callback=reading_places
         ),
     ] = None,
     words: Words = None,
@@ -132,7 +133,9 @@ def report(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", help="Search these shards for suspicious pairs.", callback=reading),
+        typer.Option(
+            "--data", help="Search these shards for suspicious pairs.", callback=reading_places
+        ),
     ] = None,
     words: Words = None,
 ) -> int:
@@ -258,7 +261,7 @@ def _diagnosed_model(model: str, data: str | None, words: list[str] | None) -> d
 def _with_pairs(model: str, data: str | None, words: list[str] | None) -> tuple[Any, Any]:
     """A model, and the pairs to look at."""
     from mmscale.data.grouping import copies_line
-    from mmscale.data.shards import open_shards
+    from mmscale.data.shards import open_shards, open_stored
     from mmscale.evaluation.trained import Trained, load_named
 
     loaded = load_named(model, words or ())
@@ -268,7 +271,7 @@ def _with_pairs(model: str, data: str | None, words: list[str] | None) -> tuple[
         why = f"{model} was trained without data.eval" if is_run else f"{model} is no run"
         raise ConfigError(f"{why}; name the pairs with --data")
     try:
-        shards = open_shards("--data" if data else "data.eval", where)
+        shards = open_shards("--data", data) if data else open_stored(where)
     except DataError as error:
         # A run may name its pairs as they lay from another working folder.
         raise (error if data else DataError(f"{error}; or name the pairs with --data")) from error

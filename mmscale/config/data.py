@@ -4,14 +4,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from mmscale.config.paths import FAULT, PathSetting, PathsSetting, expand
+from mmscale.config.paths import FAULT, PathSetting, PlacesSetting, expand_places
 from mmscale.config.values import Positive, PositiveFloat, Ramp, Section, within
 
 
 class SourceConfig(Section):
     """One of several sources of training pairs."""
 
-    shards: PathsSetting
+    shards: PlacesSetting
     """Packed folder, globs, brace lists or URLs of tars, as for `data.train`."""
     weight: PositiveFloat = 1.0
     """How often an epoch shows each sample: the whole part in so many passes, of the fraction that
@@ -39,7 +39,9 @@ def _explained(value: Any) -> Any:
 
 
 Sources = Annotated[
-    str | list[str] | list[SourceConfig], BeforeValidator(_explained), BeforeValidator(expand)
+    str | list[str] | list[SourceConfig],
+    BeforeValidator(_explained),
+    BeforeValidator(expand_places),
 ]
 
 
@@ -83,9 +85,10 @@ class DataConfig(Section):
     """The training and evaluation streams."""
 
     train: Sources
-    """Packed folder with its manifest, globs or brace lists of tars beside one, `http(s)://` of
-    either, or a list of such; or sources with weights: `[{shards: a, weight: 2}, {shards: b}]`."""
-    eval: PathsSetting | None = None
+    """Packed folder with its manifest, globs or brace lists of tars beside one, `https`, `s3`,
+    `gs`, `az` or `hf://datasets/` addresses of either, or a list of such; or sources with weights:
+    `[{shards: a, weight: 2}, {shards: b}]`."""
+    eval: PlacesSetting | None = None
     """Packed folder of held-out pairs; without it and `eval.sets` nothing is evaluated."""
     allow_pipe: bool = False
     """Let `pipe:COMMAND` in `data.train` run the command; what it writes is the shard."""

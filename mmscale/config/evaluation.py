@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from mmscale.config.paths import PathSetting, PathsSetting
+from mmscale.config.paths import PathSetting, PlacesSetting
 from mmscale.config.values import Duration, NonNegativeFloat, Positive, Section
 
 # What `data.eval` is called where sets have names.
@@ -19,7 +19,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 class EvalSetConfig(Section):
     """One named evaluation set."""
 
-    data: PathsSetting
+    data: PlacesSetting
     """Packed folder of held-out pairs, or globs, brace lists or URLs of tars, as `data.eval`. Of
     labelled images: tars of this machine, a folder of them, or one with a folder for each class."""
     kind: Literal["retrieval", "classes"] = "retrieval"

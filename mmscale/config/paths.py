@@ -16,28 +16,37 @@ from mmscale.errors import ConfigError
 
 # What these begin with is no path here: an address, or a command of a shell.
 _ELSEWHERE = re.compile(r"https?://|pipe:")
-# Stores that nothing here reads; a path loses one of two slashes.
-_STORE = re.compile(r"(?!https?:)([A-Za-z][A-Za-z0-9+.-]*)://|(s3|gs|gcs|az|abfss?|wasbs?):/")
+# Stores; a path loses one of two slashes.
+_STORE = re.compile(r"(?!https?:)([A-Za-z][A-Za-z0-9+.-]*)://|(s3|gs|gcs|az|abfss?|wasbs?):/(?!/)")
+# Those that shards are read from.
+_READ = re.compile(r"(?:s3|gs|az)://|hf://datasets/")
 _KINDS = re.compile(r"(?:(?:hf|timm|openclip|hf-hub|local-dir):)*")
 _VARIABLE = re.compile(r"\$(?:\w+|\{[^}]*\}?|\()")
 # The kind of error that `explain` tells as it is.
 FAULT = "path"
 
 
-def expanded(text: str) -> str:
+def expanded(text: str, *, far: bool = False) -> str:
     """A path with the home folder in place of `~`, in lists in braces too.
+
+    Args:
+        text: As the user wrote it.
+        far: An address in a bucket or of a data set of the hub may stand in its place.
 
     Raises:
         ValueError: It holds a `~` or `$` that nothing stands for, or is an address of a kind that
             is not read; says which.
     """
-    if _ELSEWHERE.match(text):
+    if _ELSEWHERE.match(text) or (far and _READ.match(text)):
         return text
     if store := _STORE.match(text):
+        scheme = f"{store[1] or store[2]}://"
+        if not far and _READ.match(text):
+            raise ValueError(f"`{scheme}` is not read here but for shards; give a path on a disk")
         raise ValueError(
-            f"`{store[1] or store[2]}://` is not read here; give a path on a disk, and for shards "
-            "also an http(s) address, or a command with data.allow_pipe=true, such as "
-            "'pipe:aws s3 cp s3://BUCKET/a.tar -'"
+            f"`{scheme}` is not read here; give a path on a disk, and for shards also an address "
+            "that begins with https://, s3://, gs://, az:// or hf://datasets/, or a command with "
+            "data.allow_pipe=true"
         )
     kinds = _KINDS.match(text)
     start = kinds.end() if kinds else 0
@@ -52,18 +61,19 @@ def expanded(text: str) -> str:
     return text[:start] + path
 
 
-def path_of(text: str, given: str) -> str:
+def path_of(text: str, given: str, *, far: bool = False) -> str:
     """What `expanded` gives.
 
     Args:
         text: As the user wrote it.
         given: What to call it in the message, such as `--out ~/x`.
+        far: As `expanded`.
 
     Raises:
         ConfigError: As `expanded`.
     """
     try:
-        return expanded(text)
+        return expanded(text, far=far)
     except ValueError as error:
         raise ConfigError(f"{given}: {error}") from error
 
@@ -87,24 +97,31 @@ def _home(name: str) -> str:
         raise ValueError(f"`{name}` is no home folder ({whose}); write the path out") from error
 
 
-def expand(value: Any) -> Any:
+def expand(value: Any, *, far: bool = False) -> Any:
     """A setting with every path in it expanded; what is no path stays as it is."""
     if isinstance(value, list):
-        return [expand(entry) for entry in value]
+        return [expand(entry, far=far) for entry in value]
     if not isinstance(value, str):
         return value
     try:
-        return expanded(value)
+        return expanded(value, far=far)
     except ValueError as error:
         raise PydanticCustomError(
             FAULT, "{given}: {fault}", {"given": value, "fault": str(error)}
         ) from error
 
 
+def expand_places(value: Any) -> Any:
+    """As `expand`, where addresses may stand in the place of paths."""
+    return expand(value, far=True)
+
+
 def is_path(field: FieldInfo) -> bool:
     """Whether a setting has the type of one path or several."""
     marks = [*field.metadata, *_marks(field.annotation)]
-    return any(isinstance(mark, BeforeValidator) and mark.func is expand for mark in marks)
+    return any(
+        isinstance(mark, BeforeValidator) and mark.func in (expand, expand_places) for mark in marks
+    )
 
 
 def _marks(annotation: Any) -> list[Any]:
@@ -113,4 +130,5 @@ def _marks(annotation: Any) -> list[Any]:
 
 
 PathSetting = Annotated[str, BeforeValidator(expand)]
-PathsSetting = Annotated[str | list[str], BeforeValidator(expand)]
+PlaceSetting = Annotated[str, BeforeValidator(expand_places)]
+PlacesSetting = Annotated[str | list[str], BeforeValidator(expand_places)]

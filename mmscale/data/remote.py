@@ -1,23 +1,22 @@
-"""Bytes of what lies behind a URL: `http(s)` with retries, `pipe:` by a command's output.
+"""Bytes of what lies elsewhere: one interface for stores of files, and web servers behind it.
 
-A connection on which bytes only trickle is a failure.
+`pipe:` is a command's output.
 """
 
 import os
 import signal
-import ssl
 import subprocess
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import cached_property
-from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-import httpcore
 import httpx
 
+from mmscale.data.impatient import ImpatientBackend, SlowError
 from mmscale.errors import DataError
 
 # Attempts in a row that may bring nothing, and the pause after the first, doubled each time.
@@ -33,11 +32,22 @@ _MOST_DIGITS = 20
 _TIMEOUT = httpx.Timeout(20.0)
 # Answers that another attempt may turn into a better one.
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
+BUCKETS, HUB = ("s3://", "gs://", "az://"), "hf://"
 
 
 def is_web(where: object) -> bool:
     """Whether it is an `http(s)` address."""
     return str(where).startswith(("http://", "https://"))
+
+
+def is_listed(where: object) -> bool:
+    """Whether it is an address in a store that tells the names of its files."""
+    return str(where).startswith((*BUCKETS, HUB))
+
+
+def is_address(where: object) -> bool:
+    """Whether it is an address of a file, or of a folder."""
+    return is_web(where) or is_listed(where)
 
 
 def is_pipe(where: object) -> bool:
@@ -47,11 +57,15 @@ def is_pipe(where: object) -> bool:
 
 def is_remote(where: object) -> bool:
     """Whether it is an address or a command, not a file."""
-    return is_web(where) or is_pipe(where)
+    return is_address(where) or is_pipe(where)
 
 
 def safe_url(url: object) -> str:
     """A URL as messages name it: without passwords and signatures."""
+    if is_listed(url):
+        scheme, _, rest = str(url).partition("://")
+        place, slash, path = rest.partition("/")
+        return f"{scheme}://{place.rpartition('@')[2]}{slash}{path}"
     if not is_web(url):
         return str(url)
     parts = urlsplit(str(url))
@@ -62,32 +76,26 @@ class NotThereError(DataError):
     """The server says that there is no such file."""
 
 
-class Web:
-    """Reads files of web servers; may be used by several threads."""
+class PassingError(Exception):
+    """A failure that another attempt may not meet."""
+
+
+class Store(ABC):
+    """Files that lie elsewhere: their sizes, their bytes from one place to another, their names.
+
+    May be used by several threads. What is tried again, and how reading goes on after a dropped
+    connection, is the same for all; a subclass makes one attempt.
+    """
 
     def __init__(self) -> None:
-        self._whole_only: set[str] = set()
         self._sizes: dict[str, int] = {}
 
-    @cached_property
-    def _client(self) -> httpx.Client:
-        """Made where something is read: loading certificates takes a while."""
-        # As they lie on the server: a range of a compressed answer would be another one.
-        headers = {"Accept-Encoding": "identity", "User-Agent": "mmscale"}
-        client = httpx.Client(headers=headers, follow_redirects=True, timeout=_TIMEOUT)
-        for transport in (client._transport, *client._mounts.values()):
-            pool = getattr(transport, "_pool", None)
-            if pool is not None:
-                # httpx has no setting for it, and its own timeouts begin anew with every byte.
-                pool._network_backend = ImpatientBackend(pool._network_backend)
-        return client
-
     def has_ranges(self, url: str) -> bool:
-        """False once the server has answered a request for a part with the whole file."""
-        return urlsplit(url).netloc not in self._whole_only
+        """False once it has answered a request for a part with the whole file."""
+        return True
 
     def opening(self, url: str) -> tuple[bytes, int | None]:
-        """The first 512 bytes of a file, and its size where the server tells it.
+        """The first 512 bytes of a file, and its size where that is told.
 
         Raises:
             DataError: As `chunks`.
@@ -114,28 +122,18 @@ class Web:
             size: What the whole file must measure.
 
         Raises:
-            DataError: The server refuses, fails too often, or has a file of another size.
+            DataError: The store refuses, fails too often, or has a file of another size.
         """
         at, failures, slow = start, 0, 0
         while True:
             before = at
             try:
-                with self._client.stream("GET", url, headers=_range(at, end)) as answer:
-                    for chunk in self._body(url, answer, at, end, size):
+                with closing(self._attempt(url, at, end, size)) as chunks:
+                    for chunk in chunks:
                         at += len(chunk)
                         yield chunk
-                    _check_complete(url, answer, at, end)
                     return
-            except httpx.UnsupportedProtocol as error:
-                raise DataError(
-                    f"{safe_url(url)}: {error}; name an http or https server"
-                ) from error
-            except (
-                httpx.TransportError,
-                httpx.TooManyRedirects,
-                _PassingError,
-                SlowError,
-            ) as error:
+            except (PassingError, SlowError) as error:
                 slow = slow + 1 if isinstance(error, SlowError) else 0
                 failures = 1 if at >= before + _LEAST else failures + 1
                 if failures >= ATTEMPTS or slow >= _SLOW_ATTEMPTS:
@@ -146,6 +144,114 @@ class Web:
                     ) from error
                 time.sleep(FIRST_PAUSE * 2 ** (failures - 1))
 
+    @abstractmethod
+    def _attempt(
+        self, url: str, at: int, end: int | None, size: int | None
+    ) -> Generator[bytes, None, None]:
+        """Bytes of a file, as `chunks` but over one connection; notes the file's size.
+
+        Raises:
+            PassingError: It failed, and may not the next time.
+            SlowError: Bytes only trickle.
+            DataError: Another attempt would fail too.
+        """
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the files in a folder, sorted.
+
+        Raises:
+            DataError: The store does not tell, or refuses.
+        """
+        raise DataError(
+            f"{safe_url(folder)}: a web server gives no list of its files; name them in braces, "
+            "such as train-{000000..000028}.tar"
+        )
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close every connection."""
+
+    def _check_complete(self, url: str, at: int, end: int | None) -> None:
+        length = self._sizes.get(url)
+        wanted = end if end is not None else length
+        if wanted is None or at >= wanted:
+            return
+        if length is not None and at < length:
+            raise PassingError(f"the connection ended at byte {at}")
+        raise DataError(
+            f"{safe_url(url)}: ends at byte {at}, before byte {wanted}; restore the shard"
+        )
+
+
+class Web(Store):
+    """Reads files of web servers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._whole_only: set[str] = set()
+
+    @cached_property
+    def _client(self) -> httpx.Client:
+        """Made where something is read: loading certificates takes a while."""
+        # As they lie on the server: a range of a compressed answer would be another one.
+        headers = {"Accept-Encoding": "identity", "User-Agent": "mmscale"}
+        client = httpx.Client(headers=headers, follow_redirects=True, timeout=_TIMEOUT)
+        for transport in (client._transport, *client._mounts.values()):
+            pool = getattr(transport, "_pool", None)
+            if pool is not None:
+                # httpx has no setting for it, and its own timeouts begin anew with every byte.
+                pool._network_backend = ImpatientBackend(pool._network_backend)
+        return client
+
+    def has_ranges(self, url: str) -> bool:
+        """False once the server has answered a request for a part with the whole file."""
+        return urlsplit(url).netloc not in self._whole_only
+
+    def _attempt(
+        self, url: str, at: int, end: int | None, size: int | None
+    ) -> Generator[bytes, None, None]:
+        try:
+            address, headers = self._target(url)
+            headers |= _range(at, end)
+            with self._client.stream("GET", address, headers=headers) as answer:
+                for chunk in self._body(url, answer, at, end, size):
+                    at += len(chunk)
+                    yield chunk
+                self._check_complete(url, at, end)
+        except httpx.UnsupportedProtocol as error:
+            raise DataError(f"{safe_url(url)}: {error}; name an http or https server") from error
+        except (httpx.TransportError, httpx.TooManyRedirects) as error:
+            raise PassingError(str(error) or type(error).__name__) from error
+
+    def _target(self, url: str) -> tuple[str, dict[str, str]]:
+        """What is asked for, and headers that its server wants."""
+        return url, {}
+
+    def _refusal(self, url: str, answer: httpx.Response) -> DataError:
+        """What an answer says that is no file and stays so."""
+        status = f"{answer.status_code} {answer.reason_phrase}".strip()
+        if answer.status_code in (404, 410):
+            return NotThereError(f"{safe_url(url)}: the server answers {status}; check the address")
+        return DataError(
+            f"{safe_url(url)}: the server answers {status}; check the address and the access to it"
+        )
+
+    def _check_status(self, url: str, answer: httpx.Response, size: int | None) -> None:
+        if answer.status_code in _PASSING:
+            raise PassingError(f"{answer.status_code} {answer.reason_phrase}".strip())
+        if answer.status_code == 416 and size is not None:
+            raise wrong_size(url, _length(answer), size)
+        if answer.status_code not in (200, 206):
+            raise self._refusal(url, answer)
+        if answer.status_code == 206:
+            wanted = answer.request.headers.get("Range", "bytes=0-").removeprefix("bytes=")
+            got = answer.headers.get("Content-Range", "").removeprefix("bytes ")
+            if got.split("-")[0] != wanted.split("-")[0]:
+                raise DataError(
+                    f"{safe_url(url)}: asked for bytes {wanted}, the server sends "
+                    f"{got or 'others'}; serve the shards with a server that knows byte ranges"
+                )
+
     def _body(
         self, url: str, answer: httpx.Response, at: int, end: int | None, size: int | None
     ) -> Iterator[bytes]:
@@ -153,10 +259,10 @@ class Web:
         length = _length(answer)
         if length is not None:
             self._sizes[url] = length
-        _check_status(url, answer, size)
+        self._check_status(url, answer, size)
         whole = answer.status_code == 200
         if size is not None and length is not None and length != size:
-            raise _wrong_size(url, length, size)
+            raise wrong_size(url, length, size)
         if whole and (at or (end is not None and end != length)):
             self._whole_only.add(urlsplit(url).netloc)
         skip = at if whole else 0
@@ -178,36 +284,10 @@ class Web:
             self._client.close()
 
 
-class _PassingError(Exception):
-    """An answer that the server may not repeat."""
-
-
 def _range(start: int, end: int | None) -> dict[str, str]:
     if start == 0 and end is None:
         return {}
     return {"Range": f"bytes={start}-{'' if end is None else end - 1}"}
-
-
-def _check_status(url: str, answer: httpx.Response, size: int | None) -> None:
-    status = f"{answer.status_code} {answer.reason_phrase}".strip()
-    if answer.status_code in _PASSING:
-        raise _PassingError(status)
-    if answer.status_code == 416 and size is not None:
-        raise _wrong_size(url, _length(answer), size)
-    if answer.status_code in (404, 410):
-        raise NotThereError(f"{safe_url(url)}: the server answers {status}; check the address")
-    if answer.status_code not in (200, 206):
-        raise DataError(
-            f"{safe_url(url)}: the server answers {status}; check the address and the access to it"
-        )
-    if answer.status_code == 206:
-        wanted = answer.request.headers.get("Range", "bytes=0-").removeprefix("bytes=")
-        got = answer.headers.get("Content-Range", "").removeprefix("bytes ")
-        if got.split("-")[0] != wanted.split("-")[0]:
-            raise DataError(
-                f"{safe_url(url)}: asked for bytes {wanted}, the server sends {got or 'others'}; "
-                "serve the shards with a server that knows byte ranges"
-            )
 
 
 def _length(answer: httpx.Response) -> int | None:
@@ -218,17 +298,8 @@ def _length(answer: httpx.Response) -> int | None:
     return int(told) if told.isdecimal() and len(told) < _MOST_DIGITS else None
 
 
-def _check_complete(url: str, answer: httpx.Response, at: int, end: int | None) -> None:
-    length = _length(answer)
-    wanted = end if end is not None else length
-    if wanted is None or at >= wanted:
-        return
-    if length is not None and at < length:
-        raise _PassingError(f"the connection ended at byte {at}")
-    raise DataError(f"{safe_url(url)}: ends at byte {at}, before byte {wanted}; restore the shard")
-
-
-def _wrong_size(url: str, actual: int | None, wanted: int) -> DataError:
+def wrong_size(url: str, actual: int | None, wanted: int) -> DataError:
+    """For a file that is not as long as its manifest says."""
     has = "fewer" if actual is None else f"{actual}"
     return DataError(
         f"{safe_url(url)}: {has} bytes, its manifest says {wanted}; upload the shard and its "
@@ -270,81 +341,3 @@ def piped(where: str) -> Generator[bytes, None, None]:
             said = complaints.read().decode(errors="replace").strip().splitlines()
             reason = f" ({said[-1][:200]})" if said else ""
             raise DataError(f"{where}: the command ended with {code}{reason}; mend the command")
-
-
-# Timeouts of HTTP libraries begin anew with every byte that arrives, so that a server which sends
-# one now and then is waited for without end.
-
-# Fewer bytes than this in so many seconds of waiting, counted from a request's first byte on.
-LEAST_BYTES, SECONDS = 2**13, 10.0
-
-
-class SlowError(Exception):
-    """A server sends too slowly."""
-
-
-class ImpatientBackend(httpcore.NetworkBackend):
-    """Opens connections as another backend does, and measures what arrives on them."""
-
-    def __init__(self, backend: httpcore.NetworkBackend):
-        self._backend = backend
-
-    def connect_tcp(self, *arguments: Any, **options: Any) -> httpcore.NetworkStream:
-        """As the other backend."""
-        return _Stream(self._backend.connect_tcp(*arguments, **options))
-
-    def connect_unix_socket(self, *arguments: Any, **options: Any) -> httpcore.NetworkStream:
-        """As the other backend."""
-        return _Stream(self._backend.connect_unix_socket(*arguments, **options))
-
-    def sleep(self, seconds: float) -> None:
-        """As the other backend."""
-        self._backend.sleep(seconds)
-
-
-class _Stream(httpcore.NetworkStream):
-    """A connection; only time spent in waiting for bytes counts."""
-
-    def __init__(self, stream: httpcore.NetworkStream):
-        self._stream = stream
-        self._waited, self._arrived, self._has_begun = 0.0, 0, False
-
-    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        """Bytes that have arrived.
-
-        Raises:
-            SlowError: Too few of them.
-        """
-        began = time.monotonic()
-        content = self._stream.read(max_bytes, timeout)
-        if self._has_begun:
-            self._waited += time.monotonic() - began
-            self._arrived += len(content)
-        self._has_begun = True
-        if self._waited >= SECONDS:
-            if self._arrived < LEAST_BYTES:
-                raise SlowError(f"only {self._arrived:,} bytes in {self._waited:.0f} seconds")
-            self._waited, self._arrived = 0.0, 0
-        return content
-
-    def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        """Send, a new request: its answer is measured from its first byte on."""
-        self._stream.write(buffer, timeout)
-        self._waited, self._arrived, self._has_begun = 0.0, 0, False
-
-    def start_tls(
-        self,
-        ssl_context: ssl.SSLContext,
-        server_hostname: str | None = None,
-        timeout: float | None = None,
-    ) -> httpcore.NetworkStream:
-        """The same over TLS."""
-        return _Stream(self._stream.start_tls(ssl_context, server_hostname, timeout))
-
-    def get_extra_info(self, info: str) -> Any:
-        """As the connection."""
-        return self._stream.get_extra_info(info)
-
-    def close(self) -> None:
-        """Close it."""
-        self._stream.close()

@@ -25,10 +25,11 @@ from typing import IO, cast
 
 from mmscale.config.data import DataConfig
 from mmscale.data.damage import DamagedSampleError
+from mmscale.data.far import Far
 from mmscale.data.lanes import seeded
 from mmscale.data.members import Sample, image_id_of, sample_of
 from mmscale.data.reader import Drawn
-from mmscale.data.remote import CHUNK, Web, is_pipe, is_web, piped, safe_url
+from mmscale.data.remote import CHUNK, is_address, is_pipe, piped, safe_url
 from mmscale.data.shard_set import Place, ShardSet
 from mmscale.data.shards import AT_ONCE, scopes_of
 from mmscale.data.tar import (
@@ -103,23 +104,25 @@ def plan_resampling(data: DataConfig, shards: ShardSet) -> Resampling:
     """
     weights = tuple(weight for count, weight in shards.sources for _ in range(count))
     samples = data.epoch_samples
-    web = Web()
+    far = Far()
     if samples is None:
-        samples = len(shards.paths) * sum(1 for _ in read_through(shards.paths[0], web))
-    sizes = _sizes(shards.paths, web)
-    web.close()
+        samples = len(shards.paths) * sum(1 for _ in read_through(shards.paths[0], far))
+    sizes = _sizes(shards.paths, far)
+    far.close()
     return Resampling(shards.paths, weights, samples, sizes)
 
 
-def _sizes(paths: Sequence[Place], web: Web) -> tuple[float, ...]:
+def _sizes(paths: Sequence[Place], far: Far) -> tuple[float, ...]:
     """Bytes of each shard, the mean of the others where nobody tells; none where nobody tells any.
 
     Raises:
         DataError: One is not there.
     """
-    asks = sum(map(is_web, paths)) <= _MOST_ASKED
+    asks = sum(map(is_address, paths)) <= _MOST_ASKED
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        found = list(pool.map(lambda p: size_of(p, web) if asks or not is_web(p) else None, paths))
+        found = list(
+            pool.map(lambda p: size_of(p, far) if asks or not is_address(p) else None, paths)
+        )
     known = [size for size in found if size is not None]
     mean = sum(known) / max(1, len(known))
     return tuple(mean if size is None else float(size) for size in found) if mean else ()
@@ -201,16 +204,16 @@ class SequentialLane:
         """Every sample of the drawn shards, endlessly, from some place in the first on."""
         plan = self._resampling
         paths, edges = plan.paths, list(accumulate(plan.weights))
-        web, empty = Web(), 0
+        far, empty = Far(), 0
         for number in count():
             turn, empty = number * self._count + self._index, empty + 1
             if number == 0:
                 shard = self._draw(list(accumulate(self._beginnings())), number)
                 part = _fraction(self._seed, "part")
-                samples = read_from(paths[shard], web, part, plan._counts)
+                samples = read_from(paths[shard], far, part, plan._counts)
             else:
                 shard = self._draw(edges, number)
-                samples = read_through(paths[shard], web)
+                samples = read_through(paths[shard], far)
             for sample, content in enumerate(samples):
                 empty = 0
                 yield Drawn(shard, sample, turn, turn, plan.identified(shard, content))
@@ -239,28 +242,28 @@ _PASSED_OVER_BYTES = 2**32
 _LOOK_BACK = 2**20
 
 
-def read_through(where: Place, web: Web) -> Iterator[Sample | str]:
+def read_through(where: Place, far: Far) -> Iterator[Sample | str]:
     """Samples of a tar from its first to its last; a text for each that cannot be used.
 
     Args:
         where: A file, URL or command.
-        web: What URLs are read with.
+        far: What addresses are read with.
 
     Raises:
         DataError: It cannot be read at all.
     """
-    with closing(_chunks(where, web, 0)) as chunks:
+    with closing(_chunks(where, far, 0)) as chunks:
         yield from _samples(_Flow(chunks), _short_name(where))
 
 
 def read_from(
-    where: Place, web: Web, part: float, counts: dict[Place, int]
+    where: Place, far: Far, part: float, counts: dict[Place, int]
 ) -> Iterator[Sample | str]:
     """Samples of a tar from a place on.
 
     Args:
         where: A file, URL or command.
-        web: What URLs are read with.
+        far: What addresses are read with.
         part: The place: 0 for the beginning, up to 1 for the end. The sample in which it lies is
             left out, the one after it is the first.
         counts: Numbers of samples of the tars that must be read to their end to know them; more
@@ -269,23 +272,23 @@ def read_from(
     Raises:
         DataError: It cannot be read at all.
     """
-    size = _size_to_enter(where, web)
+    size = _size_to_enter(where, far)
     if size is None:
         if where not in counts:
-            counts[where] = sum(1 for _ in read_through(where, web))
-        yield from islice(read_through(where, web), int(part * counts[where]), None)
+            counts[where] = sum(1 for _ in read_through(where, far))
+        yield from islice(read_through(where, far), int(part * counts[where]), None)
         return
     place = int(part * size)
     # Far enough before it to meet the header of the member in which it lies.
     start = max(0, place - _LOOK_BACK) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
-    with closing(_chunks(where, web, start)) as chunks:
+    with closing(_chunks(where, far, start)) as chunks:
         flow = _from_header(chunks, start)
         # None where the place is in the last member.
         if flow is not None:
             yield from _samples(flow, _short_name(where), place)
 
 
-def size_of(where: Place, web: Web) -> int | None:
+def size_of(where: Place, far: Far) -> int | None:
     """Bytes of a shard; None where nobody tells.
 
     Raises:
@@ -293,21 +296,21 @@ def size_of(where: Place, web: Web) -> int | None:
     """
     if is_pipe(where):
         return None
-    if is_web(where):
-        return web.opening(str(where))[1]
+    if is_address(where):
+        return far.opening(str(where))[1]
     with _named(where):
         return Path(where).stat().st_size
 
 
-def _size_to_enter(where: Place, web: Web) -> int | None:
+def _size_to_enter(where: Place, far: Far) -> int | None:
     """Size of a plain tar; None for what must be read from its beginning."""
     if is_pipe(where):
         return None
-    if is_web(where):
-        opening, size = web.opening(str(where))
+    if is_address(where):
+        opening, size = far.opening(str(where))
         return size if is_header(opening) else None
     with _named(where), Path(where).open("rb") as file:
-        return size_of(where, web) if is_header(file.read(tarfile.BLOCKSIZE)) else None
+        return size_of(where, far) if is_header(file.read(tarfile.BLOCKSIZE)) else None
 
 
 @contextmanager
@@ -371,11 +374,11 @@ def _short_name(where: Place) -> str:
     return str(where) if is_pipe(where) else safe_url(where).rpartition("/")[2]
 
 
-def _chunks(where: Place, web: Web, start: int) -> Generator[bytes, None, None]:
+def _chunks(where: Place, far: Far, start: int) -> Generator[bytes, None, None]:
     if is_pipe(where):
         yield from piped(str(where))
-    elif is_web(where):
-        yield from web.chunks(str(where), start)
+    elif is_address(where):
+        yield from far.chunks(str(where), start)
     else:
         with _named(where), Path(where).open("rb") as file:
             file.seek(start)

@@ -18,9 +18,10 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO
 
+from mmscale.data.far import Far
 from mmscale.data.lanes import Item
 from mmscale.data.manifest import Shard
-from mmscale.data.remote import Web, is_pipe, piped, safe_url
+from mmscale.data.remote import is_pipe, piped, safe_url
 from mmscale.errors import DataError
 
 _OPEN_FILES = 64
@@ -256,20 +257,20 @@ class _Ranges:
 
     def __init__(self, shards: Sequence[Shard], urls: Sequence[str]):
         self._shards, self._urls = shards, urls
-        self._web = Web()
+        self._far = Far()
         self._spools: OrderedDict[int, IO[bytes]] = OrderedDict()
         self._locks = [threading.Lock() for _ in shards]
 
     def read(self, shard: int, start: int, end: int) -> bytes:
         """Bytes of a shard; may be called by several threads."""
         url, size = self._urls[shard], self._shards[shard].bytes
-        if is_pipe(url) or not self._web.has_ranges(url):
+        if is_pipe(url) or not self._far.has_ranges(url):
             return os.pread(self._spool(shard).fileno(), end - start, start)
-        return b"".join(self._web.chunks(url, start, end, size))
+        return b"".join(self._far.chunks(url, start, end, size))
 
     def close(self) -> None:
         """Close connections and files."""
-        self._web.close()
+        self._far.close()
         self._spools.clear()
 
     def _spool(self, shard: int) -> IO[bytes]:
@@ -281,7 +282,7 @@ class _Ranges:
             url, size = self._urls[shard], self._shards[shard].bytes
             # Open for as long as anybody reads it.
             file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
-            chunks = piped(url) if is_pipe(url) else self._web.chunks(url, size=size)
+            chunks = piped(url) if is_pipe(url) else self._far.chunks(url, size=size)
             with closing(chunks):
                 written = _copied(chunks, file, size)
             if written != size:

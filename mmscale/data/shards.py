@@ -14,6 +14,7 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 import braceexpand
 
 from mmscale.config.data import DataConfig, SourceConfig
+from mmscale.data.far import Far
 from mmscale.data.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -24,7 +25,8 @@ from mmscale.data.manifest import (
 )
 from mmscale.data.remote import (
     NotThereError,
-    Web,
+    is_address,
+    is_listed,
     is_pipe,
     is_remote,
     is_web,
@@ -82,6 +84,20 @@ def open_shards(setting: str, where: Setting, allow_pipe: bool = False) -> Shard
     return opened if len(set(origins)) == 1 else told_apart(opened, origins)
 
 
+def open_stored(where: str | list[str]) -> ShardSet:
+    """The shards of a `data.eval` that a run's folder names; arguments and errors as `open_shards`.
+
+    Only files: whoever wrote the folder may have named addresses that its reader would not open.
+    """
+    for place in [where] if isinstance(where, str) else where:
+        if is_remote(place):
+            raise DataError(
+                f"data.eval={safe_url(place)}: is an address that the run's folder names, and none "
+                "is opened that you have not named yourself; name the pairs with --data"
+            )
+    return open_shards("data.eval", where)
+
+
 def list_shards(setting: str, where: Setting, allow_pipe: bool = False) -> ShardSet:
     """Find shards that are read without a manifest; arguments and errors as `open_shards`."""
     finder = _Finder(setting, allow_pipe)
@@ -123,7 +139,7 @@ class _Finder:
 
     setting: str
     allow_pipe: bool
-    _web: Web = field(default_factory=Web)
+    _far: Far = field(default_factory=Far)
     _manifests: dict[str, dict[str, Shard]] = field(default_factory=dict)
     _origins: dict[str, Origin] = field(default_factory=dict)
     _shards_in: dict[str, Path] = field(default_factory=dict)
@@ -155,14 +171,17 @@ class _Finder:
             beside = glob.escape(str(folder)) + "/*.tar"
             if _on_disk(beside) or not (folder / MANIFEST_NAME).is_file():
                 return self._tars(beside)
+        elif folder is not None and is_listed(folder):
+            return list(self._far_tars(f"{folder.rstrip('/')}/*.tar"))
         if folder is not None:
             return [path for path, _, _ in self.indexed(pattern)]
         return self._tars(pattern)
 
     def _folder(self, pattern: str) -> Place | None:
         """The packed folder that a pattern is; None where it names tars."""
-        if is_web(pattern):
-            is_tar = urlsplit(pattern).path.endswith((".tar", "}"))
+        if is_address(pattern):
+            path = urlsplit(pattern).path if is_web(pattern) else pattern
+            is_tar = path.endswith((".tar", "}")) or (is_listed(path) and glob.has_magic(path))
             return None if is_tar else pattern
         return Path(pattern) if not is_pipe(pattern) and _is_folder(pattern) else None
 
@@ -174,7 +193,7 @@ class _Finder:
             )
         parts = self._expand(pattern)
         if is_remote(pattern):
-            return list(parts)
+            return [path for part in parts for path in self._far_tars(part)]
         found = sorted({path for part in parts for path in _on_disk(part)})
         if not found:
             raise DataError(
@@ -187,6 +206,25 @@ class _Finder:
                 "out of the list"
             )
         return list(found)
+
+    def _far_tars(self, part: str) -> list[str]:
+        """The tars that one address names, or the one that a command writes."""
+        name = part.rpartition("/")[2]
+        if is_web(part) and "*" in urlsplit(part).path:
+            self._far.names(part)
+        if not is_listed(part) or not glob.has_magic(part):
+            return [part]
+        if glob.has_magic(part.removesuffix(name)):
+            raise DataError(
+                f"{self.setting}={safe_url(part)}: only a file's name may hold * or ?; name each "
+                "folder"
+            )
+        if found := self._far.matching(part):
+            return found
+        raise DataError(
+            f"{self.setting}={safe_url(part)}: no shard matches; name a folder with a manifest, or "
+            "tars that are there"
+        )
 
     def _expand(self, pattern: str) -> list[str]:
         count = 1
@@ -241,11 +279,11 @@ class _Finder:
     def _fetch_manifest(self, folder: str) -> Manifest:
         where = str(_beside(folder, MANIFEST_NAME))
         try:
-            chunks = piped(where) if is_pipe(where) else self._web.chunks(where)
+            chunks = piped(where) if is_pipe(where) else self._far.chunks(where)
             with closing(chunks):
                 content = joined(safe_url(where), chunks)
         except DataError as error:
-            if is_web(where) and not isinstance(error, NotThereError):
+            if is_address(where) and not isinstance(error, NotThereError):
                 raise
             raise DataError(
                 f"{self.setting}: the shards have no manifest ({error}); write it with mmscale "
@@ -260,6 +298,8 @@ def _beside(folder: Place, name: str) -> Place:
         return folder / name
     if is_pipe(folder):
         return folder.replace(_MARK, name)
+    if is_listed(folder):
+        return f"{folder.rstrip('/')}/{name}"
     parts = urlsplit(folder)
     path = f"{parts.path.rstrip('/')}/{quote(name)}"
     return urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
@@ -279,6 +319,9 @@ def _split(path: Place) -> tuple[Place, str]:
             )
         start, end = names[-1].span()
         return f"{path[:start]}{_MARK}{path[end:]}", names[-1][0]
+    if is_listed(path):
+        folder, _, name = path.rpartition("/")
+        return folder, name
     parts = urlsplit(path)
     folder, _, name = parts.path.rpartition("/")
     return urlunsplit((parts.scheme, parts.netloc, folder, parts.query, "")), unquote(name)

@@ -58,26 +58,40 @@ def test_a_path_with_a_variable_an_unknown_user_or_an_inner_tilde_is_refused(tex
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("s3://bucket/a.tar", "s3://"),
-        ("gs://bucket/{000..003}.tar", "gs://"),
-        ("az://x/a", "az://"),
-        ("hf://datasets/a/b", "hf://"),
+        ("hf://models/a/b", "hf://"),
         ("file:///a/b", "file://"),
+        ("abfss://x/a", "abfss://"),
+        ("ftp://x/a", "ftp://"),
         (str(Path("s3://bucket/a")), "s3://"),
     ],
 )
 def test_a_store_that_is_not_read_is_named_with_what_is(text, named):
-    with pytest.raises(ValueError, match=f"^`{named}` is not read here; give a path on a disk"):
+    told = f"^`{named}` is not read here; give a path on a disk, .* s3://, gs://, az:// or hf://d"
+    for far in (True, False):
+        with pytest.raises(ValueError, match=told):
+            expanded(text, far=far)
+
+
+@pytest.mark.parametrize(
+    "text", ["s3://b/a-{0..3}.tar", "gs://b/~x/$y", "az://c/a", "hf://datasets/a/b@v1/c"]
+)
+def test_a_store_is_read_in_the_place_of_shards_only(text):
+    assert expanded(text, far=True) == text
+    with pytest.raises(ValueError, match="is not read here but for shards; give a path on a disk"):
         expanded(text)
 
 
-def test_a_store_is_refused_in_settings_and_at_every_verb(tmp_path):
-    told = r"`s3://` is not read here; give a path .* such as 'pipe:aws s3 cp s3://BUCKET/a.tar -'"
-    for word in ("data.train=s3://b/a.tar", "data.eval=[a, s3://b/c]", "run.dir=s3://b/r"):
+def test_where_a_store_may_stand_in_settings_and_at_verbs(tmp_path):
+    config = load_config(["demo", "data.train=[a, s3://b/c]", "data.eval=hf://datasets/o/n/val"])
+    assert config.data.train == ["a", "s3://b/c"]
+    told = r"`s3://` is not read here but for shards"
+    for word in ("run.dir=s3://b/r", "model.text.weights=s3://b/w"):
         with pytest.raises(ConfigError, match=told):
             load_config(["demo", "data.train=x", word])
-    for verb in (["index"], ["verify"], ["pack", "--out", str(tmp_path)], ["eval", "--data", "x"]):
-        with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=r"`file://` is not read here; give a path"):
+        load_config(["demo", "data.train=file:///a.tar"])
+    for verb in (["pack", "--out", str(tmp_path)], ["eval", "--data", "x"]):
+        with pytest.raises(ConfigError, match=r"`s3://` is not read here"):
             app([*verb, "s3://b/a"], standalone_mode=False)
 
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from mmscale.data import impatient, remote, resampled, shard_bytes
 from mmscale.data import manifest as manifests
-from mmscale.data import remote, resampled, shard_bytes
 from mmscale.data.damage import DamagedSampleError
+from mmscale.data.far import Far
 from mmscale.data.index import index
 from mmscale.data.lanes import Item
 from mmscale.data.manifest import Shard, read_manifest
 from mmscale.data.reader import SampleReader
-from mmscale.data.remote import Web
 from mmscale.data.resampled import read_through
 from mmscale.data.shard_bytes import _Ranges
 from mmscale.data.shards import ShardSet, open_shards
@@ -90,7 +90,7 @@ def trickle(send, opening=OK + b"Content-Length: 100000\r\n\r\n", content=b" "):
 @pytest.fixture
 def hasty(monkeypatch):
     monkeypatch.setattr(remote, "FIRST_PAUSE", 0.005)
-    monkeypatch.setattr(remote, "SECONDS", 0.3)
+    monkeypatch.setattr(impatient, "SECONDS", 0.3)
 
 
 def test_an_endless_manifest_is_refused_while_it_arrives(monkeypatch):
@@ -146,7 +146,7 @@ def test_a_byte_for_each_connection_is_no_progress(hasty):
 
     with hostile(one_byte) as server:
         with pytest.raises(DataError, match="6 times in a row"):
-            list(Web().chunks(f"{server.url}/a.tar"))
+            list(Far().chunks(f"{server.url}/a.tar"))
         assert server.requests == 6
 
 
@@ -154,7 +154,7 @@ def test_a_slow_consumer_is_no_slow_server(hasty, tmp_path):
     """Only waiting for bytes counts, not the time between two reads."""
     write_shards(tmp_path, [4], 400_000, manifest=False)
     with serving(tmp_path) as server:
-        chunks = Web().chunks(f"{server.url}/train-000000.tar")
+        chunks = Far().chunks(f"{server.url}/train-000000.tar")
         for _ in range(3):
             next(chunks)
             time.sleep(0.35)
@@ -169,8 +169,8 @@ def test_numbers_of_thousands_of_digits_are_no_size():
         b"Content-Length: 600\r\n\r\n%s" % (many, body)
     )
     with hostile(lambda send: send(answer)) as server:
-        assert b"".join(Web().chunks(f"{server.url}/a.tar", 0, 600)) == body
-        assert Web().opening(f"{server.url}/a.tar") == (body[:512], None)
+        assert b"".join(Far().chunks(f"{server.url}/a.tar", 0, 600)) == body
+        assert Far().opening(f"{server.url}/a.tar") == (body[:512], None)
 
 
 @pytest.mark.parametrize("kind", ["server", "command"])
@@ -191,7 +191,7 @@ def test_a_shard_that_is_copied_takes_no_more_room_than_its_manifest_says(
     with hostile(endless) as server:
         where = f"{server.url}/a.tar" if kind == "server" else "pipe:cat /dev/zero"
         source = _Ranges([record], [where])
-        source._web._whole_only.add(server.url.removeprefix("http://"))
+        source._far._web._whole_only.add(server.url.removeprefix("http://"))
         with pytest.raises(DataError, match=r"more than 10240 bytes, its manifest says 10240"):
             source.read(0, 0, 10240)
     assert kept[0] <= 10240
@@ -263,7 +263,7 @@ def test_bytes_without_a_sample_end_a_shard_that_is_read_through(tmp_path, monke
         for number in range(3):
             add(tar, f"b{number}.bin", bytes(2**19))
         add(tar, "c.jpg", b"x")
-    sample, fault = read_through(tmp_path / "a.tar", Web())
+    sample, fault = read_through(tmp_path / "a.tar", Far())
     assert sample.captions == ("a dog",)
     assert "bytes without a sample" in fault
 

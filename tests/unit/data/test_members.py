@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from mmscale.data.damage import DamagedSampleError
+from mmscale.data.far import Far
 from mmscale.data.index import index
 from mmscale.data.members import describe_members, image_id_of
 from mmscale.data.reader import SampleReader, parse_sample
-from mmscale.data.remote import Web
 from mmscale.data.resampled import read_through
 from mmscale.data.shards import open_shards
 from mmscale.data.tar import TEXT_BYTES, TarSample, walk_shard
@@ -128,4 +128,4 @@ def test_a_member_twice_makes_a_sample_useless_for_every_reader(tmp_path):
     assert describe_members(found).fault == "has a member twice"
     with pytest.raises(DamagedSampleError, match="one: has a member twice"):
         parse_sample(path.read_bytes(), path.name)
-    assert list(read_through(path, Web())) == ["0.tar one: has a member twice"]
+    assert list(read_through(path, Far())) == ["0.tar one: has a member twice"]

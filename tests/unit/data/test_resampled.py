@@ -16,8 +16,8 @@ from mmscale.config.load import load_config
 from mmscale.contracts import Position
 from mmscale.data import remote, resampled
 from mmscale.data.damage import DamagedSampleError
+from mmscale.data.far import Far
 from mmscale.data.reader import SampleReader
-from mmscale.data.remote import Web
 from mmscale.data.resampled import Resampling, plan_resampling, read_from, read_through
 from mmscale.data.schedule import Schedule
 from mmscale.data.shards import ShardSet, list_shards
@@ -187,7 +187,7 @@ def test_a_tar_is_entered_at_any_place(tmp_path, monkeypatch, name, folder, look
     assert len(wanted) == 8
     begins = collections.Counter()
     for place in range(200):
-        got = list(read_from(path, Web(), place / 200, {}))
+        got = list(read_from(path, Far(), place / 200, {}))
         assert got == wanted[len(wanted) - len(got) :]
         begins[len(got)] += 1
     if look_back:
@@ -230,7 +230,7 @@ def synthetic_data_config():
 
 
 def everything(where):
-    return list(read_through(where, Web()))
+    return list(read_through(where, Far()))
 
 
 def test_what_has_only_a_beginning_is_counted_once(folder, tmp_path):
@@ -242,7 +242,7 @@ def test_what_has_only_a_beginning_is_counted_once(folder, tmp_path):
     for where in (f"pipe:cat '{path}'", packed):
         for place in range(12):
             part = (place + 0.5) / 12
-            assert list(read_from(where, Web(), part, counts)) == wanted[place:]
+            assert list(read_from(where, Far(), part, counts)) == wanted[place:]
     assert list(counts.values()) == [12, 12]
 
 
@@ -254,8 +254,8 @@ def test_servers_shards_are_entered_like_files(folder, monkeypatch, ranges):
         urls = [f"{server.url}/{path.name}" for path in tars(folder)]
         assert planned(urls, 60).sizes == planned(tars(folder), 60).sizes
         for part in (0.0, 0.3, 0.6, 0.99):
-            of_file = list(read_from(tars(folder)[2], Web(), part, {}))
-            assert list(read_from(urls[2], Web(), part, {})) == of_file
+            of_file = list(read_from(tars(folder)[2], Far(), part, {}))
+            assert list(read_from(urls[2], Far(), part, {})) == of_file
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -357,7 +357,7 @@ def test_reading_stops_with_the_reader(folder, tmp_path):
     """A command whose output nobody wants any more is ended, children and all."""
     marker = tmp_path / "pid"
     where = f"pipe:echo $$ > {marker}; cat '{tars(folder)[2]}'; sleep 60 | cat"
-    samples = read_through(where, Web())
+    samples = read_through(where, Far())
     next(samples)
     samples.close()
     with pytest.raises(ProcessLookupError):
