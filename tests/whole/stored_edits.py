@@ -31,6 +31,8 @@ def hostile(draw: random.Random, url: str, trial: Path) -> Any:
             f"pipe:touch {marker}; cat {canary}/train-000000.tar",
             f"{url}/data",
             f"{url}/train-{{000000..000003}}.tar",
+            "s3://attacker/data",
+            "hf://datasets/attacker/data",
             str(canary),
             f"{canary}/secret.safetensors",
             f"{canary}/config.yaml",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.sealed import read_state_of, seal
 from tests.unit.data.web_server import serving
 from tests.whole.command import ROOT, explain, run
 from tests.whole.small_run import ALONE, succeed, words_for, write_settings
@@ -42,6 +43,7 @@ def _try(stored, synthetic, trial, verb, count):
         command = [sys.executable, "-m", "tests.whole.stored_edits", run_dir, trial, 11, count]
         # What asks the hub asks this server.
         hub = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": server.url, "HF_HOME": str(trial / "hub")}
+        hub |= {"AWS_ENDPOINT_URL": server.url, "AWS_SKIP_SIGNATURE": "true"}
         hub["PYTHONPATH"] = str(ROOT)
         done = run(
             [*command, server.url, trial / "found.json", verb, *asked],
@@ -82,3 +84,22 @@ def test_edits_of_a_stored_configuration_run_nothing_when_it_is_evaluated(
     for result in results:
         result["found"] = [each for each in result["found"] if not each.startswith("open ")]
     _assert_nothing_ran(results, requests, tmp_path, {0, 2, 5})
+
+
+@pytest.mark.parametrize("where", ["{}", "s3://attacker/data", "hf://datasets/attacker/data"])
+def test_a_verb_opens_no_address_that_only_the_run_names(stored, synthetic, tmp_path, where):
+    run_dir = tmp_path / "run"
+    shutil.copytree(stored[0], run_dir)
+    (checkpoint,) = (run_dir / "checkpoints").iterdir()
+    state = read_state_of(checkpoint)
+    with serving(synthetic.val) as server:
+        state["config"]["data"]["eval"] = where.format(server.url)
+        seal(checkpoint, state)
+        env = {"AWS_ENDPOINT_URL": server.url, "AWS_SKIP_SIGNATURE": "true"}
+        env |= {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": server.url}
+        done = run([sys.executable, "-m", "mmscale.cli", "doctor", run_dir], env=env)
+        assert server.requests == []
+    assert done.returncode == 4, explain(done)
+    assert "none is opened that you have not named yourself; name the pairs with --data" in (
+        done.stderr
+    )
