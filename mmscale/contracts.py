@@ -240,6 +240,7 @@ class LossInput:
             epoch, None where the run makes none.
         teachers: What each teacher that a term looks at now makes of the same rows, by its name;
             `START` is the model as the run began.
+        beside: Rows that passed the model beside the batch's, by the name of what they are for.
         distance: Squared distance of the weights to the start's, a sum over parameters: what this
             rank's share adds to the mean over ranks, without a graph; None where no term wants it.
     """
@@ -260,6 +261,7 @@ class LossInput:
     bias: Float[Tensor, "1"] | None = None
     prototypes: tuple[Prototypes, ...] | None = None
     teachers: Mapping[str, Taught] = field(default_factory=dict)
+    beside: Mapping[str, "LossInput"] = field(default_factory=dict)
     distance: Float[Tensor, ""] | None = None
 
 

@@ -6,7 +6,7 @@ from pydantic import model_validator
 
 from mmscale.config.paths import PathSetting
 from mmscale.config.term import Needs, Term
-from mmscale.config.values import PositiveFloat
+from mmscale.config.values import Positive, PositiveFloat
 
 
 class TaughtTerm(Term):
@@ -55,6 +55,21 @@ class AnchorTerm(TaughtTerm):
     """Checkpoints keep the weights of the start, before any stage."""
     form: Literal["affinity", "feature"] = "feature"
     """`feature`: rows stay where they were; `affinity`: what was alike stays alike."""
+    data: PathSetting | None = None
+    """Packed folder whose pairs stay where they were, trained on or not; null: the batch's own."""
+    rows: Positive | None = None
+    """Pairs of `data` in an update, over all ranks; null: 64."""
+
+    @property
+    def given_rows(self) -> int:
+        """Pairs of `data` in an update."""
+        return self.rows or 64
+
+    @model_validator(mode="after")
+    def _check_rows(self) -> "AnchorTerm":
+        if self.rows is not None and self.data is None:
+            raise ValueError("given rows with data alone, whose pairs they count; take rows out")
+        return self
 
 
 class L2StartTerm(Term):

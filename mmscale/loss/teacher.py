@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmscale.config.taught import AnchorTerm, L2StartTerm, TeacherTerm
-from mmscale.contracts import START, Taught
+from mmscale.contracts import START, LossInput, Taught
 from mmscale.loss.contrast import Contrast, PairRows, directions, wide
 from mmscale.loss.strips import Sums, sum_over_rows
 from mmscale.loss.term import Bounds, Counts, Given, TermValue, term
@@ -91,8 +91,16 @@ def _teacher(settings: TeacherTerm, given: Given) -> TermValue:
 
 @term(AnchorTerm)
 def _anchor(settings: AnchorTerm, given: Given) -> TermValue:
-    taught = given.rows.teachers.get(START)
-    return _compared(settings, given, given.needed(taught, settings, "rows of its start"))
+    rows: LossInput | None = given.rows
+    if settings.data is not None:
+        rows = given.rows.beside.get(settings.data)
+    found = given.needed(rows, settings, f"rows of {settings.data}")
+    taught = given.needed(found.teachers.get(START), settings, "rows of its start")
+    value = _compared(settings, replace(given, rows=found), taught)
+    if settings.data is None or settings.form == "feature":
+        return value
+    # The counts are those of the batch.
+    return TermValue(value.loss, lambda counts: Bounds(0.0))
 
 
 @term(L2StartTerm)

@@ -50,6 +50,7 @@ from mmscale.parallel.peers import gather_objects
 from mmscale.preflight import checkpoints_ahead, require_room
 from mmscale.training.order import neighbours_of, own_order, schedule_of
 from mmscale.training.part import Part
+from mmscale.training.parts.anchors import anchors_of
 from mmscale.training.parts.balance import ModalityBalancer
 from mmscale.training.parts.checkpoints import Checkpoints
 from mmscale.training.parts.damage import Damage
@@ -154,6 +155,7 @@ def build_parts(stage: Stage, services: Services) -> tuple[Part, ...]:
         *_queue(stage),
         *_prototypes(stage),
         *_teachers(stage),
+        *anchors_of(stage),
         *_matching(stage),
         *_balance(stage),
         NonFinite(stage, services, evaluation),

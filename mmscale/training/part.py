@@ -137,6 +137,13 @@ class Part:
     def before(self, step: Step, batch: Batch) -> None:
         """Before an update's forward. Collective."""
 
+    def beside(self, step: Step) -> Mapping[str, Batch]:
+        """Rows that pass the model beside the batch's; `LossInput.beside` has them by their name.
+
+        As many on every rank, fed as the batch is, on the device.
+        """
+        return {}
+
     def inputs(self, rows: LossInput, features: Features, batch: Batch) -> LossInput:
         """Add what the objective needs to this rank's rows. Collective.
 

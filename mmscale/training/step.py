@@ -26,6 +26,7 @@ from mmscale.engine.protocol import Engine
 from mmscale.loss.objective import Objective
 from mmscale.parallel.phases import PhaseClock, phase
 from mmscale.training.agreement import Outcome, agree
+from mmscale.training.beside import joined, parted
 from mmscale.training.part import Part, Step, StepResult
 
 
@@ -96,6 +97,8 @@ def launch(learner: Learner, batch: Batch, step: Step, parts: Sequence[Part] = (
     scale_module.begin(step.number)
     for part in parts:
         part.before(step, batch)
+    beside = {name: more for part in parts for name, more in part.beside(step).items()}
+    fed = joined(batch, beside)
 
     def compute_loss(features: Features) -> StepOutput:
         with phase("loss"):
@@ -110,12 +113,16 @@ def launch(learner: Learner, batch: Batch, step: Step, parts: Sequence[Part] = (
                 is_logged=step.is_measured,
                 labels=batch.labels,
             )
+            if beside:
+                rows, features = parted(rows, features, batch, beside)
             for part in parts:
                 rows = part.inputs(rows, features, batch)
             return StepOutput(rows, learner.objective(rows))
 
     sequences = any(part.reads_tokens for part in parts)
-    output = _gradients(engine, batch, learner.micro_rows, sequences, compute_loss)
+    is_chunked = batch.mask is not None and learner.micro_rows < len(batch)
+    chunk_rows = learner.micro_rows if is_chunked else None
+    output = _gradients(engine, fed, chunk_rows, sequences, compute_loss)
     for part in parts:
         part.pull(step)
     outcome = agree(engine, learner.peers, batch, output, step)
@@ -154,14 +161,14 @@ def _update_unasked(
 def _gradients(
     engine: Engine,
     batch: Batch,
-    micro_rows: int,
+    chunk_rows: int | None,
     sequences: bool,
     compute_loss: Callable[[Features], StepOutput],
 ) -> StepOutput:
     """Forward and backward of the whole batch, in chunks where it does not fit."""
     engine.begin_update()
-    if batch.mask is not None and micro_rows < len(batch):
-        return forward_backward(engine, batch, micro_rows, sequences, compute_loss)
+    if chunk_rows is not None:
+        return forward_backward(engine, batch, chunk_rows, sequences, compute_loss)
     features = (
         Features(batch.image, batch.tokens)
         if batch.mask is None
@@ -176,7 +183,7 @@ def _gradients(
 def _detached(rows: LossInput) -> LossInput:
     """What parts may keep: the loss has its graph no longer."""
     image, text = _without_graph(rows.image), _without_graph(rows.text)
-    return replace(rows, image=image, text=text, bank=None)
+    return replace(rows, image=image, text=text, bank=None, beside={})
 
 
 def _without_pixels(batch: Batch) -> Batch:

@@ -57,7 +57,7 @@ def taught_terms(config: Config) -> dict[str, list[TaughtTerm]]:
     for term in config.loss.terms:
         if isinstance(term, TeacherTerm):
             found.setdefault(term.model, []).append(term)
-        elif isinstance(term, AnchorTerm):
+        elif isinstance(term, AnchorTerm) and term.data is None:
             found.setdefault(START, []).append(term)
     return found
 

@@ -60,10 +60,13 @@ TAUGHT = [
         "weight": {"from": 0, "to": 1, "over": "4 steps", "start": "2 steps"},
     },
 ]
-# As strong as the rest of the gradient, and clipped with it; of no weight in the last updates.
+# Near the weights of the start, as strongly as the rest of the gradient pulls and clipped with it,
+# and near its rows of given pairs in both forms; of no weight in the last updates.
 NEAR = [
     {"kind": "infonce"},
     {"kind": "l2_start", "weight": {"from": 0.02, "to": 0, "over": "4 steps", "start": "4 steps"}},
+    {"kind": "anchor", "data": "old", "weight": FADING | {"start": "4 steps"}},
+    {"kind": "anchor", "data": "old", "form": "affinity", "weight": FADING},
 ]
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "infonce": {"loss__terms": [{"kind": "infonce"}]},
@@ -76,7 +79,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     },
     "widths and queue": {"loss__terms": WIDTHS, "negatives": {"queue": QUEUE["queue"]}},
     "teacher": {"loss__terms": TAUGHT},
-    "l2_start": {"loss__terms": NEAR},
+    "near the start": {"loss__terms": NEAR},
 }
 CHUNKS = (1, 3)
 BIAS = "scale.bias"
@@ -112,7 +115,7 @@ ZERO = [
     ("mixture and queue", 3, 3, torch.float32),
     ("widths and queue", 3, 3, torch.float32),
     ("teacher", 3, 3, torch.float32),
-    *(("l2_start", 3, stage, torch.float32) for stage in (1, 2, 3)),
+    *(("near the start", 3, stage, torch.float32) for stage in (1, 2, 3)),
     *(("mixture", 3, stage, torch.float32) for stage in (1, 2, 3)),
 ]
 NARROW = [(name, 1, None, torch.float32) for name in {case[0] for case in ZERO}]

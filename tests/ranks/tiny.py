@@ -1,7 +1,9 @@
 """A tiny dual encoder and fixed rows: what the tests with real processes train."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from mmscale.model.build import build_model
 from mmscale.parallel.device import choose
 from mmscale.parallel.peers import connect
 from mmscale.training.part import Step
+from mmscale.training.parts.anchors import Anchored, Anchors
 from mmscale.training.parts.momentum import Momentum
 from mmscale.training.parts.near_start import NearStart
 from mmscale.training.parts.prototypes import EpochClusters
@@ -140,6 +143,7 @@ def train(
         *_clusters(config, world),
         *_teachers(config, micro, dtype),
         *_near(engine, config, world, dtype),
+        *_anchors(config, micro, world, dtype),
     ]
     records, gradients = [], {}
     apply = engine.apply
@@ -205,6 +209,41 @@ def _near(engine: Any, config: Config, world: World, dtype: torch.dtype) -> Iter
     for term in [term for term in config.loss.terms if term.kind == "l2_start"]:
         begun, _ = build_model(config.model, None, 6)
         yield NearStart(term, engine, begun.to(dtype).state_dict(), world.size, whole_steps)
+
+
+def _anchors(config: Config, micro: int, world: World, dtype: torch.dtype) -> Iterator[Anchors]:
+    """Given pairs whose captions are longer than the batch's, held where another model has them."""
+    terms = tuple(t for t in config.loss.terms if t.kind == "anchor" and t.data is not None)
+    if terms:
+        begun, own = build_model(config.model, None, 6)
+        policy = choose(config.engine)
+        start = Teacher(START, begun.requires_grad_(False).to(dtype), own, 16, "")
+        encoder = Teachers([start], {START: terms}, policy, own, micro, whole_steps)
+        stage: Any = SimpleNamespace(
+            config=config,
+            end=99,
+            job=SimpleNamespace(policy=policy),
+            spec=own,
+            timetable=SimpleNamespace(uncut=whole_steps),
+        )
+        given = Anchored(terms, _Given(world, dtype), "")
+        part = Anchors(stage, {terms[0].data: given}, encoder)
+        part.begin(RunState(0))
+        yield part
+
+
+class _Given:
+    """In the place of pairs that are drawn from shards."""
+
+    def __init__(self, world: World, dtype: torch.dtype):
+        self._world, self._dtype = world, dtype
+
+    def batches(self, updates: range, workers: int) -> Iterator[Batch]:
+        for update in updates:
+            rows = share(joint_batch(50 + update, self._dtype), self._world.rank, self._world.size)
+            more = rows.tokens.new_full((len(rows), 3), 5)
+            tokens = torch.cat([more, rows.tokens], dim=1)
+            yield replace(rows, tokens=tokens, mask=torch.ones_like(tokens, dtype=torch.bool))
 
 
 def read_gradients(engine: Any, kind: str) -> dict[str, torch.Tensor]:

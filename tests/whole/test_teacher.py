@@ -64,6 +64,7 @@ def taught(synthetic, tmp_path_factory):
             {"kind": "teacher", "model": model, "form": "feature", "weight": 0.5},
             {"kind": "anchor", "weight": 2},
             {"kind": "l2_start", "weight": 0.5},
+            {"kind": "anchor", "data": str(synthetic.val), "rows": 8},
         ),
     ]
     again = [*words_for(synthetic, write_settings(folder)), *LENGTH, "model.embed_dim=20"]
@@ -98,10 +99,12 @@ def test_a_pupil_learns_what_its_teacher_finds_alike(taught):
         assert line["loss/teacher_floor"] == line["loss/teacher_2_floor"] == 0
         assert line["loss/teacher_2_chance"] == 2
         total = line["loss/infonce"] + line["loss/teacher"] + 0.5 * line["loss/teacher_2"]
-        total += 2 * line["loss/anchor"] + 0.5 * line["loss/l2_start"]
+        total += 2 * line["loss/anchor"] + 0.5 * line["loss/l2_start"] + line["loss/anchor_2"]
         assert line["loss"] == pytest.approx(total, rel=1e-6)
     moved = [line["loss/l2_start"] for line in lines]
     assert moved[0] == 0 < min(moved[1:])
+    held = [line["loss/anchor_2"] for line in lines]
+    assert held[0] < 1e-9 < 1e-6 < min(held[1:])
     assert lines[-1]["loss/teacher"] < lines[0]["loss/teacher"]
     # Nothing of the teacher is trained or kept.
     names = {name.partition("/")[2] for name in kept(folder / "run", 6)}
@@ -179,5 +182,5 @@ def test_a_run_stays_near_the_same_start_in_another_world_and_engine(taught, tmp
     assert runs == [[0], [0]]
     for line, wanted in zip(training_lines(folder), training_lines(straight / "run"), strict=True):
         assert line["keys_digest"] == wanted["keys_digest"]
-        for figure in ("loss", "loss/l2_start", "loss/anchor"):
+        for figure in ("loss", "loss/l2_start", "loss/anchor", "loss/anchor_2"):
             assert line[figure] == pytest.approx(wanted[figure], rel=1e-3, abs=1e-9), figure

@@ -39,6 +39,15 @@ def test_a_running_mean_is_kept_where_something_uses_it(words, kept):
         ([MATCHING, "eval.rerank=4"], r"eval\.rerank=4 is shorter than the 10"),
         ([MATCHING, "model.fusion.enabled=false"], r"model\.fusion\.enabled=false"),
         (["loss.terms=[{kind: l2_start}]"], r"l2_start alone"),
+        (["loss.terms=[{kind: infonce}, {kind: anchor, rows: 8}]"], r"rows with data alone"),
+        (
+            [
+                "loss.terms=[{kind: infonce}, {kind: anchor, data: old}]",
+                *FROZEN,
+                "data.feature_cache=folder",
+            ],
+            r"anchor with data=.*old.*data\.feature_cache=null",
+        ),
         (
             ["loss.terms=[{kind: infonce}, {kind: l2_start}, {kind: l2_start}]"],
             r"l2_start more than once; .*add up their weights",
