@@ -5,25 +5,27 @@ configuration is told in well under a second.
 """
 
 from importlib import import_module
-from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from mmscale.api import TrainedRun, diagnose, evaluate, train
+    from mmscale.evaluation.trained import load
+
+__all__ = ["TrainedRun", "diagnose", "evaluate", "load", "train"]
 __version__ = "0.1.0"
 
+# `train` is the launched file too, which is called as a function (mmscale/train.py).
+_HOMES = {
+    "TrainedRun": "mmscale.api",
+    "diagnose": "mmscale.api",
+    "evaluate": "mmscale.api",
+    "load": "mmscale.evaluation.trained",
+}
 
-def load(path: str | PathLike[str], *words: str) -> Any:
-    """A model, its evaluation transform and its tokenizer.
 
-    `model.encode_image(pixels)` and `model.encode_text(tokens)` give embeddings as OpenCLIP's do.
-
-    Args:
-        path: A run folder, one of its checkpoints, an export, `openclip:NAME@WEIGHTS` or
-            `hf:NAME_OR_PATH`.
-        words: `key=value`, where a tower that the run names lies elsewhere now:
-            `model.text.name=hf:FOLDER`, or where it shall run: `engine.device=cpu`.
-
-    Raises:
-        CheckpointError: Neither, or damaged.
-        ConfigError: A word would make it another model.
-    """
-    return import_module("mmscale.evaluation.trained").load(path, *words)
+def __getattr__(name: str) -> Any:
+    if name == "train":
+        return import_module("mmscale.train")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mmscale' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

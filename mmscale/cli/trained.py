@@ -219,27 +219,17 @@ def _figures(
 
 
 def _diagnosed_npz(path: Path) -> dict[str, Any]:
+    from mmscale.diagnostics.of_run import diagnose_alone
     from mmscale.diagnostics.pairs import load_npz
 
-    return _diagnosed_alone(load_npz(path))
-
-
-def _diagnosed_alone(pairs: Any) -> dict[str, Any]:
-    """Anybody's embeddings: what helps is said in words, for the settings are not ours."""
-    from dataclasses import replace
-
-    from mmscale.diagnostics.doctor import diagnose
-    from mmscale.diagnostics.of_run import in_words
-
-    diagnosis = diagnose(pairs)
-    return replace(diagnosis, remedies=in_words(diagnosis.remedies)).to_json()
+    return diagnose_alone(load_npz(path)).to_json()
 
 
 def _diagnosed_model(model: str, data: str | None, words: list[str] | None) -> dict[str, Any]:
     from mmscale.checkpoint.state import BLEND
     from mmscale.diagnostics.doctor import InTraining
     from mmscale.diagnostics.forgetting import Forgetting
-    from mmscale.diagnostics.of_run import Course, diagnose_run
+    from mmscale.diagnostics.of_run import Course, diagnose_alone, diagnose_run
     from mmscale.evaluation.retrieval import embed_set
     from mmscale.evaluation.trained import Trained
     from mmscale.parallel.peers import Alone
@@ -248,7 +238,7 @@ def _diagnosed_model(model: str, data: str | None, words: list[str] | None) -> d
     loaded, shards = _with_pairs(model, data, words)
     pairs = embed_set(loaded, shards, Alone())
     if not isinstance(loaded, Trained):
-        return _diagnosed_alone(pairs)
+        return diagnose_alone(pairs).to_json()
     state, log = loaded.checkpoint.state, Path(model) / "metrics.jsonl"
     own = InTraining.last_of(read_metrics(log)) if log.exists() else None
     forgetting = None

@@ -5,7 +5,7 @@ Torch is not imported on this way, so that a mistake is told at once.
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -55,17 +55,18 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-def load_config(words: Sequence[str]) -> Config:
+def load_config(words: Sequence[str | Mapping[str, Any]]) -> Config:
     """Read the words of a command line.
 
     Args:
         words: YAML paths or preset names, then `key=value`; a launcher's `--local_rank` is ignored.
+            Of Python code also nested settings, where a file could stand.
 
     Raises:
         ConfigError: Every fault found, a line each.
     """
-    words = [word for word in words if not word.startswith(("--local_rank", "--local-rank"))]
-    if not any("=" not in word or _is_file(Path(word)) for word in words):
+    words = [word for word in words if not _is_rank(word)]
+    if not any(_is_whole(word) for word in words):
         raise ConfigError(
             "no configuration named: give a YAML file or one of the presets "
             f"{', '.join(preset_names())}, then key=value words"
@@ -87,7 +88,7 @@ def effective(words: Sequence[str]) -> tuple[str, ...]:
     unread = _read(words)[1]
 
     def stays(word: str) -> bool:
-        if "=" not in word or _is_file(Path(word)):
+        if _is_whole(word):
             return True
         paths = settings_in(_assigned(word))
         return not paths or not paths <= unread.keys()
@@ -95,14 +96,23 @@ def effective(words: Sequence[str]) -> tuple[str, ...]:
     return tuple(word for word in words if stays(word))
 
 
-def _read(words: Sequence[str]) -> tuple[Config, dict[str, str]]:
+def _is_rank(word: str | Mapping[str, Any]) -> bool:
+    return isinstance(word, str) and word.startswith(("--local_rank", "--local-rank"))
+
+
+def _is_whole(word: str | Mapping[str, Any]) -> bool:
+    """Whether it is a configuration, not a setting of one."""
+    return not isinstance(word, str) or "=" not in word or _is_file(Path(word))
+
+
+def _read(words: Sequence[str | Mapping[str, Any]]) -> tuple[Config, dict[str, str]]:
     """The words' configuration; the settings without effect, with a sentence about each."""
     settings: dict[str, Any] = {}
     given: dict[str, Any] = {}
     for word in words:
-        read = _read_word(word)
+        read = _read_word(word) if isinstance(word, str) else deepcopy(dict(word))
         _merge(settings, read)
-        if not _is_preset(word):
+        if not isinstance(word, str) or not _is_preset(word):
             _merge(given, deepcopy(read))
     config = validate(settings)
     stages = [stage_config(config, number) for number in range(len(expanded_stages(config)))]

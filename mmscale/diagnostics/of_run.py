@@ -84,6 +84,12 @@ def diagnose_run(pairs: Pairs, course: Course, training: InTraining | None = Non
     return replace(diagnosis, remedies=remedies)
 
 
+def diagnose_alone(pairs: Pairs) -> Diagnosis:
+    """The verdict on anybody's pairs: what helps is said in words, as settings are not ours."""
+    diagnosis = diagnose(pairs)
+    return replace(diagnosis, remedies=in_words(diagnosis.remedies))
+
+
 def _too_early(
     diagnosis: Diagnosis, course: Course, why: str, training: InTraining | None
 ) -> Diagnosis:

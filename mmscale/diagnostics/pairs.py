@@ -6,6 +6,7 @@ In memory they come from the trainer or the evaluation; on disk they are an npz 
 import logging
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -159,7 +160,19 @@ def load_npz(path: Path) -> Pairs:
         DataError: The file is not such an npz, or its arrays do not fit together, or some rows are
             not finite or zeros.
     """
-    arrays = _read(path)
+    return pairs_of(str(path), _read(path))
+
+
+def pairs_of(path: str, arrays: Mapping[str, np.ndarray]) -> Pairs:
+    """Pairs of plain arrays, as `load_npz` reads them.
+
+    Args:
+        path: What messages call the arrays' place.
+        arrays: By the names of an npz.
+
+    Raises:
+        DataError: They do not fit together, or some rows are not finite or zeros.
+    """
     for name in ("image", "text"):
         if name not in arrays:
             raise DataError(
@@ -211,7 +224,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         raise DataError(f"{path} is not an npz of plain arrays: {error}") from error
 
 
-def _rows(path: Path, arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
+def _rows(path: str, arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     rows = arrays[name]
     if rows.ndim != 2 or not rows.size or rows.dtype.kind != "f":
         raise DataError(
@@ -227,7 +240,7 @@ def _rows(path: Path, arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
     return rows
 
 
-def _unit(path: Path, rows: np.ndarray, name: str) -> Float[Tensor, "n d"]:
+def _unit(path: str, rows: np.ndarray, name: str) -> Float[Tensor, "n d"]:
     wide = rows.astype(np.float64)
     # Scaled first, so that squares of large or tiny entries stay finite and nonzero.
     wide /= np.where((peaks := np.abs(wide).max(axis=1, keepdims=True)) > 0, peaks, 1.0)
@@ -263,7 +276,7 @@ def _named(rows: np.ndarray, array: str) -> str:
 
 
 def _ids(
-    path: Path, arrays: dict[str, np.ndarray], images: int, texts: int
+    path: str, arrays: Mapping[str, np.ndarray], images: int, texts: int
 ) -> tuple[np.ndarray, np.ndarray]:
     names = ("image_ids", "text_ids")
     given: dict[str, np.ndarray] = {name: arrays[name] for name in names if name in arrays}
@@ -287,7 +300,7 @@ def _ids(
     return image_ids.astype(np.int64), text_ids.astype(np.int64)
 
 
-def _numbered(path: Path, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _numbered(path: str, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Texts as the numbers of their places among all of them, in order; integers as they are."""
     are_text = {name: ids.dtype.kind in "US" for name, ids in given.items()}
     if not any(are_text.values()):
@@ -303,7 +316,7 @@ def _numbered(path: Path, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]
     return dict(zip(given, parts, strict=True))
 
 
-def _backbone(path: Path, arrays: dict[str, np.ndarray], side: str, rows: int) -> Tensor | None:
+def _backbone(path: str, arrays: Mapping[str, np.ndarray], side: str, rows: int) -> Tensor | None:
     name = f"backbone_{side}"
     if name not in arrays:
         return None
@@ -313,7 +326,7 @@ def _backbone(path: Path, arrays: dict[str, np.ndarray], side: str, rows: int) -
     return torch.from_numpy(features.astype(np.float32))
 
 
-def _logit_scale(path: Path, arrays: dict[str, np.ndarray]) -> float | None:
+def _logit_scale(path: str, arrays: Mapping[str, np.ndarray]) -> float | None:
     value = arrays.get("logit_scale")
     if value is None:
         return None

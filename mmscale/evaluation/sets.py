@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -81,9 +82,17 @@ def read_sets(path: Path) -> dict[str, EvalSetConfig]:
     Raises:
         ConfigError: It cannot be read, or names none.
     """
-    content = read_yaml(path)
+    return sets_of(str(path), read_yaml(path))
+
+
+def sets_of(path: str, content: Mapping[str, Any]) -> dict[str, EvalSetConfig]:
+    """Sets by name, as `eval.sets` has them; `path`: where they stand.
+
+    Raises:
+        ConfigError: One of them is wrong, or there is none.
+    """
     try:
-        sets = validate({"data": {"train": "none"}, "eval": {"sets": content}}).eval.sets
+        sets = validate({"data": {"train": "none"}, "eval": {"sets": dict(content)}}).eval.sets
     except ConfigError as error:
         raise ConfigError(
             "\n".join(f"{path}: {line}" for line in str(error).split("\n"))

@@ -88,18 +88,24 @@ class StopSignal:
                 raise Stop
 
 
-def heeding_signals(command: Callable[[], int]) -> int:
+def heeding_signals(
+    command: Callable[[], int], within: Callable[[Callable[[], int]], int] = explained
+) -> int:
     """Run a command: signals end it at once, in one line, and always within seconds.
 
     A thread ends the process where its main thread does not come back to Python, and at a second
     Ctrl-C.
+
+    Args:
+        command: What is run.
+        within: Calls it, and makes an exit code of a failure; or lets it pass.
 
     Returns:
         The exit code.
     """
     global _interrupted
     if threading.current_thread() is not threading.main_thread():
-        return explained(command)
+        return within(command)
     numbers = (*STOPPING, signal.SIGINT)
     # A signal that comes while handlers are put up or taken down waits until they are.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
@@ -111,7 +117,7 @@ def heeding_signals(command: Callable[[], int]) -> int:
         signal.signal(signal.SIGINT, _interrupt)
     try:
         with _watched(stop):
-            return explained(lambda: _with_signals(command, mask))
+            return within(lambda: _with_signals(command, mask))
     finally:
         _kill_children()
         for number, handler in before.items():
