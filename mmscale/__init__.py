@@ -4,7 +4,9 @@ Importing this package costs nothing: torch is imported by what needs it, so tha
 configuration is told in well under a second.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,7 +16,6 @@ if TYPE_CHECKING:
 __all__ = ["TrainedRun", "diagnose", "evaluate", "load", "train"]
 __version__ = "0.1.0"
 
-# `train` is the launched file too, which is called as a function (mmscale/train.py).
 _HOMES = {
     "TrainedRun": "mmscale.api",
     "diagnose": "mmscale.api",
@@ -24,8 +25,29 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "train":
-        return import_module("mmscale.train")
     if name not in _HOMES:
         raise AttributeError(f"module 'mmscale' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+class _TrainFile(ModuleType):
+    """The file that launchers start, `mmscale/train.py`, which is a function in Python too."""
+
+    def __call__(self, *words: Any) -> Any:
+        return import_module("mmscale.api").train(*words)
+
+
+class _Package(ModuleType):
+    """This package: whoever imports the launched file, `mmscale.train` can be called."""
+
+    @property
+    def train(self) -> ModuleType:
+        return import_module("mmscale.train")
+
+    @train.setter
+    def train(self, file: ModuleType) -> None:
+        # Python binds a module to its package once it is imported.
+        file.__class__ = _TrainFile
+
+
+sys.modules[__name__].__class__ = _Package

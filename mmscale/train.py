@@ -8,10 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 from mmscale.config.load import load_config
 from mmscale.config.schema import Config
@@ -70,16 +67,6 @@ def _way_on(config: Config) -> str:
         command += " with run.resume=auto"
     return f"{command} goes on from step {int(kept[-1].name.removeprefix('step-'))}"
 
-
-class _Called(ModuleType):
-    """This module, which is `mmscale.train(...)` in Python; the words are `mmscale.api.train`'s."""
-
-    def __call__(self, *words: Any) -> Any:
-        # It stands above this file.
-        return import_module("mmscale.api").train(*words)
-
-
-sys.modules[__name__].__class__ = _Called
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

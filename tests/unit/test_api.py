@@ -1,5 +1,8 @@
 """`mmscale.diagnose` on rows of anybody's, and what the package gives by its name."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -39,3 +42,19 @@ def test_rows_that_do_not_fit_are_refused():
 def test_a_name_that_is_not_there_is_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'trian'"):
         mmscale.trian  # noqa: B018
+
+
+def test_the_launched_file_is_a_function_however_it_was_imported():
+    ask = (
+        "{}import mmscale\n"
+        "from mmscale.errors import ConfigError\n"
+        "try: mmscale.train('demo', 'optim.lr=-1')\n"
+        "except ConfigError as error: print(error)\n"
+        "print(mmscale.train.main.__name__)"
+    )
+    for before in ("", "import mmscale.train\n", "from mmscale.train import main\n"):
+        done = subprocess.run(
+            [sys.executable, "-c", ask.format(before)], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.splitlines()[0].startswith("optim.lr=-1")
+        assert done.stdout.splitlines()[1] == "main"
