@@ -6,7 +6,7 @@ import sys
 import typer
 
 # Each puts its verbs into the command.
-from mmscale.cli import blend, exports, pairs, runs, search, trained  # noqa: F401
+from mmscale.cli import blend, examine, exports, pairs, runs, search, trained  # noqa: F401
 from mmscale.cli.command import app
 from mmscale.errors import ConfigError, saying_how_to_go_on
 from mmscale.parallel.signals import heeding_signals

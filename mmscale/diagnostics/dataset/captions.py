@@ -1,0 +1,85 @@
+"""Verdicts on the captions of a set: those of many images, and those that a tower cuts off."""
+
+from collections import defaultdict
+from collections.abc import Callable
+
+from mmscale.diagnostics.dataset.verdict import (
+    MOST_EXAMPLES,
+    DataVerdict,
+    Example,
+    Looks,
+    wilson,
+)
+
+# Captions of simple scenes coincide by chance; from so many images on, a caption is a template.
+MANY_IMAGES = 10
+TOLERATED_REPEATS = 0.05
+TOLERATED_CUT = 0.01
+
+
+def repeated_captions(looks: Looks) -> DataVerdict | None:
+    """Captions of equal words, whatever their case and spaces, that many images have."""
+    owners: dict[str, list[int]] = defaultdict(list)
+    total = 0
+    for row, captions in enumerate(looks.captions):
+        total += len(captions)
+        for words in {" ".join(caption.casefold().split()) for caption in captions}:
+            owners[words].append(row)
+    # An image may say the same words twice, and counts once for them.
+    many = {words: rows for words, rows in owners.items() if len(rows) >= MANY_IMAGES}
+    count = sum(map(len, many.values()))
+    if count <= TOLERATED_REPEATS * total:
+        return None
+    most = sorted(many, key=lambda words: -len(many[words]))
+    return DataVerdict(
+        "repeated_captions",
+        count / total,
+        wilson(count, total),
+        total,
+        f"{count:,} of {total:,} captions stand at {MANY_IMAGES} images or more each; the commonest"
+        f" at {len(many[most[0]]):,}",
+        "write captions that tell the images apart, or leave the template's captions out",
+        tuple(
+            Example(looks.keys[many[words][0]], int(looks.ids[many[words][0]]), words)
+            for words in most[:MOST_EXAMPLES]
+        ),
+        {"wordings": float(len(many))},
+    )
+
+
+def cut_captions(
+    looks: Looks, tokens: Callable[[str], int], context_length: int
+) -> DataVerdict | None:
+    """Captions of which a tower reads only the beginning.
+
+    Args:
+        looks: The set.
+        tokens: How many tokens a caption has, marks of beginning and end included.
+        context_length: Tokens that the tower takes.
+    """
+    total, cut = 0, []
+    for row, captions in enumerate(looks.captions):
+        total += len(captions)
+        for caption in captions:
+            # A token has a character at least, and two tokens are marks.
+            if len(caption) > context_length - 2:
+                length = tokens(caption)
+                if length > context_length:
+                    cut.append((length, row, caption))
+    if len(cut) <= TOLERATED_CUT * total:
+        return None
+    cut.sort(key=lambda entry: (-entry[0], entry[1]))
+    return DataVerdict(
+        "cut_captions",
+        len(cut) / total,
+        wilson(len(cut), total),
+        total,
+        f"{len(cut):,} of {total:,} captions have more than {context_length} tokens; a text tower "
+        "of that length does not see their ends",
+        "take a tower of a longer context (model.text.context_length), or shorter captions",
+        tuple(
+            Example(looks.keys[row], int(looks.ids[row]), f"{length} tokens: {caption[:300]}")
+            for length, row, caption in cut[:MOST_EXAMPLES]
+        ),
+        {"longest": float(cut[0][0])},
+    )

@@ -1,0 +1,86 @@
+"""What the data doctor says of a set, and what was read of it once."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+MOST_EXAMPLES = 24
+_NORMAL_95 = 1.959964
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image that a verdict is about.
+
+    Attributes:
+        key: Its name.
+        image_id: Of the image.
+        what: What is wrong with it: a caption, a reason, the score of a pair.
+        partner: Name of the other image, where the verdict is about two.
+    """
+
+    key: str
+    image_id: int
+    what: str
+    partner: str | None = None
+
+
+@dataclass(frozen=True)
+class DataVerdict:
+    """A fault of a data set.
+
+    Attributes:
+        verdict: Its name.
+        share: Share of `sample` that it concerns.
+        interval: 95 % of the share in the data that this is a sample of.
+        sample: How many images or captions were looked at.
+        sentence: What was found.
+        remedy: What to do.
+        examples: The clearest first.
+        evidence: The figures behind it.
+    """
+
+    verdict: str
+    share: float
+    interval: tuple[float, float]
+    sample: int
+    sentence: str
+    remedy: str
+    examples: tuple[Example, ...] = ()
+    evidence: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Looks:
+    """What was read of the images of a set, row by row in the data's order.
+
+    Attributes:
+        keys: Names.
+        ids: Image ids [n], int64.
+        digests: A digest of each image's bytes.
+        faults: Why an image is useless; empty where it is sound.
+        greys: Grey thumbnails [n SIDE SIDE], uint8; zeros where there is no image.
+        captions: Of each image.
+    """
+
+    keys: list[str]
+    ids: np.ndarray
+    digests: list[bytes]
+    faults: list[str]
+    greys: np.ndarray
+    captions: list[tuple[str, ...]]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def wilson(count: int, sample: int) -> tuple[float, float]:
+    """95 % interval of a share, after Wilson 1927 (J. Am. Stat. Assoc. 22)."""
+    if sample == 0:
+        return 0.0, 1.0
+    share, square = count / sample, _NORMAL_95**2 / sample
+    middle = share + square / 2
+    half = math.sqrt(square * share * (1 - share) + square**2 / 4)
+    return max(0.0, (middle - half) / (1 + square)), min(1.0, (middle + half) / (1 + square))

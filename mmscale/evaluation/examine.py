@@ -1,0 +1,164 @@
+"""A set of pairs read once, and what the data doctor says of it without a model."""
+
+import hashlib
+import io
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from PIL import Image
+
+from mmscale.data.damage import DamagedSampleError, reason_of
+from mmscale.data.pool import map_ordered
+from mmscale.data.reader import SampleReader
+from mmscale.data.shards import ShardSet
+from mmscale.diagnostics.dataset.captions import cut_captions, repeated_captions
+from mmscale.diagnostics.dataset.ceiling import Ceiling, ceiling
+from mmscale.diagnostics.dataset.copies import SIDE, Pair, groups_of, same_pictures
+from mmscale.diagnostics.dataset.images import broken_images, leakage, near_duplicates
+from mmscale.diagnostics.dataset.verdict import DataVerdict, Looks
+from mmscale.errors import DataError
+
+# CLIP's text tower.
+CONTEXT_LENGTH = 77
+_SHORTEST_SIDE = 16  # pixels
+_LONGEST_SHAPE = 8  # times as long as wide
+# Deviation of grey values below which an image is blank.
+_BLANK = 1.0
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What was found: the verdicts that apply, and the most that retrieval on this set can reach.
+
+    Attributes:
+        verdicts: None where the set is healthy.
+        ceiling: Where there is a caption at all.
+        images: Images read.
+        captions: Their captions.
+    """
+
+    verdicts: tuple[DataVerdict, ...]
+    ceiling: Ceiling
+    images: int
+    captions: int
+
+
+def examine(data: Looks, against: Looks | None, batch: int) -> Examined:
+    """Every examination that needs no model.
+
+    Args:
+        data: The set.
+        against: An evaluation set, whose pictures the data should not show.
+        batch: Images of the global batch that is planned.
+    """
+    both = data if against is None else _joined(data, against)
+    pairs = same_pictures(both.greys, both.digests)
+    num = len(data)
+    own = [pair for pair in pairs if pair.second < num]
+    across = [Pair(p.first, p.second - num, p.score) for p in pairs if p.first < num <= p.second]
+    found = [
+        None if against is None else leakage(data, against, across),
+        broken_images(data),
+        near_duplicates(data, own, batch),
+        repeated_captions(data),
+        cut_captions(data, _clip_tokens(), CONTEXT_LENGTH),
+    ]
+    captions = [caption for entry in data.captions for caption in entry]
+    owners = [row for row, entry in enumerate(data.captions) for _ in entry]
+    return Examined(
+        tuple(verdict for verdict in found if verdict is not None),
+        ceiling(captions, owners, groups_of(num, own)),
+        num,
+        len(captions),
+    )
+
+
+def look_at(
+    shards: ShardSet, workers: int = 1, progress: Callable[[int, int], None] | None = None
+) -> Looks:
+    """Read a set, every image once.
+
+    Args:
+        shards: The set.
+        workers: Processes that read shards.
+        progress: Called with images done and images in all.
+
+    Raises:
+        DataError: A shard cannot be read, or none of the samples.
+    """
+    parts: list[Looks] = []
+    for part in map_ordered(partial(_look_at_shard, shards), range(len(shards.shards)), workers):
+        parts.append(part)
+        if progress:
+            progress(sum(map(len, parts)), shards.samples)
+    looks = _joined(*parts)
+    if not len(looks):
+        raise DataError("no sample of these shards can be read; see mmscale verify")
+    return looks
+
+
+def _look_at_shard(shards: ShardSet, shard: int) -> Looks:
+    reader = SampleReader(shards)
+    keys, ids, digests, faults, greys, captions = [], [], [], [], [], []
+    try:
+        for place in range(shards.shards[shard].samples):
+            try:
+                sample = reader.read(shard, place)
+            except DamagedSampleError:
+                # What is no sample has no caption either; verify names it.
+                continue
+            grey, fault = grey_of(sample.image)
+            keys.append(sample.key)
+            ids.append(sample.image_id)
+            digests.append(hashlib.blake2b(sample.image, digest_size=16).digest())
+            faults.append(fault)
+            greys.append(grey)
+            captions.append(sample.captions)
+    finally:
+        reader.close()
+    table = np.stack(greys) if greys else np.zeros((0, SIDE, SIDE), np.uint8)
+    return Looks(keys, np.array(ids, np.int64), digests, faults, table, captions)
+
+
+def grey_of(content: bytes) -> tuple[np.ndarray, str]:
+    """A grey thumbnail of an encoded image [SIDE SIDE], and why the image is useless, if it is."""
+    nothing = np.zeros((SIDE, SIDE), np.uint8)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP")) as image:
+                width, height = image.size
+                image.draft("L", (4 * SIDE, 4 * SIDE))
+                small = image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
+    except Exception as error:  # noqa: BLE001 - whatever damaged bytes make a decoder raise
+        return nothing, f"it cannot be decoded ({reason_of(error)})"
+    grey = np.asarray(small)
+    if min(width, height) < _SHORTEST_SIDE:
+        return grey, f"it is {width} x {height} pixels"
+    if max(width, height) > _LONGEST_SHAPE * min(width, height):
+        return grey, f"it is a strip of {width} x {height} pixels"
+    if grey.std() < _BLANK:
+        return grey, "it is blank"
+    return grey, ""
+
+
+def _joined(*parts: Looks) -> Looks:
+    return Looks(
+        [key for part in parts for key in part.keys],
+        np.concatenate([part.ids for part in parts]),
+        [digest for part in parts for digest in part.digests],
+        [fault for part in parts for fault in part.faults],
+        np.concatenate([part.greys for part in parts]),
+        [captions for part in parts for captions in part.captions],
+    )
+
+
+def _clip_tokens() -> Callable[[str], int]:
+    # Imported here: OpenCLIP takes a second to load.
+    from open_clip.tokenizer import SimpleTokenizer
+
+    tokenizer = SimpleTokenizer()
+    return lambda caption: len(tokenizer.encode(caption)) + 2
