@@ -104,7 +104,7 @@ def _low_frequencies(greys: np.ndarray) -> np.ndarray:
 
 def _blurred(greys: np.ndarray) -> np.ndarray:
     """Each pixel with its neighbours: a crop falls between pixels, and edges would not fit."""
-    blurred = greys.astype(np.float32)
+    blurred: np.ndarray = greys.astype(np.float32)
     for axis in (1, 2):
         padded = np.pad(blurred, [(0, 0), *((int(axis == other),) * 2 for other in (1, 2))], "edge")
         before, own, after = (padded.take(range(at, at + SIDE), axis) for at in range(3))
