@@ -41,6 +41,7 @@ MAY_DIFFER_EXACTLY = (
     "stop.rise",
     "data.workers",
     "data.eval",
+    "data.cache",
     "data.feature_cache",
     "data.decoded_cache",
     "data.cache_gb",

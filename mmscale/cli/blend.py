@@ -110,7 +110,9 @@ def _tried(opened: Any, shares: Any, data: str | None, is_needed: bool) -> list[
             raise ConfigError("--sweep compares on held-out pairs; name them with --data")
         return []
     points = []
-    shards = open_shards("--data", data) if data else open_stored(where)
+    shards = (
+        open_shards("--data", data) if data else open_stored(where, opened[0].trained.config.data)
+    )
     for point in tried(opened, shares, shards):
         say(f"{_in_words(point.shares)}: mean recall {point.mean:.2f}")
         points.append(point)

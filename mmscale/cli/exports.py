@@ -134,7 +134,7 @@ def _with_cost(exported: Any, data: str | None) -> Any:
 
     config, where = exported.config, exported.config.data.eval
     try:
-        shards = open_shards("--data", data) if data else where and open_stored(where)
+        shards = open_shards("--data", data) if data else where and open_stored(where, config.data)
     except DataError as error:
         if data:
             raise

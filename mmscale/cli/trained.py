@@ -261,7 +261,7 @@ def _with_pairs(model: str, data: str | None, words: list[str] | None) -> tuple[
         why = f"{model} was trained without data.eval" if is_run else f"{model} is no run"
         raise ConfigError(f"{why}; name the pairs with --data")
     try:
-        shards = open_shards("--data", data) if data else open_stored(where)
+        shards = open_shards("--data", data) if data else open_stored(where, loaded.config.data)
     except DataError as error:
         # A run may name its pairs as they lay from another working folder.
         raise (error if data else DataError(f"{error}; or name the pairs with --data")) from error

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from mmscale.config.paths import FAULT, PathSetting, PlacesSetting, expand_places
 from mmscale.config.values import Positive, PositiveFloat, Ramp, Section, within
@@ -90,6 +90,14 @@ class DataConfig(Section):
     `[{shards: a, weight: 2}, {shards: b}]`."""
     eval: PlacesSetting | None = None
     """Packed folder of held-out pairs; without it and `eval.sets` nothing is evaluated."""
+    cache: PathSetting | None = None
+    """Folder of what is packed of tables, folders of images and Hub sets; default `.mmscale` beside
+    them, or the user's cache."""
+    columns: ColumnsConfig = ColumnsConfig()
+    """Columns of a table."""
+    hold_out: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of a table's images that `data.eval` takes and `data.train` leaves; where nothing tells
+    splits."""
     allow_pipe: bool = False
     """Let `pipe:COMMAND` in `data.train` run the command; what it writes is the shard."""
     resampled: bool = False
@@ -132,6 +140,14 @@ class DataConfig(Section):
     """Folder that keeps decoded training images, shrunk as far as crops allow."""
     cache_gb: Annotated[float, Field(gt=0)] = 64.0
     """Most that each of the two caches may hold, in GB; what was used longest ago goes first."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _evaluate_what_is_held_out(cls, given: Any) -> Any:
+        """With `hold_out` alone the same table is evaluated on."""
+        if isinstance(given, dict) and given.get("hold_out") and given.get("eval") is None:
+            return {**given, "eval": given.get("train")}
+        return given
 
     @property
     def rows_per_item(self) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from mmscale.config.data import ColumnsConfig
 from mmscale.config.explain import in_yaml
 from mmscale.config.model import HeadConfig
 from mmscale.config.rules import (
@@ -242,6 +243,18 @@ _PIPED = Effect(
     "where data.train names a pipe:COMMAND",
     lambda s: any(place.startswith("pipe:") for place in places(s.config.data.train)),
 )
+_TABLED = Effect(
+    "where data.train, data.eval or eval.sets name a table, a folder or a Hub set",
+    lambda s: any(
+        not place.endswith((".tar", ".tar}")) and "://" not in place and place[:5] != "pipe:"
+        for where in (
+            s.config.data.train,
+            s.config.data.eval or [],
+            *(one.data for one in s.config.eval.sets.values()),
+        )
+        for place in places(where)
+    ),
+)
 _CACHED = Effect(
     "with data.feature_cache, data.decoded_cache or a teacher's cache",
     lambda s: (
@@ -265,6 +278,9 @@ EFFECTS: dict[str, Effect | None] = {
     **_always("data.", "positive_share", "image_size", "augment", "max_damaged"),
     **_always("data.", "feature_cache", "decoded_cache", "hard_batches.table"),
     "data.allow_pipe": _PIPED,
+    "data.cache": _TABLED,
+    "data.hold_out": _TABLED,
+    **{f"data.columns.{use}": _TABLED for use in ColumnsConfig.model_fields},
     "data.hard_batches.by": _TABLE,
     "data.hard_batches.share": _TABLE,
     "data.hard_batches.window": _WINDOW,

@@ -96,6 +96,23 @@ def pack(
     data = read_source(source, settings.images, settings.columns)
     if settings.hold_out:
         data = held_out(data, settings.hold_out)
+    return pack_source(
+        data, source, out, settings, workers=workers, part=part, progress=progress, tell=tell
+    )
+
+
+def pack_source(
+    data: Source,
+    source: Path,
+    out: Path,
+    settings: PackSettings = _DEFAULT,
+    *,
+    workers: int = 1,
+    part: PackPart = _ALL,
+    progress: Callable[[int, int], None] | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> list[PackResult]:
+    """As `pack`, of a source that was read already: where it lies serves messages only."""
     for note in data.notes:
         tell(note)
     splits = _choose(data, Path(source), settings.split)

@@ -15,6 +15,7 @@ import braceexpand
 
 from mmscale.config.data import DataConfig, SourceConfig
 from mmscale.data.far import Far
+from mmscale.data.intake import Intake
 from mmscale.data.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -34,6 +35,7 @@ from mmscale.data.remote import (
     safe_url,
 )
 from mmscale.data.shard_set import Origin, Place, ShardSet, place_of, told_apart
+from mmscale.data.sources.typed import HUB
 from mmscale.errors import ConfigError, DataError
 
 Setting: TypeAlias = "str | list[str] | list[SourceConfig]"
@@ -44,6 +46,7 @@ _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
 _TAR_NAME = re.compile(r"[^\s/'\"=:]+\.tar")
 # Stands for the file name in a command; a command cannot hold it.
 _MARK = "\0"
+_PLAIN = Intake()
 # Sizes are asked of a file server many at a time.
 AT_ONCE = 16
 
@@ -51,11 +54,13 @@ AT_ONCE = 16
 def open_train(data: DataConfig) -> ShardSet:
     """The shards that a run trains on."""
     if data.resampled:
-        return list_shards("data.train", data.train, data.allow_pipe)
-    return open_shards("data.train", data.train, data.allow_pipe)
+        return list_shards("data.train", data.train, data.allow_pipe, Intake.of(data))
+    return open_shards("data.train", data.train, data.allow_pipe, Intake.of(data))
 
 
-def open_shards(setting: str, where: Setting, allow_pipe: bool = False) -> ShardSet:
+def open_shards(
+    setting: str, where: Setting, allow_pipe: bool = False, intake: Intake = _PLAIN
+) -> ShardSet:
     """Find shards and their manifests, which lie beside them.
 
     Args:
@@ -63,12 +68,13 @@ def open_shards(setting: str, where: Setting, allow_pipe: bool = False) -> Shard
         where: Its value: a packed folder, or globs and brace lists of tars; URLs of either; or
             commands that write a tar. Or sources with weights.
         allow_pipe: Whether commands may be run.
+        intake: How tables and folders of images are packed, which are taken too.
 
     Raises:
         ConfigError: A command that may not be run.
         DataError: No shard matches, or there is no manifest.
     """
-    finder = _Finder(setting, allow_pipe)
+    finder = _Finder(setting, allow_pipe, intake)
     picked: list[tuple[Place, Shard, Origin]] = []
     sources = []
     for patterns, weight in _sources(where):
@@ -84,23 +90,28 @@ def open_shards(setting: str, where: Setting, allow_pipe: bool = False) -> Shard
     return opened if len(set(origins)) == 1 else told_apart(opened, origins)
 
 
-def open_stored(where: str | list[str]) -> ShardSet:
+def open_stored(where: str | list[str], data: DataConfig | None = None) -> ShardSet:
     """The shards of a `data.eval` that a run's folder names; arguments and errors as `open_shards`.
 
     Only files: whoever wrote the folder may have named addresses that its reader would not open.
     """
     for place in [where] if isinstance(where, str) else where:
-        if is_remote(place):
+        if is_remote(place) or place.startswith(HUB):
             raise DataError(
                 f"data.eval={safe_url(place)}: is an address that the run's folder names, and none "
                 "is opened that you have not named yourself; name the pairs with --data"
             )
-    return open_shards("data.eval", where)
+    # Where it would keep what it packs is its own word, too.
+    own = None if data is None else data.model_copy(update={"cache": None})
+    intake = _PLAIN if own is None else Intake.of(own, "data.eval")
+    return open_shards("data.eval", where, intake=intake)
 
 
-def list_shards(setting: str, where: Setting, allow_pipe: bool = False) -> ShardSet:
+def list_shards(
+    setting: str, where: Setting, allow_pipe: bool = False, intake: Intake | None = None
+) -> ShardSet:
     """Find shards that are read without a manifest; arguments and errors as `open_shards`."""
-    finder = _Finder(setting, allow_pipe)
+    finder = _Finder(setting, allow_pipe, intake)
     paths: list[Place] = []
     sources = []
     for patterns, weight in _sources(where):
@@ -139,6 +150,7 @@ class _Finder:
 
     setting: str
     allow_pipe: bool
+    intake: Intake | None
     _far: Far = field(default_factory=Far)
     _manifests: dict[str, dict[str, Shard]] = field(default_factory=dict)
     _origins: dict[str, Origin] = field(default_factory=dict)
@@ -146,6 +158,8 @@ class _Finder:
 
     def indexed(self, pattern: str) -> list[tuple[Place, Shard, Origin]]:
         """Shards of a pattern with their manifest's records, and which manifest that is."""
+        if self.intake is not None:
+            pattern = self.intake.folder(self.setting, pattern)
         folder = self._folder(pattern)
         if folder is not None:
             manifest = self._manifest(folder)
@@ -166,6 +180,8 @@ class _Finder:
 
     def named(self, pattern: str) -> list[Place]:
         """Shards of a pattern, whatever they hold."""
+        if self.intake is not None:
+            pattern = self.intake.folder(self.setting, pattern)
         folder = self._folder(pattern)
         if isinstance(folder, Path):
             beside = glob.escape(str(folder)) + "/*.tar"

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from mmscale.config.data import DataConfig
 from mmscale.config.evaluation import MAIN, EvalSetConfig, setting_of
 from mmscale.config.schema import Config
 from mmscale.contracts import InputSpec, Peers, World
@@ -26,6 +27,7 @@ from mmscale.data.arrange import Neighbours
 from mmscale.data.decoded_cache import make_room
 from mmscale.data.features import FeatureTable, KeptParts
 from mmscale.data.grouping import copies_line
+from mmscale.data.intake import Intake
 from mmscale.data.shard_set import place_of
 from mmscale.data.shards import ShardSet, open_shards
 from mmscale.engine.encode import Encoder, encode
@@ -75,16 +77,19 @@ def open_sets(config: Config, spec: InputSpec) -> dict[str, EvalSet]:
     """
     places = {MAIN: EvalSetConfig(data=config.data.eval)} if config.data.eval else {}
     return {
-        name: _open_set(name, chosen, spec, config.data.feature_cache is not None)
+        name: _open_set(name, chosen, spec, config.data)
         for name, chosen in (places | config.eval.sets).items()
     }
 
 
-def _open_set(name: str, chosen: EvalSetConfig, spec: InputSpec, keeps: bool) -> EvalSet:
+def _open_set(name: str, chosen: EvalSetConfig, spec: InputSpec, data: DataConfig) -> EvalSet:
     if chosen.kind == "classes":
+        keeps = data.feature_cache is not None
         return open_classes(f"eval.sets.{name}.", chosen, spec, keeps)
+    setting = setting_of(name)
     try:
-        return HeldOut(open_shards(setting_of(name), chosen.data), spec, None)
+        shards = open_shards(setting, chosen.data, intake=Intake.of(data, setting))
+        return HeldOut(shards, spec, None)
     except DataError as error:
         if name == MAIN:
             raise

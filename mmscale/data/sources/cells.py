@@ -114,7 +114,7 @@ class _Reader:
         self._start, self._held = 0, []
         if self._table is None:
             self._batches = parquet_file(self._file).iter_batches(
-                _ROWS, row_groups=[self._group], columns=[self._column]
+                _ROWS, [self._group], [self._column], use_threads=False
             )
 
     def at(self, row: int) -> bytes | None:
@@ -136,7 +136,7 @@ def rows_of_parquet(file: Path, columns: list[str]) -> Iterator[tuple[int, int, 
     table = parquet_file(file)
     for group in range(table.num_row_groups):
         row = 0
-        for batch in table.iter_batches(_ROWS, row_groups=[group], columns=columns):
+        for batch in table.iter_batches(_ROWS, [group], columns, use_threads=False):
             for fields in batch.to_pylist():
                 yield group, row, fields
                 row += 1

@@ -179,9 +179,22 @@ def read_listings(recipe: Recipe) -> tuple[list[Listing], list[str]]:
     return listings, notes
 
 
-def _known(recipe: Recipe) -> list[_Description]:
-    """Descriptions of known names in a folder, best first; else what the folder shows itself."""
-    found, root, folders = [], recipe.root, _folders(recipe.root)
+def is_known_folder(folder: Path) -> bool:
+    """Whether a folder holds a caption file of a known name."""
+    return bool(_known_files(Recipe(folder)))
+
+
+def is_source_folder(folder: Path) -> bool:
+    """Whether a folder holds pairs that can be read, by the names in it."""
+    try:
+        return bool(_known(Recipe(folder)))
+    except DataError:
+        return False
+
+
+def _known_files(recipe: Recipe) -> list[_Description]:
+    """Descriptions in a folder by their names, best first."""
+    found, folders = [], _folders(recipe.root)
     tabled = partial(read_table, asked=recipe.columns)
     for names, read in (
         (_KARPATHY, read_karpathy),
@@ -189,11 +202,17 @@ def _known(recipe: Recipe) -> list[_Description]:
         (_TOKENS, read_token),
     ):
         found += [_Description((file,), read) for name in names for file in _find(folders, name)]
-    coco = next((files for pattern in _COCO if (files := sorted(root.glob(pattern)))), None)
-    if coco:
-        found.append(_Description(tuple(coco), read_coco))
-    if found:
+    coco = (sorted(recipe.root.glob(pattern)) for pattern in _COCO)
+    if files := next((files for files in coco if files), None):
+        found.append(_Description(tuple(files), read_coco))
+    return found
+
+
+def _known(recipe: Recipe) -> list[_Description]:
+    """Descriptions of known names in a folder, best first; else what the folder shows itself."""
+    if found := _known_files(recipe):
         return found
+    root = recipe.root
     tables = sorted((*root.glob("*.csv"), *root.glob("*.tsv"), *root.glob("*.jsonl")))
     shown = _shown_by_folder(recipe, tables)
     if shown is not None:

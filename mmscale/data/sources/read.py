@@ -32,7 +32,7 @@ from mmscale.data.sources.records import (
 from mmscale.data.sources.typed import HUB, read_hub
 from mmscale.errors import DataError
 
-_CAPTION_FILES = (".csv", ".tsv", ".jsonl", ".parquet", ".txt", ".token", ".json")
+CAPTION_FILES = (".csv", ".tsv", ".jsonl", ".parquet", ".txt", ".token", ".json")
 
 
 def read_source(
@@ -99,12 +99,12 @@ def _recipe_of(path: Path) -> Recipe:
         return Recipe(path)
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return read_recipe(path)
-    if path.is_file() and path.name.removesuffix(".gz").endswith(_CAPTION_FILES):
+    if path.is_file() and path.name.removesuffix(".gz").endswith(CAPTION_FILES):
         return Recipe(path.parent, captions=(str(path.absolute()),))
     if (shipped := shipped_recipe(path)) is not None:
         return shipped
     raise DataError(
-        f"{path}: is neither a folder nor a caption file ({', '.join(_CAPTION_FILES)}) nor a "
+        f"{path}: is neither a folder nor a caption file ({', '.join(CAPTION_FILES)}) nor a "
         f"recipe (*.yaml, or {', '.join(shipped_recipes())}) nor a data set of the Hub "
         f"({HUB}ORG/NAME); check the path"
     )

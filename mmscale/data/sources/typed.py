@@ -141,8 +141,12 @@ def _part(
     schema: Any,
     classes: Mapping[str, Sequence[str]],
 ) -> _Part:
-    encoded = frozenset(field.name for field in schema if _may_be_image(field))
-    return _Part(file, split, rows, tuple(schema.names), encoded, classes)
+    return _Part(file, split, rows, tuple(schema.names), encoded_in(schema), classes)
+
+
+def encoded_in(schema: Any) -> frozenset[str]:
+    """Columns of an Arrow schema that hold images."""
+    return frozenset(field.name for field in schema if _may_be_image(field))
 
 
 def _may_be_image(field: Any) -> bool:
