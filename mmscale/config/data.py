@@ -145,9 +145,15 @@ class DataConfig(Section):
     @classmethod
     def _evaluate_what_is_held_out(cls, given: Any) -> Any:
         """With `hold_out` alone the same table is evaluated on."""
-        if isinstance(given, dict) and given.get("hold_out") and given.get("eval") is None:
-            return {**given, "eval": given.get("train")}
-        return given
+        if not isinstance(given, dict) or given.get("hold_out") is None:
+            return given
+        train, held_out = given.get("train"), given.get("eval")
+        if held_out not in (None, train):
+            raise ValueError(
+                f"data.hold_out={given['hold_out']} holds a share of data.train out for data.eval; "
+                "name the same table there or leave data.eval away"
+            )
+        return {**given, "eval": train}
 
     @property
     def rows_per_item(self) -> int:

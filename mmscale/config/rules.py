@@ -368,11 +368,6 @@ def data_faults(data: DataConfig) -> Iterator[str]:
                     f"data.train={place}: runs a command, which is not allowed; set "
                     "data.allow_pipe=true if you trust it"
                 )
-    if data.hold_out is not None and data.eval != data.train:
-        yield (
-            f"data.hold_out={data.hold_out:g}: holds a share of data.train out for data.eval; name "
-            "the same table there or leave data.eval away"
-        )
     if not data.resampled:
         if data.epoch_samples is not None:
             yield (
