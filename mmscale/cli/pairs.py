@@ -150,7 +150,7 @@ def index(
     Samples that cannot be used are named and left out. With --out, data.train takes that folder.
     """
     from mmscale.data.index import index as run
-    from mmscale.data.index import local_tars
+    from mmscale.data.local_tars import local_tars
     from mmscale.report.console import progress_of
 
     tars = local_tars(shards)

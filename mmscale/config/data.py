@@ -2,7 +2,14 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from mmscale.config.paths import FAULT, PathSetting, PlacesSetting, expand_places
 from mmscale.config.values import Positive, PositiveFloat, Ramp, Section, within
@@ -145,15 +152,18 @@ class DataConfig(Section):
     @classmethod
     def _evaluate_what_is_held_out(cls, given: Any) -> Any:
         """With `hold_out` alone the same table is evaluated on."""
-        if not isinstance(given, dict) or given.get("hold_out") is None:
-            return given
-        train, held_out = given.get("train"), given.get("eval")
-        if held_out not in (None, train):
+        if isinstance(given, dict) and given.get("hold_out") and given.get("eval") is None:
+            return {**given, "eval": given.get("train")}
+        return given
+
+    @field_validator("hold_out")
+    @classmethod
+    def _is_of_one_table(cls, share: float | None, info: ValidationInfo) -> float | None:
+        if share is not None and info.data.get("train") != info.data.get("eval"):
             raise ValueError(
-                f"data.hold_out={given['hold_out']} holds a share of data.train out for data.eval; "
-                "name the same table there or leave data.eval away"
+                "held out of data.train for data.eval; name the same table there or leave it away"
             )
-        return {**given, "eval": train}
+        return share
 
     @property
     def rows_per_item(self) -> int:

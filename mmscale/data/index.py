@@ -11,10 +11,8 @@ from mmscale.data.grouping import Trait, copies_line, group_of, joints_of, tell_
 from mmscale.data.manifest import Manifest, Shard, read_manifest, with_identities, write_manifest
 from mmscale.data.members import Sample, describe_members, unfit
 from mmscale.data.pool import map_ordered
-from mmscale.data.remote import is_remote
-from mmscale.data.shards import list_shards
 from mmscale.data.tar import TarSample, walk_shard
-from mmscale.errors import ConfigError, DataError
+from mmscale.errors import DataError
 
 # Lines of one kind that are told; of more only their number.
 _TOLD = 5
@@ -37,28 +35,6 @@ class Described:
     traits: tuple[Trait, ...]
     faults: tuple[str, ...]
     texts: str = ""
-
-
-def local_tars(words: Sequence[str]) -> list[Path]:
-    """The tars of this machine that words name: files, folders, globs or brace lists.
-
-    Raises:
-        ConfigError: A word is an address or a command.
-        DataError: A word matches nothing.
-    """
-    found: list[Path] = []
-    for word in words:
-        if is_remote(word):
-            raise ConfigError(
-                f"{word}: is not on this machine; fetch the shards and index them here"
-            )
-        path = Path(word)
-        # A name may hold what means something in a pattern.
-        if path.exists() and (path.suffix == ".tar" or not path.is_dir()):
-            found.append(path)
-        else:
-            found += map(Path, list_shards("SHARDS", word).paths)
-    return found
 
 
 def index(

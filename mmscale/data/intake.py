@@ -139,7 +139,6 @@ class Intake:
             settings = PackSettings(split=split)
             pack_source(
                 data,
-                Path(where),
                 entry / split,
                 settings,
                 workers=min(8, len(os.sched_getaffinity(0))),

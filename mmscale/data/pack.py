@@ -97,13 +97,12 @@ def pack(
     if settings.hold_out:
         data = held_out(data, settings.hold_out)
     return pack_source(
-        data, source, out, settings, workers=workers, part=part, progress=progress, tell=tell
+        data, out, settings, workers=workers, part=part, progress=progress, tell=tell
     )
 
 
 def pack_source(
     data: Source,
-    source: Path,
     out: Path,
     settings: PackSettings = _DEFAULT,
     *,
@@ -112,10 +111,10 @@ def pack_source(
     progress: Callable[[int, int], None] | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> list[PackResult]:
-    """As `pack`, of a source that was read already: where it lies serves messages only."""
+    """As `pack`, of a source that was read already."""
     for note in data.notes:
         tell(note)
-    splits = _choose(data, Path(source), settings.split)
+    splits = _choose(data, data.place, settings.split)
     records, copies = without_copies(data.records, workers)
     if copies:
         tell(

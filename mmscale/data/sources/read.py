@@ -90,6 +90,7 @@ def read_source(
         classes,
         tuple(notes),
         known,
+        path,
     )
 
 

@@ -64,6 +64,7 @@ class Source:
         classes: Names of the labels' numbers, where the labels had names.
         notes: What a person should know about how it was read, a line each.
         tells_splits: Whether anything said of which split an image is.
+        place: What was read, for messages.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Source:
     classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     tells_splits: bool = False
+    place: Path = Path()
 
     @property
     def splits(self) -> tuple[str, ...]:
