@@ -35,7 +35,11 @@ def joined(batch: Batch, beside: Mapping[str, Batch]) -> Batch:
         # What is padded the mask leaves out, whatever its id.
         tokens=torch.cat([wide(one.tokens) for one in every]),
         mask=torch.cat([wide(one.mask) for one in every]),
+        image_ids=torch.cat([one.image_ids for one in every]),
+        match_ids=torch.cat([one.match_ids for one in every]),
+        labels=torch.cat([one.labels for one in every]),
         keys=[key for one in every for key in one.keys],
+        teacher_tokens={},
     )
 
 
@@ -45,7 +49,7 @@ def parted(
     """The batch's own rows, which have the others in `LossInput.beside`; and its own features.
 
     Args:
-        rows: Of what `joined` gave; its ids are the batch's.
+        rows: Of what `joined` gave.
         features: Likewise.
         batch: This rank's rows.
         beside: As `joined` got them.
@@ -63,7 +67,14 @@ def parted(
         )
         first += len(more)
     own = slice(0, len(batch))
-    alone = replace(rows, image=_cut(rows.image, own), text=_cut(rows.text, own), beside=found)
+    alone = replace(
+        rows,
+        image=_cut(rows.image, own),
+        text=_cut(rows.text, own),
+        ids=batch.match_ids,
+        labels=batch.labels,
+        beside=found,
+    )
     images, texts = features.image_sequence, features.text_sequence
     return alone, Features(
         features.image[own],

@@ -106,12 +106,12 @@ def launch(learner: Learner, batch: Batch, step: Step, parts: Sequence[Part] = (
             rows = LossInput(
                 image=image,
                 text=text,
-                ids=batch.match_ids,
+                ids=fed.match_ids,
                 scale=scale,
                 bias=bias,
                 step=step.number,
                 is_logged=step.is_measured,
-                labels=batch.labels,
+                labels=fed.labels,
             )
             if beside:
                 rows, features = parted(rows, features, batch, beside)
