@@ -95,9 +95,8 @@ class Opened:
         import obstore
 
         start, end = asked["start"], asked["end"]
-        wanted = {"offset": start} if end is None else (start, end)
-        whole = start == 0 and end is None
-        got = obstore.get(store, path, options={} if whole else {"range": wanted})
+        wanted: Any = {"range": {"offset": start} if end is None else (start, end)}
+        got = obstore.get(store, path, options=wanted if start or end is not None else {})
         send(line, b"h", {"size": got.meta["size"]})
         for chunk in got.stream(min_chunk_size=_LEAST_CHUNK):
             content = memoryview(chunk)
@@ -196,7 +195,7 @@ def open_store(scheme: str, bucket: str) -> Any:
         raise RefusalError("refused", f"cannot be opened ({reason}); {_SET[scheme]}") from error
 
 
-def client(endpoint: str) -> dict[str, Any]:
+def client(endpoint: str) -> Any:
     """Options of a connection: plain http on loopback only, or where it is asked for."""
     options: dict[str, Any] = {"connect_timeout": "10s", "read_timeout": "20s", "timeout": "300s"}
     if urlsplit(endpoint).hostname in _LOOPBACK:
