@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from mmscale.cli import app
-from mmscale.cli.command import file_out, folder_out, reading
+from mmscale.cli.command import file_out, folder_out, reading, reading_places
 
-OURS = (reading, file_out, folder_out)
+OURS = (reading, reading_places, file_out, folder_out)
 # Text that names files too, by the name of the parameter.
 TEXTS = {"data", "cluster", "name"}
 
@@ -25,7 +25,7 @@ def _holds_path(annotation: Any) -> bool:
     return annotation is Path or any(_holds_path(inner) for inner in get_args(annotation))
 
 
-def test_paths_have_one_of_three_treatments():
+def test_paths_have_one_of_four_treatments():
     parameters = _parameters()
     assert len(parameters) > 20
     bare = [

@@ -2,11 +2,14 @@
 
 import json
 
+import pytest
+
 from mmscale.data.index import index
 from tests.whole.command import explain, run
 from tests.whole.test_foreign_shards import write
 
 
+@pytest.mark.slow
 def test_blank_images_and_those_of_the_evaluation_set_are_told(tmp_path):
     write(tmp_path / "data" / "0.tar", [(f"{n:05d}", n, f"a picture {n}") for n in range(8)])
     write(tmp_path / "held" / "0.tar", [(f"x{n:04d}", n, f"a picture {n}") for n in range(6, 10)])

@@ -17,6 +17,7 @@ def server(synthetic):
         yield running
 
 
+@pytest.mark.slow
 def test_two_ranks_of_two_workers_train_alike_from_a_bucket_over_connections_that_break(
     server, synthetic, tmp_path
 ):

@@ -86,7 +86,14 @@ def test_edits_of_a_stored_configuration_run_nothing_when_it_is_evaluated(
     _assert_nothing_ran(results, requests, tmp_path, {0, 2, 5})
 
 
-@pytest.mark.parametrize("where", ["{}", "s3://attacker/data", "hf://datasets/attacker/data"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "{}",
+        pytest.param("s3://attacker/data", marks=pytest.mark.slow),
+        pytest.param("hf://datasets/attacker/data", marks=pytest.mark.slow),
+    ],
+)
 def test_a_verb_opens_no_address_that_only_the_run_names(stored, synthetic, tmp_path, where):
     run_dir = tmp_path / "run"
     shutil.copytree(stored[0], run_dir)

@@ -79,7 +79,7 @@ def shifted_features(image: Float[Tensor, "n f"], text: Float[Tensor, "n g"]) ->
         _gains(
             len(image),
             start,
-            ((part, *rows) for part, *rows in held_out_rows(turned, blocks, COARSE.power)),
+            held_out_rows(turned, blocks, COARSE.power),
         )
     )
 

@@ -14,7 +14,14 @@ from mmscale.errors import ConfigError
 from tests.test_house import settings
 
 # Settings whose description speaks of files and which name none.
-NO_PATHS = {"checkpoint.best", "log.profile", "log.page", "data.epoch_samples", "data.cache_gb"}
+NO_PATHS = {
+    "checkpoint.best",
+    "log.profile",
+    "log.page",
+    "data.epoch_samples",
+    "data.cache_gb",
+    "data.columns.image",
+}
 ABOUT_PATHS = re.compile(r"\b(file|folder|path|npz|JSON|tars?)\b|hf:|openclip:", re.IGNORECASE)
 
 
