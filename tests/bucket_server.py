@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
+
 BUCKET = "pairs"
 
 
@@ -81,6 +83,8 @@ def running_buckets() -> Iterator[Buckets]:
         keys = {"aws_access_key_id": "any", "aws_secret_access_key": "any"}
         return boto3.client(name, endpoint_url=endpoint, region_name="us-east-1", **keys)
 
+    # What an earlier server of this process was told is still known.
+    httpx.post(f"{endpoint}/moto-api/reset").raise_for_status()
     buckets = Buckets(endpoint, client("s3"))
     buckets.client.create_bucket(Bucket=BUCKET)
     users = client("iam")

@@ -5,6 +5,7 @@ batch would take longer than anything else.
 """
 
 import json
+import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
@@ -13,8 +14,8 @@ from typing import Any, TypeAlias, overload
 
 _FIELDS = frozenset((b"offsets", b"captions", b"images", b"groups", b"labels"))
 _OPENING = b'": ['
-# What stands for a list in the rest of the manifest.
-_MARK = "\0list"
+# What stands for a list in the rest of the manifest; no manifest that was written before knows it.
+_MARK = f"list {os.urandom(16).hex()}"
 
 
 class Unread(Sequence):
@@ -117,7 +118,7 @@ def load_json(content: bytes) -> Any:
             end = content.find(b"]", start)
             if end < 0:
                 break
-            parts += [content[place : start - 1], b'{"%s": %d}' % (_MARK_JSON, len(spans))]
+            parts += [content[place : start - 1], b'{"%s": %d}' % (_MARK.encode(), len(spans))]
             spans.append((start, end))
             place = end + 1
             start = place
@@ -131,6 +132,3 @@ def load_json(content: bytes) -> Any:
         return mapping
 
     return json.loads(skeleton, object_hook=restore)
-
-
-_MARK_JSON = json.dumps(_MARK)[1:-1].encode()

@@ -167,7 +167,7 @@ def test_an_editable_install_is_found_beside_the_clone(clone, tmp_path):
     install = ["install", "--no-deps", "--no-build-isolation", "--no-index", "-e", clone]
     done = run([python, "-m", "pip", *install], cwd=tmp_path, env=lent)
     assert done.returncode == 0, explain(done)
-    ask = "import mmscale; print(mmscale.__file__, mmscale.load)"
+    ask = "import mmscale; print(mmscale.__file__, mmscale.__version__)"
     for folder in (clone.parent, clone, tmp_path):
         done = subprocess.run(
             [python, "-c", ask], cwd=folder, env={}, capture_output=True, text=True, check=False
