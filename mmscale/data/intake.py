@@ -17,6 +17,7 @@ from pathlib import Path
 
 from mmscale.config.data import ColumnsConfig, DataConfig
 from mmscale.data.manifest import MANIFEST_NAME
+from mmscale.data.progress import progress_lines
 from mmscale.data.sources import Source, read_source
 from mmscale.data.sources.layouts import is_source_folder
 from mmscale.data.sources.read import CAPTION_FILES
@@ -31,7 +32,6 @@ _VERSION = 1
 _BESIDE = ".mmscale"
 _SOURCE = "source.json"
 _POLL_SECONDS = 0.2
-_PROGRESS_SECONDS = 10.0
 
 
 def _tell(line: str) -> None:
@@ -78,7 +78,7 @@ class Intake:
             return where
         path = Path(where)
         state = state_of(path, self.columns)
-        plan = (_VERSION, where if where.startswith(HUB) else str(path.resolve()), self._asked())
+        plan = (_VERSION, _identity(where), self._asked())
         digest = hashlib.sha256(json.dumps([*plan, state.digest]).encode()).hexdigest()
         stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in where.rpartition("/")[2])
         name = f"{stem.strip('.') or 'data'}-{digest[:16]}"
@@ -142,7 +142,7 @@ class Intake:
                 entry / split,
                 settings,
                 workers=min(8, len(os.sched_getaffinity(0))),
-                progress=_progress(self.tell),
+                progress=progress_lines("packed", self.tell),
                 tell=self.tell,
             )
         return entry / split
@@ -250,19 +250,3 @@ def _alone(entry: Path, waiting: Callable[[], None]) -> Iterator[None]:
             # Not by closing it alone: a decoding process that was forked meanwhile has it too.
             with suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_UN)
-
-
-def _progress(tell: Callable[[str], None]) -> Callable[[int, int], None]:
-    start = last = time.monotonic()
-
-    def advance(done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if done < total and now - last < _PROGRESS_SECONDS:
-            return
-        last = now
-        rate = done / max(now - start, 1e-9)
-        left = f", {(total - done) / rate:,.0f} s left" if 0 < done < total else ""
-        tell(f"packed {done:,} of {total:,}, {rate:,.1f}/s{left}")
-
-    return advance

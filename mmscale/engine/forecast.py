@@ -78,8 +78,7 @@ class Forecast:
     @property
     def room(self) -> dict[str, int]:
         """Bytes on a device, of the ways to shard that fit into one."""
-        sizes = {name: device_bytes(held) for name, held in self.memory.items()}
-        return {name: size for name, size in sizes.items() if size <= 1e9 * self.cluster.memory_gb}
+        return _that_fit(self.memory, self.cluster)
 
     @property
     def fastest(self) -> str:
@@ -209,8 +208,7 @@ def _require_room(
     needed = device_bytes(memory[chosen])
     if needed <= 1e9 * cluster.memory_gb:
         return
-    room = {name: device_bytes(held) for name, held in memory.items()}
-    repairs = [f"take {name}" for name, size in room.items() if size <= 1e9 * cluster.memory_gb][:1]
+    repairs = [f"take {name}" for name in _that_fit(memory, cluster)][:1]
     chunks = fewest_chunks(memory[chosen], batch, cluster)
     if chunks is not None:
         repairs.append(f"set train.micro_batch_size={batch.rank_rows // chunks}")
@@ -220,6 +218,11 @@ def _require_room(
         f"train.micro_batch_size={batch.micro_rows}, a GPU of {cluster.name} has "
         f"{cluster.memory_gb:g}; {', or '.join(repairs)}"
     )
+
+
+def _that_fit(memory: dict[str, list[Holding]], cluster: ClusterConfig) -> dict[str, int]:
+    sizes = {name: device_bytes(held) for name, held in memory.items()}
+    return {name: size for name, size in sizes.items() if size <= 1e9 * cluster.memory_gb}
 
 
 def device_bytes(held: list[Holding]) -> int:

@@ -26,6 +26,7 @@ from rich.table import Column
 from rich.text import Text
 
 from mmscale.contracts import World
+from mmscale.data.progress import progress_lines
 from mmscale.report.metrics import set_names
 
 # Between two lines where stderr is a file: a share of the time until then, so that a run of a day
@@ -206,9 +207,6 @@ def early_line(world: World) -> Callable[[str], None]:
     return say
 
 
-PROGRESS_SECONDS = 10.0  # between two lines where stderr is a file
-
-
 class _RateColumn(ProgressColumn):
     """Items a second of late."""
 
@@ -227,7 +225,7 @@ def progress_of(verb: str, console: Console | None = None) -> Iterator[Callable[
     """
     console = console or Console(stderr=True)
     if not console.is_terminal or console.is_dumb_terminal:
-        yield _plain(verb, console)
+        yield progress_lines(verb, lambda line: console.print(line, highlight=False, markup=False))
         return
     columns = (
         TextColumn(verb),
@@ -240,20 +238,3 @@ def progress_of(verb: str, console: Console | None = None) -> Iterator[Callable[
     with Progress(*columns, console=console, speed_estimate_period=120) as bar:
         task = bar.add_task(verb, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _plain(verb: str, console: Console) -> Callable[[int, int], None]:
-    start = told = time.monotonic()
-
-    def tell(done: int, total: int) -> None:
-        nonlocal told
-        now = time.monotonic()
-        if done < total and now - told < PROGRESS_SECONDS:
-            return
-        told = now
-        rate = done / max(now - start, 1e-9)
-        left = f", {(total - done) / rate:,.0f} s left" if 0 < done < total else ""
-        line = f"{verb} {done:,} of {total:,}, {rate:,.1f}/s{left}"
-        console.print(line, highlight=False, markup=False)
-
-    return tell
