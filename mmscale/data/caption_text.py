@@ -22,6 +22,11 @@ TOLD_UNKNOWN, MOST_UNKNOWN = 0.05, 0.9
 Tokenize = Callable[[Sequence[str]], list[list[int]]]
 
 
+def wording(caption: str) -> str:
+    """What captions share that differ in case and spaces only."""
+    return " ".join(caption.casefold().split())
+
+
 class CleanedTokenize:
     """A tokenizer behind one of OpenCLIP's cleanings; picklable.
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
+from mmscale.data.caption_text import wording
 from mmscale.diagnostics.pairs import on_grid
 
 _NEIGHBOURS = 10
@@ -143,7 +144,7 @@ def equal_captions(captions: Sequence[str], owners: Sequence[int]) -> list[tuple
     """
     groups: dict[str, dict[int, str]] = {}
     for caption, owner in zip(captions, owners, strict=True):
-        groups.setdefault(" ".join(caption.casefold().split()), {}).setdefault(owner, caption)
+        groups.setdefault(wording(caption), {}).setdefault(owner, caption)
     shared = [
         (next(iter(group.values())), list(group)) for group in groups.values() if len(group) > 1
     ]

@@ -89,11 +89,12 @@ def look_at(
     Raises:
         DataError: A shard cannot be read, or none of the samples.
     """
-    parts: list[Looks] = []
+    parts, done = list[Looks](), 0
     for part in map_ordered(partial(_look_at_shard, shards), range(len(shards.shards)), workers):
         parts.append(part)
+        done += len(part)
         if progress:
-            progress(sum(map(len, parts)), shards.samples)
+            progress(done, shards.samples)
     looks = _joined(*parts)
     if not len(looks):
         raise DataError("no sample of these shards can be read; see mmscale verify")

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable
 
+from mmscale.data.caption_text import wording
 from mmscale.diagnostics.dataset.verdict import (
     MOST_EXAMPLES,
     DataVerdict,
@@ -23,7 +24,7 @@ def repeated_captions(looks: Looks) -> DataVerdict | None:
     total = 0
     for row, captions in enumerate(looks.captions):
         total += len(captions)
-        for words in {" ".join(caption.casefold().split()) for caption in captions}:
+        for words in {wording(caption) for caption in captions}:
             owners[words].append(row)
     # An image may say the same words twice, and counts once for them.
     many = {words: rows for words, rows in owners.items() if len(rows) >= MANY_IMAGES}

@@ -10,6 +10,8 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mmscale.data.caption_text import wording
+
 
 @dataclass(frozen=True)
 class Ceiling:
@@ -39,7 +41,7 @@ def ceiling(
         looks: For each image what it looks like: images of one number cannot be told apart, as
             copies and near-duplicates. Without it every image looks like itself only.
     """
-    words = [" ".join(caption.casefold().split()) for caption in captions]
+    words = [wording(caption) for caption in captions]
     looks = range(max(owners) + 1) if looks is None else looks
     images_of_look = Counter(looks)
     # Captions of one wording, and how many of them images of one look have.
@@ -48,14 +50,14 @@ def ceiling(
     best_caption: dict[int, float] = defaultdict(float)
     best_look: dict[str, float] = defaultdict(float)
     looks_of_wording: Counter[str] = Counter()
-    for (wording, look), count in together.items():
+    for (said, look), count in together.items():
         # Of an image of the look, one of the captions of this wording comes first by chance.
-        best_caption[look] = max(best_caption[look], count / wordings[wording])
-        best_look[wording] = max(best_look[wording], count / images_of_look[look])
-        looks_of_wording[wording] += 1
+        best_caption[look] = max(best_caption[look], count / wordings[said])
+        best_look[said] = max(best_look[said], count / images_of_look[look])
+        looks_of_wording[said] += 1
     return Ceiling(
         100 * sum(best_caption.values()) / len(looks),
         100 * sum(best_look.values()) / len(words),
-        sum(looks_of_wording[wording] > 1 for wording in words),
+        sum(looks_of_wording[said] > 1 for said in words),
         sum(count for count in images_of_look.values() if count > 1),
     )

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from mmscale.data.caption_text import wording
 from mmscale.diagnostics.dataset.copies import Pair, false_negative_rate, groups_of
 from mmscale.diagnostics.dataset.verdict import (
     MOST_EXAMPLES,
@@ -73,8 +74,8 @@ def leakage(data: Looks, against: Looks, pairs: list[Pair]) -> DataVerdict | Non
     held_out = {pair.second for pair in pairs}
     if len(held_out) <= TOLERATED_LEAKAGE * len(against):
         return None
-    words = {_words(caption) for captions in data.captions for caption in captions}
-    told = sum(_words(caption) in words for captions in against.captions for caption in captions)
+    words = {wording(caption) for captions in data.captions for caption in captions}
+    told = sum(wording(caption) in words for captions in against.captions for caption in captions)
     total = max(1, sum(map(len, against.captions)))
     return DataVerdict(
         "leakage",
@@ -99,7 +100,3 @@ def _examples(left: Looks, right: Looks, pairs: list[Pair]) -> tuple[Example, ..
         )
         for pair in pairs[:MOST_EXAMPLES]
     )
-
-
-def _words(caption: str) -> str:
-    return " ".join(caption.casefold().split())
