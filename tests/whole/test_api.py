@@ -42,6 +42,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_a_run_in_python_is_the_commands(synthetic, tmp_path):
     settings = write_settings(tmp_path)
     words = words_for(synthetic, settings)[1:]

@@ -37,6 +37,7 @@ def test_two_ranks_of_two_workers_train_alike_from_a_bucket_over_connections_tha
     assert server.key[1] not in kept
 
 
+@pytest.mark.slow
 def test_a_bucket_that_is_shut_ends_every_rank_with_one_sentence(server, synthetic, tmp_path):
     words = [*words_for(synthetic, write_settings(tmp_path)), "data.train=s3://pairs/train"]
     environment = server.environment() | {"AWS_SECRET_ACCESS_KEY": "guess-it"}

@@ -66,6 +66,7 @@ def _assert_nothing_ran(results, requests, trial, codes):
     assert Counter(result["code"] for result in results).most_common(1)[0][0] != 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [10, pytest.param(200, marks=pytest.mark.soak)])
 def test_edits_of_a_stored_configuration_run_and_open_nothing_on_resume(
     stored, synthetic, tmp_path, count
@@ -75,6 +76,7 @@ def test_edits_of_a_stored_configuration_run_and_open_nothing_on_resume(
     _assert_nothing_ran(results, requests, tmp_path, {0, 2, 5})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [10, pytest.param(200, marks=pytest.mark.soak)])
 def test_edits_of_a_stored_configuration_run_nothing_when_it_is_evaluated(
     stored, synthetic, tmp_path, count
