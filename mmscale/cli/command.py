@@ -178,3 +178,17 @@ Workers = Annotated[int, typer.Option(help="Processes.", min=1)]
 Data = Annotated[
     str, typer.Option("--data", help="A packed folder, or shard globs.", callback=reading_places)
 ]
+AnyData = Annotated[
+    str | None,
+    typer.Option("--data", help="A packed folder, or shard globs.", callback=reading_places),
+]
+HeldOutData = Annotated[
+    str | None,
+    typer.Option(
+        "--data", help="Held-out pairs; default the run's data.eval.", callback=reading_places
+    ),
+]
+Sets = Annotated[
+    Path | None,
+    typer.Option("--sets", help="Sets by name in YAML or JSON, as in eval.sets.", callback=reading),
+]

@@ -1,5 +1,6 @@
 """Verbs on a trained model and on run folders, `eval` to `compare`."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,9 +9,11 @@ import typer
 from mmscale.cli.command import (
     LOOKING,
     USING,
-    Data,
+    AnyData,
+    HeldOutData,
     Json,
     Model,
+    Sets,
     Words,
     app,
     file_out,
@@ -22,7 +25,7 @@ from mmscale.cli.command import (
     write_json,
 )
 from mmscale.errors import ConfigError, DataError
-from mmscale.outputs import file_output, require_file, writing
+from mmscale.outputs import file_output, require_file, require_folder, writing
 
 # Models that are no folder here.
 _ELSEWHERE = ("openclip:", "hf:")
@@ -32,16 +35,8 @@ _ELSEWHERE = ("openclip:", "hf:")
 def evaluate(
     model: Model,
     words: Words = None,
-    data: Annotated[
-        str | None,
-        typer.Option("--data", help="A packed folder, or shard globs.", callback=reading_places),
-    ] = None,
-    sets: Annotated[
-        Path | None,
-        typer.Option(
-            "--sets", help="Sets by name in YAML or JSON, as in eval.sets.", callback=reading
-        ),
-    ] = None,
+    data: AnyData = None,
+    sets: Sets = None,
     classes: Annotated[
         str | None,
         typer.Option(
@@ -53,8 +48,7 @@ def evaluate(
     json_file: Json = None,
 ) -> int:
     """Recall of both directions on held-out pairs (Karpathy's protocol), or zero-shot accuracy."""
-    if (data is None) == (sets is None):
-        raise ConfigError(f"eval {model}: name the pairs with --data, or several sets with --sets")
+    _require_one_of(f"eval {model}", data, sets)
     if classes is not None and data is None:
         raise ConfigError("--classes: has an effect only with --data; a set of --sets has its own")
     figures = _figures(model, words, data, sets, classes)
@@ -74,19 +68,28 @@ def evaluate(
 @app.command(rich_help_panel=USING)
 def embed(
     model: Model,
-    data: Data,
-    out: Annotated[Path, typer.Option(help="The npz to write.", callback=file_out)],
+    out: Annotated[
+        Path,
+        typer.Option(help="The npz to write; of --sets a folder of them.", callback=reading),
+    ],
     words: Words = None,
+    data: AnyData = None,
+    sets: Sets = None,
 ) -> int:
     """Write the embeddings of a set: image, text, image_ids, text_ids, backbone features."""
+    _require_one_of(f"embed {model}", data, sets)
+    if sets is None:
+        require_file("--out", out)
+    else:
+        require_folder("--out", out)
     from mmscale.diagnostics.pairs import save_npz
-    from mmscale.evaluation.retrieval import embed_set
-    from mmscale.parallel.peers import Alone
 
-    pairs = embed_set(*_with_pairs(model, data, words), Alone())
-    with file_output("--out", out) as aside:
-        save_npz(aside, pairs)
-    say(f"{len(pairs.image):,} images and {len(pairs.text):,} captions in {out}")
+    _, found = _with_embedded(model, words, data, sets)
+    for name, pairs in found:
+        path = out if sets is None else out / f"{name}.npz"
+        with file_output("--out", path) as aside:
+            save_npz(aside, pairs)
+        say(f"{len(pairs.image):,} images and {len(pairs.text):,} captions in {path}")
     return 0
 
 
@@ -100,29 +103,31 @@ def doctor(
             callback=reading,
         ),
     ],
-    data: Annotated[
-        str | None,
-        typer.Option(
-            "--data", help="Held-out pairs; default the run's data.eval.", callback=reading_places
-        ),
-    ] = None,
+    data: HeldOutData = None,
+    sets: Sets = None,
     words: Words = None,
     json_file: Json = None,
 ) -> int:
-    """Name what is wrong with an embedding space; exit 0 if healthy, 3 if not."""
-    is_npz = Path(subject).is_file()
-    if is_npz and words:
-        raise ConfigError(f"{words[0]}: {subject} holds embeddings, which no setting changes")
-    from mmscale.report.verdicts import in_lines
+    """Name what is wrong with an embedding space; exit 0 if healthy, 3 if not.
 
+    With --sets each set of pairs has a verdict, and all must be healthy.
+    """
+    if data is not None and sets is not None:
+        raise ConfigError(f"doctor {subject}: --sets names its own pairs; leave --data out")
     if not subject.startswith(_ELSEWHERE):
         require_there(Path(subject), "run, checkpoint or npz")
-    of_npz = is_npz and _diagnosed_npz(Path(subject))
-    diagnosis = of_npz or _diagnosed_model(subject, data, words)
-    for line in in_lines(diagnosis):
-        say(line)
-    write_json(json_file, diagnosis)
-    return 0 if diagnosis["verdict"] == "healthy" else 3
+    from mmscale.report.verdicts import in_lines
+
+    if Path(subject).is_file():
+        _require_bare_npz(subject, words, data, sets)
+        diagnoses = {"": _diagnosed_npz(Path(subject))}
+    else:
+        diagnoses = dict(_diagnosed_model(subject, words, data, sets))
+    for name, diagnosis in diagnoses.items():
+        for line in in_lines(diagnosis):
+            say(f"{name}: {line}" if name else line)
+    write_json(json_file, diagnoses if sets else diagnoses[""])
+    return 0 if all(each["verdict"] == "healthy" for each in diagnoses.values()) else 3
 
 
 @app.command(rich_help_panel=LOOKING)
@@ -218,6 +223,23 @@ def _figures(
     return evaluate_set(*_with_pairs(model, data, words), Alone())
 
 
+def _require_one_of(command: str, data: str | None, sets: Path | None) -> None:
+    if (data is None) == (sets is None):
+        raise ConfigError(f"{command}: name the pairs with --data, or several sets with --sets")
+
+
+def _require_bare_npz(
+    path: str, words: list[str] | None, data: str | None, sets: Path | None
+) -> None:
+    """Refuse what would have no effect on embeddings."""
+    named = f"--data {data}" if data else f"--sets {sets}" if sets else "".join(words or ()[:1])
+    if named:
+        raise ConfigError(
+            f"{named}: {path} holds embeddings, which no setting and no other pairs change; leave "
+            "it out"
+        )
+
+
 def _diagnosed_npz(path: Path) -> dict[str, Any]:
     from mmscale.diagnostics.of_run import diagnose_alone
     from mmscale.diagnostics.pairs import load_npz
@@ -225,18 +247,23 @@ def _diagnosed_npz(path: Path) -> dict[str, Any]:
     return diagnose_alone(load_npz(path)).to_json()
 
 
-def _diagnosed_model(model: str, data: str | None, words: list[str] | None) -> dict[str, Any]:
+def _diagnosed_model(
+    model: str, words: list[str] | None, data: str | None, sets: Path | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A diagnosis for each set of pairs by its name, which is empty without `--sets`."""
+    loaded, found = _with_embedded(model, words, data, sets)
+    for name, pairs in found:
+        yield name, _diagnosed(model, loaded, pairs)
+
+
+def _diagnosed(model: str, loaded: Any, pairs: Any) -> dict[str, Any]:
     from mmscale.checkpoint.state import BLEND
     from mmscale.diagnostics.doctor import InTraining
     from mmscale.diagnostics.forgetting import Forgetting
     from mmscale.diagnostics.of_run import Course, diagnose_alone, diagnose_run
-    from mmscale.evaluation.retrieval import embed_set
     from mmscale.evaluation.trained import Trained
-    from mmscale.parallel.peers import Alone
     from mmscale.report.metrics import read_metrics
 
-    loaded, shards = _with_pairs(model, data, words)
-    pairs = embed_set(loaded, shards, Alone())
     if not isinstance(loaded, Trained):
         return diagnose_alone(pairs).to_json()
     state, log = loaded.checkpoint.state, Path(model) / "metrics.jsonl"
@@ -246,6 +273,23 @@ def _diagnosed_model(model: str, data: str | None, words: list[str] | None) -> d
         forgetting = Forgetting.last_of(read_metrics(log), loaded.config.retain)
     course = Course(loaded.config, state.updates, state.samples, state.position.epoch, forgetting)
     return diagnose_run(pairs, course, own).to_json()
+
+
+def _with_embedded(
+    model: str, words: list[str] | None, data: str | None, sets: Path | None
+) -> tuple[Any, Iterator[tuple[str, Any]]]:
+    """A model, and the pairs of each set that it is looked at on, by name: one, or `--sets`."""
+    from mmscale.evaluation.retrieval import embed_set
+    from mmscale.evaluation.sets import embedded_sets, read_sets
+    from mmscale.evaluation.trained import load_named
+    from mmscale.parallel.peers import Alone
+
+    if sets is not None:
+        chosen = read_sets(sets)
+        loaded = load_named(model, words or ())
+        return loaded, embedded_sets(str(sets), loaded, chosen, tell)
+    loaded, shards = _with_pairs(model, data, words)
+    return loaded, iter([("", embed_set(loaded, shards, Alone()))])
 
 
 def _with_pairs(model: str, data: str | None, words: list[str] | None) -> tuple[Any, Any]:

@@ -1,6 +1,6 @@
 """Every set that a run is evaluated on, one after the other, by the same code."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,13 @@ from mmscale.config.evaluation import MAIN, EvalSetConfig, logged, setting_of
 from mmscale.config.load import read_yaml, validate
 from mmscale.config.schema import Config
 from mmscale.contracts import Peers
+from mmscale.data.grouping import copies_line
 from mmscale.diagnostics.pairs import Pairs
 from mmscale.engine.encode import Call, Encoder
 from mmscale.errors import ConfigError, DataError
 from mmscale.evaluation.classes import ClassSet, class_figures, classify, open_classes
-from mmscale.evaluation.encoded import EvalSet, open_sets
-from mmscale.evaluation.retrieval import evaluate
+from mmscale.evaluation.encoded import EvalSet, HeldOut, open_sets
+from mmscale.evaluation.retrieval import embed_set, evaluate
 from mmscale.evaluation.trained import Loaded
 from mmscale.parallel.peers import Alone
 
@@ -108,15 +109,51 @@ def evaluate_model(loaded: Loaded, sets: Mapping[str, EvalSetConfig]) -> dict[st
     Raises:
         DataError: A set cannot be used.
     """
-    config, inference = loaded.config, loaded.inference
+    inference, found = loaded.inference, open_named(loaded, sets)
+    return evaluate_sets(loaded.config, inference.call, inference.device, found, Alone())
+
+
+def open_named(loaded: Loaded, sets: Mapping[str, EvalSetConfig]) -> dict[str, EvalSet]:
+    """Sets as a model is fed, whatever its own run is evaluated on and has cached.
+
+    Raises:
+        DataError: A set cannot be used.
+    """
+    config = loaded.config
     chosen = config.model_copy(
         update={
-            "data": config.data.model_copy(update={"eval": None}),
+            "data": config.data.model_copy(update={"eval": None, "feature_cache": None}),
             "eval": config.eval.model_copy(update={"sets": dict(sets)}),
         }
     )
-    found = open_sets(chosen, loaded.spec)
-    return evaluate_sets(chosen, inference.call, inference.device, found, Alone())
+    return open_sets(chosen, loaded.spec)
+
+
+def embedded_sets(
+    path: str, loaded: Loaded, sets: Mapping[str, EvalSetConfig], tell: Callable[[str], None]
+) -> Iterator[tuple[str, Pairs]]:
+    """Each set of pairs through a model, by name; labelled images, which have none, are told.
+
+    Args:
+        path: Where the sets stand.
+        loaded: The model.
+        sets: By name.
+        tell: Takes a line for each set that is left out, and for copies in one.
+
+    Raises:
+        ConfigError: None is of pairs.
+        DataError: A set cannot be used.
+    """
+    chosen = {name: each for name, each in sets.items() if each.kind == "retrieval"}
+    if not chosen:
+        raise ConfigError(f"{path}: has labelled images alone; name a set of images and captions")
+    for name in (name for name in sets if name not in chosen):
+        tell(f"{name}: is left out: labelled images have no captions to be paired with")
+    for name, held_out in open_named(loaded, chosen).items():
+        assert isinstance(held_out, HeldOut), "of kind retrieval"
+        if line := copies_line(name, held_out.shards.copies, held_out.shards.samples):
+            tell(line)
+        yield name, embed_set(loaded, held_out.shards, Alone())
 
 
 def classify_set(loaded: Loaded, data: str, classes: str) -> dict[str, float]:

@@ -12,21 +12,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mmscale.config.evaluation import MAIN, logged, set_named_in
 from mmscale.config.load import read_yaml
 from mmscale.errors import ConfigError, DataError
 from mmscale.report.metrics import (
-    MEAN_RECALL,
-    RECALLS,
+    SET_FIGURES,
     Lines,
     in_columns,
-    mean_recall,
     read_metrics,
+    set_figures,
+    set_names,
 )
 
 SEED = "run.seed"
 # Settings that leave no trace in what a run learns.
 NOT_COMPARED = ("run.", "log.", "checkpoint.")
 LONGEST_LABEL = 60
+MISSING = "n/a"
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,17 @@ class Run:
         return self.settings.get(SEED)
 
     @cached_property
-    def recalls(self) -> dict[str, float]:
-        """The six recalls of the last evaluation and their mean, percent; empty without one."""
-        for line in reversed(self.lines):
-            if (mean := mean_recall(line)) is not None:
-                return {**{name: line[name] for name in RECALLS}, MEAN_RECALL: mean}
-        return {}
+    def figures(self) -> dict[str, float]:
+        """Recalls or accuracies of the last evaluation of each set, percent, as they are logged."""
+        found: dict[str, float] = {}
+        for name in (MAIN, *set_names(self.lines)):
+            told = (set_figures(line, name) for line in reversed(self.lines))
+            found |= next((figures for figures in told if figures), {})
+        return found
+
+    def figures_of(self, name: str) -> dict[str, float] | None:
+        """Those of one set; None without."""
+        return {key: v for key, v in self.figures.items() if set_named_in(key) == name} or None
 
     def last(self, key: str) -> Any:
         """The newest value of a figure, or None."""
@@ -75,9 +82,13 @@ class SeedGroup:
     label: str
     runs: tuple[Run, ...]
 
-    def spread(self, recall: str) -> Spread | None:
-        """One of the six recalls, or their mean, over the runs that were evaluated."""
-        values = [run.recalls[recall] for run in self.runs if run.recalls]
+    def values(self, figure: str) -> list[float]:
+        """A figure's, of the runs that have it."""
+        return [run.figures[figure] for run in self.runs if figure in run.figures]
+
+    def spread(self, figure: str) -> Spread | None:
+        """A logged figure over the runs that have it."""
+        values = self.values(figure)
         if not values:
             return None
         std = statistics.stdev(values) if len(values) > 1 else None
@@ -98,6 +109,18 @@ class Comparison:
     runs: tuple[Run, ...]
     differing: Mapping[str, tuple[Any, ...]]
     groups: tuple[SeedGroup, ...]
+
+    @cached_property
+    def sets(self) -> dict[str, list[str]]:
+        """Logged figures of each evaluation set that any run has; `data.eval` is `main`."""
+        found = {key for run in self.runs for key in run.figures}
+        names = dict.fromkeys(set_named_in(key) for run in self.runs for key in run.figures)
+        first = [MAIN] if MAIN in names or not names else []
+        wanted = {
+            name: [logged(name, figure) for figure in SET_FIGURES]
+            for name in dict.fromkeys([*first, *names])
+        }
+        return {name: [key for key in keys if key in found] for name, keys in wanted.items()}
 
 
 def compare(folders: Sequence[Path]) -> Comparison:
@@ -129,7 +152,8 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
                 "loss": run.last("loss"),
                 "verdict": run.last("verdict"),
                 "finished": bool(run.last("finished")),
-                "recalls": run.recalls or None,
+                "recalls": run.figures_of(MAIN),
+                "sets": {name: run.figures_of(name) for name in comparison.sets if name != MAIN},
             }
             for run in comparison.runs
         ],
@@ -139,10 +163,11 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
                 "label": group.label,
                 "runs": [run.name for run in group.runs],
                 "seeds": [run.seed for run in group.runs],
-                "recalls": {
-                    name: asdict(spread)
-                    for name in (*RECALLS, MEAN_RECALL)
-                    if (spread := group.spread(name)) is not None
+                "recalls": _spreads(group, comparison.sets.get(MAIN, [])),
+                "sets": {
+                    name: _spreads(group, keys)
+                    for name, keys in comparison.sets.items()
+                    if name != MAIN
                 },
             }
             for group in comparison.groups
@@ -150,10 +175,20 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
     }
 
 
+def _spreads(group: SeedGroup, keys: Sequence[str]) -> dict[str, Any]:
+    spreads = {key: group.spread(key) for key in keys}
+    return {key: asdict(spread) for key, spread in spreads.items() if spread is not None}
+
+
 def comparison_table(comparison: Comparison) -> str:
-    """A comparison as aligned text: the settings that differ, then the groups' recalls."""
-    settings, recalls = setting_table(comparison), recall_table(comparison)
-    return in_columns(settings, left=range(len(settings[0]))) + "\n\n" + in_columns(recalls)
+    """A comparison as aligned text: the settings that differ, then the groups' figures by set."""
+    settings = setting_table(comparison)
+    tables = [
+        [[f"{name}, {rows[0][0]}", *rows[0][1:]], *rows[1:]]
+        for name, rows in set_tables(comparison).items()
+    ]
+    told = [in_columns(settings, left=range(len(settings[0]))), *map(in_columns, tables)]
+    return "\n\n".join(told)
 
 
 def setting_table(comparison: Comparison) -> list[list[str]]:
@@ -166,23 +201,31 @@ def setting_table(comparison: Comparison) -> list[list[str]]:
     return cells
 
 
-def recall_table(comparison: Comparison) -> list[list[str]]:
-    """The last recalls of every group, heads first."""
-    heads = ["percent, last evaluation", "seeds", *(_head(name) for name in RECALLS), "mean"]
-    rows = [
-        [
-            group.label,
-            str(len(group.runs)),
-            *(str(group.spread(name) or "-") for name in (*RECALLS, MEAN_RECALL)),
+def set_tables(comparison: Comparison) -> dict[str, list[list[str]]]:
+    """The last figures of every group, heads first, by what the set is called."""
+    return {
+        title_of(name): [
+            ["percent, last evaluation", "seeds", *map(_head, keys)],
+            *(
+                [
+                    group.label,
+                    str(len(group.values(keys[0])) if keys else 0),
+                    *(str(group.spread(key) or MISSING) for key in keys),
+                ]
+                for group in comparison.groups
+            ),
         ]
-        for group in comparison.groups
-    ]
-    return [heads, *rows]
+        for name, keys in comparison.sets.items()
+    }
 
 
-def _head(recall: str) -> str:
-    way, k = recall.removeprefix("eval/").split("_r")
-    return f"{way} R@{k}"
+def title_of(name: str) -> str:
+    """What a set is called where sets have titles."""
+    return "data.eval" if name == MAIN else name
+
+
+def _head(key: str) -> str:
+    return key.rpartition("/")[2].replace("_r", " R@").replace("_", " ")
 
 
 def _read(folder: Path, name: str) -> Run:

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from mmscale.config.evaluation import MEAN, TOP1, logged
 from mmscale.errors import ConfigError
 from mmscale.outputs import replace_file
 from mmscale.report.compare import (
@@ -14,18 +15,20 @@ from mmscale.report.compare import (
     Run,
     SeedGroup,
     comparison_json,
-    recall_table,
+    set_tables,
     setting_table,
+    title_of,
 )
 from mmscale.report.figure import (
     FULL_WIDTH,
     GROUP_COLOURS,
     as_uri,
     drawing,
+    literal,
     png,
     step_axis,
 )
-from mmscale.report.metrics import MEAN_RECALL, Series, mean_recall, series, smoothed
+from mmscale.report.metrics import series, set_figures, smoothed
 from mmscale.report.template import write_html
 
 CURVES_HEIGHT = 3.2  # inches
@@ -55,7 +58,7 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
         path,
         "compare.html",
         names=[run.name for run in comparison.runs],
-        recalls=recall_table(comparison),
+        sets=set_tables(comparison),
         settings=setting_table(comparison) if comparison.differing else None,
         runs=comparison_json(comparison)["runs"],
         picture=as_uri(picture),
@@ -63,31 +66,46 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
 
 
 def draw_comparison(comparison: Comparison) -> bytes:
-    """Loss and mean recall over the runs, and the last recall of every run beside its group's mean.
+    """Loss and the first set's headline over the runs; by set every run's last beside its group's.
 
     Returns:
         A PNG.
     """
     groups = comparison.groups
     frame, row = FINAL_HEIGHT
-    heights = [CURVES_HEIGHT, frame + row * len(groups)]
+    headlines = _headlines(comparison)
+    heights = [CURVES_HEIGHT, *(frame + row * len(groups) for _ in headlines)]
+    first, (key, what) = next(iter(headlines.items()))
     with drawing(FULL_WIDTH, sum(heights)) as figure:
-        curves, final = figure.subfigures(2, 1, squeeze=False, height_ratios=heights).flat
+        parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights).flat
+        curves, finals = parts[0], parts[1:]
         loss, recall = curves.subplots(1, 2)
         by_pairs = len({run.settings.get(BATCH) for run in comparison.runs}) > 1
         for group, colour in _coloured(groups):
             for run in group.runs:
                 scale = float(run.settings[BATCH]) if by_pairs else 1.0
                 _draw_loss(loss, run, colour, scale)
-                _draw_recall(recall, run, colour, scale)
+                _draw_headline(recall, run, (first, key), colour, scale)
         loss.set_ylabel("loss, smoothed (nats)")
-        recall.set_ylabel("mean of the six recalls (percent)")
+        recall.set_ylabel(what)
         for axes in (loss, recall):
             step_axis(axes)
             if by_pairs:
                 axes.set_xlabel("pairs seen")
-        _draw_final(final.subplots(), groups)
+        for final, (key, what) in zip(finals, headlines.values(), strict=True):
+            _draw_final(final.subplots(), groups, key, what)
         return png(figure)
+
+
+def _headlines(comparison: Comparison) -> dict[str, tuple[str, str]]:
+    """What each set is judged by, as it is logged, and in words."""
+    words = {MEAN: "mean of the six recalls", TOP1: "top-1 accuracy"}
+    return {
+        name: (key, f"{literal(title_of(name))}: {words[headline]} (percent)")
+        for name, keys in comparison.sets.items()
+        for headline in (TOP1, MEAN)
+        if (key := logged(name, headline)) in keys or (headline == MEAN and not keys)
+    }
 
 
 def _coloured(groups: Sequence[SeedGroup]) -> list[tuple[SeedGroup, str]]:
@@ -101,21 +119,23 @@ def _draw_loss(axes: Axes, run: Run, colour: str, scale: float) -> None:
         axes.plot(curve.steps * scale, curve.values, color=colour, linewidth=1.3)
 
 
-def _draw_recall(axes: Axes, run: Run, colour: str, scale: float) -> None:
-    points = [{"step": line.get("step"), MEAN_RECALL: mean_recall(line)} for line in run.lines]
-    curve: Series | None = series(points, MEAN_RECALL)
+def _draw_headline(axes: Axes, run: Run, of: tuple[str, str], colour: str, scale: float) -> None:
+    name, key = of
+    curve = series(
+        [{**set_figures(line, name), "step": line.get("step")} for line in run.lines], key
+    )
     if curve is not None:
         axes.plot(
             curve.steps * scale, curve.values, color=colour, linewidth=1.3, marker="o", markersize=3
         )
 
 
-def _draw_final(axes: Axes, groups: Sequence[SeedGroup]) -> None:
+def _draw_final(axes: Axes, groups: Sequence[SeedGroup], key: str, what: str) -> None:
     """A row a group, the first on top; its labels are the legend of the curves."""
     for place, (group, colour) in enumerate(_coloured(groups)):
-        values = [run.recalls[MEAN_RECALL] for run in group.runs if run.recalls]
+        values = group.values(key)
         axes.plot(values, np.full(len(values), place), "o", color=colour, alpha=0.55, markersize=5)
-        spread = group.spread(MEAN_RECALL)
+        spread = group.spread(key)
         if spread is not None:
             spot, deviation = (spread.mean, place), spread.std or 0.0
             axes.errorbar(*spot, xerr=deviation, color=colour, capsize=4, linewidth=1.5)
@@ -134,4 +154,4 @@ def _draw_final(axes: Axes, groups: Sequence[SeedGroup]) -> None:
         label.set_color(colour)
     axes.set_ylim(len(groups) - 0.4, -0.7)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8))
-    axes.set_xlabel("mean of the six recalls, last evaluation (percent): runs, mean, deviation")
+    axes.set_xlabel(f"{what}, last evaluation: runs, mean, deviation")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mmscale.config.evaluation import MAIN, MEAN, TOP1, logged
 from mmscale.errors import DataError
 from mmscale.outputs import replace_file
 
@@ -199,14 +200,37 @@ def in_columns(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> st
 
 WAYS = {"i2t": "image to text", "t2i": "text to image"}
 TOP = (1, 5, 10)
-RECALLS = tuple(f"eval/{way}_r{k}" for way in WAYS for k in TOP)
-MEAN_RECALL = "eval/mean"
+_OF_PAIRS = tuple(f"{way}_r{k}" for way in WAYS for k in TOP)
+_OF_CLASSES = (TOP1, "top5", "mean_per_class")
+# Of a set, in the order in which they are shown.
+SET_FIGURES = (*_OF_PAIRS, MEAN, *_OF_CLASSES)
+RECALLS = tuple(logged(MAIN, figure) for figure in _OF_PAIRS)
+MEAN_RECALL = logged(MAIN, MEAN)
 
 
-def mean_recall(line: Mapping[str, Any]) -> float | None:
-    """Mean of the six, percent; None for a line that does not hold them all."""
-    values = [line[name] for name in RECALLS if isinstance(line.get(name), (int, float))]
-    return statistics.fmean(values) if len(values) == len(RECALLS) else None
+def mean_recall(line: Mapping[str, Any], name: str = MAIN) -> float | None:
+    """Mean of a set's six, percent; None for a line that does not hold them all."""
+    values = [line.get(logged(name, figure)) for figure in _OF_PAIRS]
+    numbers = [value for value in values if isinstance(value, (int, float))]
+    return statistics.fmean(numbers) if len(numbers) == len(values) else None
+
+
+def set_figures(line: Mapping[str, Any], name: str) -> dict[str, float]:
+    """What a line says of an evaluation set, as it is logged; empty where it says nothing whole.
+
+    Args:
+        line: Of the log.
+        name: The set's.
+
+    Returns:
+        Its six recalls and their mean, or its accuracies, in percent.
+    """
+    if (mean := mean_recall(line, name)) is not None:
+        recalls = {logged(name, figure): line[logged(name, figure)] for figure in _OF_PAIRS}
+        return {**recalls, logged(name, MEAN): mean}
+    found = {key: line.get(key) for key in (logged(name, figure) for figure in _OF_CLASSES)}
+    numbers = {key: float(value) for key, value in found.items() if isinstance(value, (int, float))}
+    return numbers if logged(name, TOP1) in numbers else {}
 
 
 def set_names(lines: Lines) -> list[str]:

@@ -108,6 +108,35 @@ def test_a_file_of_sets_is_measured_as_each_alone(clip, begun, synthetic, tmp_pa
     assert figures(tmp_path, begun, "--sets", file) == found
 
 
+def test_a_file_of_sets_is_embedded_and_diagnosed_set_by_set(begun, synthetic, tmp_path, capsys):
+    names = tmp_path / "shapes.txt"
+    names.write_text("\n".join(SHAPES), "utf-8")
+    shapes = {"data": str(synthetic.val), "kind": "classes", "classes": str(names)}
+    sets = {"a": {"data": str(synthetic.val)}, "shapes": shapes, "b": {"data": str(synthetic.test)}}
+    file, told, out = tmp_path / "sets.json", tmp_path / "told.json", tmp_path / "out"
+    file.write_text(json.dumps(sets), "utf-8")
+    assert not verb("embed", begun, "--sets", file, "--out", out, "data.workers=0")
+    assert sorted(path.name for path in out.iterdir()) == ["a.npz", "b.npz"]
+    assert "shapes: is left out" in capsys.readouterr().err
+    codes, verdicts = {}, {}
+    codes["sets"] = verb("doctor", begun, "--sets", file, "data.workers=0", "--json", told)
+    by_set = json.loads(told.read_text("utf-8"))
+    assert list(by_set) == ["a", "b"]
+    assert "b: verdict: " in capsys.readouterr().out
+    for name in by_set:
+        alone, data = tmp_path / "alone.npz", sets[name]["data"]
+        assert not verb("embed", begun, "--data", data, "--out", alone, "data.workers=0")
+        with np.load(out / f"{name}.npz") as ours, np.load(alone) as theirs:
+            assert ours.files == theirs.files
+            for key in ours.files:
+                np.testing.assert_array_equal(ours[key], theirs[key])
+        words = ["--data", data, "data.workers=0", "--json", told]
+        codes[name] = verb("doctor", begun, *words)
+        verdicts[name] = json.loads(told.read_text("utf-8"))
+    assert by_set == verdicts
+    assert codes["sets"] == max(codes["a"], codes["b"])
+
+
 REFUSED = {
     "no pairs": (["eval", "{clip}"], "name the pairs with --data, or several sets with --sets"),
     "both": (["eval", "{clip}", "--data", "x", "--sets", "y"], "name the pairs with --data"),
@@ -118,6 +147,15 @@ REFUSED = {
     "no run": (["doctor", "openclip:local-dir:{clip}"], "is no run; name the pairs with --data"),
     "no set": (["eval", "{clip}", "--sets", "{tmp}/empty.yaml"], "names no set; write NAME"),
     "main": (["eval", "{clip}", "--sets", "{tmp}/main.yaml"], "without a set named main"),
+    "embed": (["embed", "{clip}", "--out", "{tmp}/o"], "name the pairs with --data, or several"),
+    "a file": (
+        ["embed", "{clip}", "--sets", "y", "--out", "{tmp}/main.yaml"],
+        "a folder is needed",
+    ),
+    "a folder": (["embed", "{clip}", "--data", "y", "--out", "{tmp}"], "a file is needed"),
+    "of both": (["doctor", "{clip}", "--data", "x", "--sets", "y"], "leave --data out"),
+    "an npz": (["doctor", "{tmp}/empty.yaml", "--sets", "y"], "holds embeddings"),
+    "no pairs there": (["doctor", "{clip}", "--sets", "{tmp}/one.yaml"], "labelled images alone"),
     "twice": (["eval", "{clip}", "--sets", "{tmp}/twice.yaml"], "the key 'a' is given twice"),
 }
 
@@ -126,6 +164,7 @@ REFUSED = {
 def test_what_cannot_be_looked_at_is_refused(clip, begun, tmp_path, words, told):
     (tmp_path / "empty.yaml").touch()
     (tmp_path / "main.yaml").write_text("main: {data: x}\n")
+    (tmp_path / "one.yaml").write_text("a: {data: x, kind: classes, classes: y}\n")
     (tmp_path / "twice.yaml").write_text("a: {data: x}\na: {data: y}\n")
     with pytest.raises(ConfigError) as caught:
         verb(*(word.format(clip=clip, tmp=tmp_path) for word in words))

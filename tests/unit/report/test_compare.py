@@ -4,6 +4,7 @@ from html.parser import HTMLParser
 
 import pytest
 import yaml
+from PIL import Image
 from typer.testing import CliRunner
 
 from mmscale.cli import app
@@ -83,6 +84,59 @@ def test_the_last_evaluation_counts(make_run):
     (first, _) = comparison_json(compare([make_run("a", 33.0), make_run("b", 1.0)]))["runs"]
     assert first["recalls"] == {**dict.fromkeys(RECALLS, 33.0), MEAN_RECALL: 33.0}
     assert (first["step"], first["loss"], first["finished"]) == (20, 0.2, True)
+
+
+@pytest.fixture
+def of_sets(make_run):
+    """Two seeds with `main`, `coco` and `pets`, and a run of `data.eval` and `pets` alone."""
+    runs = [make_run("a", 40.0, seed=0), make_run("b", 42.0, seed=1), make_run("c", 9.0, lr=1.0)]
+    for place, run in enumerate(runs):
+        pets = {"eval/pets/top1": 50.0 + place, "eval/pets/mean_per_class": 45.0}
+        coco = {f"eval/coco/{key.removeprefix('eval/')}": 20.0 + 2 * place for key in RECALLS}
+        old = dict.fromkeys((*pets, *coco), 1.0)
+        with (run / "metrics.jsonl").open("a") as log:
+            for step, line in ((20, old), (30, pets | coco)):
+                kept = {key: v for key, v in line.items() if place < 2 or "coco" not in key}
+                log.write(json.dumps({"step": step, **kept}) + "\n")
+    return runs
+
+
+def test_every_set_of_any_run_has_a_table_and_runs_without_it_are_said_to(of_sets, tmp_path):
+    found = comparison_json(compare(of_sets))
+    two, alone = found["groups"]
+    for key in (f"eval/coco/{RECALLS[0].removeprefix('eval/')}", "eval/coco/mean"):
+        assert two["sets"]["coco"][key] == {"mean": 21.0, "std": pytest.approx(2**0.5), "n": 2}
+    assert alone["sets"]["coco"] == {}
+    assert alone["sets"]["pets"]["eval/pets/top1"]["mean"] == 52.0
+    assert [run["sets"]["coco"] is None for run in found["runs"]] == [False, False, True]
+    text = comparison_table(compare(of_sets))
+    tables = {part.split(",")[0].strip(): part.split("\n") for part in text.split("\n\n")[1:]}
+    assert set(tables) == {"data.eval", "coco", "pets"}
+    assert tables["coco"][1].split()[-3:] == ["21.0", "±", "1.4"]
+    assert tables["coco"][2].split()[1:] == ["0", *["n/a"] * 7]
+    assert tables["pets"][0].split()[-4:] == ["top1", "mean", "per", "class"]
+    assert tables["pets"][2].split()[1:] == ["1", "52.0", "45.0"]
+    assert tables["data.eval"][2].split()[1:] == ["1", *["9.0"] * 7]
+    write_comparison(tmp_path / "page.html", compare(of_sets))
+    page = (tmp_path / "page.html").read_text("utf-8")
+    assert [name in page for name in ("set-data.eval", "set-coco", "set-pets")] == [True] * 3
+    assert ">n/a<" in page
+    write_comparison(tmp_path / "all.png", compare(of_sets))
+    write_comparison(tmp_path / "one.png", compare(of_sets[:2]))
+    sizes = [Image.open(tmp_path / name).size for name in ("all.png", "one.png")]
+    assert sizes[0][1] > sizes[1][1]
+
+
+def test_runs_without_data_eval_are_compared_on_their_sets(of_sets, tmp_path):
+    for run in of_sets:
+        log = run / "metrics.jsonl"
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        kept = [{k: v for k, v in line.items() if k not in RECALLS} for line in lines]
+        log.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    found = compare(of_sets)
+    assert set(found.sets) == {"coco", "pets"}
+    assert comparison_json(found)["groups"][0]["recalls"] == {}
+    write_comparison(tmp_path / "page.html", found)
 
 
 def test_fewer_than_two_runs_and_twice_the_same_are_refused(make_run):
