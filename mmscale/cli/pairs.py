@@ -15,6 +15,7 @@ from mmscale.cli.command import (
     app,
     folder_out,
     reading,
+    reading_places,
     say,
     tell,
     write_json,
@@ -131,8 +132,8 @@ def index(
     shards: Annotated[
         list[str],
         typer.Argument(
-            help="A folder of tars, or tars of one folder; globs and brace lists too.",
-            callback=reading,
+            help="A folder of tars, or tars of one folder; globs, brace lists and addresses too.",
+            callback=reading_places,
         ),
     ],
     out: Annotated[
@@ -147,17 +148,19 @@ def index(
 ) -> int:
     """Write a manifest for shards made elsewhere (img2dataset layout).
 
-    Samples that cannot be used are named and left out. With --out, data.train takes that folder.
+    Samples that cannot be used are named and left out. With --out, data.train takes that folder;
+    the manifest of tars in a bucket is put beside them.
     """
+    from mmscale.data.far import kept_here
     from mmscale.data.index import index as run
-    from mmscale.data.local_tars import local_tars
+    from mmscale.data.named_tars import named_tars
     from mmscale.report.console import progress_of
 
-    tars = local_tars(shards)
-    target = out or tars[0].parent
+    tars = named_tars(shards)
+    target = out or (tars[0].parent if isinstance(tars[0], Path) else kept_here(tars[0]))
     try:
         # What cannot be read is told first.
-        if os.access(tars[0], os.R_OK, effective_ids=True):
+        if isinstance(tars[0], str) or os.access(tars[0], os.R_OK, effective_ids=True):
             require_folder("", target)
     except ConfigError as error:
         raise ConfigError(f"{error}; name a folder for the manifest with --out") from error
@@ -179,7 +182,10 @@ def index(
 
 @app.command(rich_help_panel=DATA)
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A packed folder.", callback=reading)],
+    folder: Annotated[
+        str,
+        typer.Argument(help="A packed folder, or the address of one.", callback=reading_places),
+    ],
     workers: Workers = 2,
     json_file: Json = None,
 ) -> int:
@@ -187,11 +193,13 @@ def verify(
 
     Of a folder that mmscale pack filled with several splits, each is checked.
     """
+    from mmscale.data.remote import is_address
     from mmscale.data.verify import verify_all
     from mmscale.report.console import progress_of
 
     with progress_of("verified") as progress:
-        faults = verify_all(folder, workers, progress, say)
+        place = folder if is_address(folder) else Path(folder)
+        faults = verify_all(place, workers, progress, say)
     for fault in faults:
         say(fault)
     say(f"{len(faults)} faults" if faults else "every shard is what its manifest says")

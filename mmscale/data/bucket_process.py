@@ -20,6 +20,7 @@ import socket
 import struct
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ FRAME = struct.Struct(">cI")
 _LEAST_CHUNK = 2**18
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _NO_RETRIES = {"max_retries": 0, "retry_timeout": datetime.timedelta(seconds=30)}
+_RETRIES = {"max_retries": 6, "retry_timeout": datetime.timedelta(seconds=60)}
+_BEAT_SECONDS = 5.0
+_PART = 2**23
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _STATUS = re.compile(r"status code: (\d+)")
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
@@ -60,7 +64,7 @@ class Opened:
     """The buckets that were opened, by scheme and name."""
 
     def __init__(self) -> None:
-        self._stores: dict[tuple[str, str], Any] = {}
+        self._stores: dict[tuple[str, str, bool], Any] = {}
         self._lock = threading.Lock()
         # Credentials that once were found may be away for a moment.
         self._worked: set[tuple[str, str]] = set()
@@ -80,8 +84,7 @@ class Opened:
                 folders = [prefix.rpartition("/")[2] for prefix in found["common_prefixes"]]
                 send(line, b"h", {"files": sizes, "folders": folders})
             elif asked["do"] == "put":
-                content = Path(asked["file"]) if "file" in asked else asked["text"].encode()
-                obstore.put(store, path, content)
+                self._put(line, scheme, bucket, path, asked)
             elif asked["do"] == "delete":
                 with suppress(FileNotFoundError):
                     obstore.delete(store, path)
@@ -103,11 +106,30 @@ class Opened:
             line.sendall(FRAME.pack(b"d", len(content)))
             line.sendall(content)
 
-    def _store(self, scheme: str, bucket: str) -> Any:
+    def _put(
+        self, line: socket.socket, scheme: str, bucket: str, path: str, asked: dict[str, Any]
+    ) -> None:
+        """Write an object; an empty frame a few seconds says that it is still on its way."""
+        import obstore
+
+        # Of a large file one part may fail; whoever reads goes on by itself.
+        store = self._store(scheme, bucket, _RETRIES)
+        content = Path(asked["file"]) if "file" in asked else asked["text"].encode()
+        size = content.stat().st_size if isinstance(content, Path) else len(content)
+        # A store takes 10,000 parts.
+        chunk = max(_PART, size // 9_000)
+        with ThreadPoolExecutor(1) as pool:
+            done = pool.submit(obstore.put, store, path, content, chunk_size=chunk)
+            while not wait([done], _BEAT_SECONDS).done:
+                send(line, b"h", {})
+            done.result()
+
+    def _store(self, scheme: str, bucket: str, retries: Any = None) -> Any:
+        place = (scheme, bucket, retries is not None)
         with self._lock:
-            if (scheme, bucket) not in self._stores:
-                self._stores[scheme, bucket] = open_store(scheme, bucket)
-            return self._stores[scheme, bucket]
+            if place not in self._stores:
+                self._stores[place] = open_store(scheme, bucket, retries or _NO_RETRIES)
+            return self._stores[place]
 
     def _refusal(self, error: Exception, scheme: str, bucket: str) -> RefusalError:
         """What obstore's error is, in words that hold neither an address nor a secret."""
@@ -165,7 +187,7 @@ def parts_of(url: str) -> tuple[str, str, str]:
     return scheme, bucket, path.strip("/")
 
 
-def open_store(scheme: str, bucket: str) -> Any:
+def open_store(scheme: str, bucket: str, retries: Any) -> Any:
     """A bucket with the credentials that are found.
 
     Raises:
@@ -176,7 +198,7 @@ def open_store(scheme: str, bucket: str) -> Any:
 
     if not bucket:
         raise RefusalError("refused", f"names no bucket; write {scheme}://BUCKET/PATH")
-    options: dict[str, Any] = {"retry_config": _NO_RETRIES}
+    options: dict[str, Any] = {"retry_config": retries}
     try:
         if scheme == "s3":
             profile = _profile()

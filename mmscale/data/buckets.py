@@ -16,7 +16,7 @@ from typing import Any
 from mmscale.data import bucket_process
 from mmscale.data.bucket_process import FRAME
 from mmscale.data.impatient import SlowError
-from mmscale.data.remote import NotThereError, PassingError, Store, safe_url, wrong_size
+from mmscale.data.remote import Entries, NotThereError, PassingError, Store, safe_url, wrong_size
 from mmscale.errors import ConfigError, DataError
 
 # So long nothing may come on a line.
@@ -111,40 +111,31 @@ class Buckets(Store):
             answer.close()
         self._check_complete(url, at, end)
 
-    def names(self, folder: str) -> list[str]:
+    def entries(self, folder: str) -> Entries:
         """As of any store."""
-        return sorted(self.entries(folder)["files"])
+        (found,) = self._done({"do": "list", "url": folder})
+        return Entries(**found)
 
-    def entries(self, folder: str) -> dict[str, Any]:
-        """Sizes of the `files` in a folder by their names, and the names of its `folders`.
+    def put(self, url: str, content: bytes | Path) -> None:
+        """As of any store."""
+        what = {"file": str(content)} if isinstance(content, Path) else {"text": content.decode()}
+        self._done({"do": "put", "url": url, **what})
+
+    def delete(self, url: str) -> None:
+        """Remove a file, if it is there.
 
         Raises:
             DataError: The store refuses, or fails.
         """
+        self._done({"do": "delete", "url": url})
+
+    def _done(self, request: dict[str, Any]) -> list[Any]:
+        """The answer, after which a request is done."""
         try:
-            (found,) = self._ask({"do": "list", "url": folder})
+            return [frame for frame in self._ask(request) if frame]
         except (PassingError, SlowError) as error:
-            raise DataError(
-                f"{safe_url(folder)}: {error}; mend the network and try again"
-            ) from error
-        return dict(found)
-
-    def put(self, url: str, content: bytes | Path) -> None:
-        """Write a file, which appears whole or not at all.
-
-        Raises:
-            PassingError: It failed, and may not the next time.
-            SlowError: Nothing came of it for too long.
-            DataError: Another attempt would fail too.
-        """
-        what = {"file": str(content)} if isinstance(content, Path) else {"text": content.decode()}
-        for _ in self._ask({"do": "put", "url": url, **what}):
-            pass
-
-    def delete(self, url: str) -> None:
-        """Remove a file, if it is there; errors as `put`."""
-        for _ in self._ask({"do": "delete", "url": url}):
-            pass
+            where = safe_url(request["url"])
+            raise DataError(f"{where}: {error}; mend the network and try again") from error
 
     def _ask(self, request: dict[str, Any], size: int | None = None) -> Generator[Any, None, None]:
         """The frames of an answer: objects and bytes."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import httpx
 
-from mmscale.data.remote import HUB, NotThereError, PassingError, Web, safe_url
+from mmscale.data.remote import HUB, Entries, NotThereError, PassingError, Web, safe_url
 from mmscale.errors import DataError
 
 _ADDRESS = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.*))?")
@@ -91,7 +91,7 @@ class HubFiles(Web):
         code = answer.headers.get("X-Error-Code") or next(filter(None, reasons), "")
         return _told(url, answer.status_code, code)
 
-    def names(self, folder: str) -> list[str]:
+    def entries(self, folder: str) -> Entries:
         """As of any store."""
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError
@@ -100,10 +100,11 @@ class HubFiles(Web):
         where = HubAddress.of(folder)
         inside = where.path.strip("/")
         try:
-            entries = HfApi().list_repo_tree(
-                where.data_set, inside or None, revision=where.revision, repo_type="dataset"
+            found = list(
+                HfApi().list_repo_tree(
+                    where.data_set, inside or None, revision=where.revision, repo_type="dataset"
+                )
             )
-            found = [entry.path for entry in entries if isinstance(entry, RepoFile)]
         except HfHubHTTPError as error:
             code = error.response.headers.get("X-Error-Code") or ""
             raise _told(folder, error.response.status_code, code) from error
@@ -112,7 +113,11 @@ class HubFiles(Web):
                 f"{safe_url(folder)}: the hub cannot be asked ({type(error).__name__}); mend the "
                 "network and try again"
             ) from error
-        return sorted(path.rpartition("/")[2] for path in found)
+        sizes = {entry.path: entry.size for entry in found if isinstance(entry, RepoFile)}
+        return Entries(
+            {path.rpartition("/")[2]: size for path, size in sizes.items()},
+            [entry.path.rpartition("/")[2] for entry in found if entry.path not in sizes],
+        )
 
 
 def _told(url: str, status: int, code: str) -> DataError:

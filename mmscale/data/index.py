@@ -5,12 +5,15 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mmscale.data.damage import MOST_LEFT_OUT, DamagedShardError, are_too_many
+from mmscale.data.far import at_hand, manifest_at, put_manifest
 from mmscale.data.grouping import Trait, copies_line, group_of, joints_of, tell_apart
-from mmscale.data.manifest import Manifest, Shard, read_manifest, with_identities, write_manifest
+from mmscale.data.manifest import Manifest, Shard, with_identities
 from mmscale.data.members import Sample, describe_members, unfit
 from mmscale.data.pool import map_ordered
+from mmscale.data.remote import safe_url, split_place
 from mmscale.data.tar import TarSample, walk_shard
 from mmscale.errors import DataError
 
@@ -38,7 +41,7 @@ class Described:
 
 
 def index(
-    shards: Iterable[Path],
+    shards: Iterable[Path | str],
     workers: int = 1,
     skipped: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -48,6 +51,8 @@ def index(
     most_left_out: float = MOST_LEFT_OUT,
 ) -> Manifest:
     """Write the manifest of shards made elsewhere into their folder.
+
+    Of shards behind addresses, too: one that takes no manifest has it kept on this machine.
 
     Args:
         shards: Tars, all in one folder.
@@ -64,13 +69,16 @@ def index(
         DataError: No shards, shards in several folders, damaged ones, none with a sample, or too
             many samples that cannot be used.
     """
-    paths = sorted({Path(path) for path in shards})
+    paths = sorted(set(shards), key=str)
     if not paths:
         raise DataError("no shard matches; name the tars, such as shards/*.tar")
-    folder = paths[0].parent
-    if other := next((path for path in paths if path.parent != folder), None):
-        raise DataError(f"{other}: is not in {folder}; index the tars of one folder at a time")
-    target = Path(out) if out is not None else folder
+    folder = split_place(paths[0])[0]
+    if other := next((path for path in paths if split_place(path)[0] != folder), None):
+        raise DataError(
+            f"{safe_url(other)}: is not in {safe_url(folder)}; index the tars of one folder at a "
+            "time"
+        )
+    target = folder if out is None else Path(out)
     found, damaged = [], []
     for done, described in enumerate(map_ordered(_describe, paths, workers), start=1):
         if isinstance(described, str):
@@ -86,14 +94,14 @@ def index(
     if tell:
         for line in lines:
             tell(line)
-    target.mkdir(parents=True, exist_ok=True)
-    write_manifest(target, manifest)
+    if (told := put_manifest(target, manifest)) and tell:
+        tell(told)
     return manifest
 
 
 def _manifest_of(
-    folder: Path,
-    target: Path,
+    folder: Path | str,
+    target: Path | str,
     found: Sequence[Described],
     most_left_out: float,
     skipped: Callable[[str], None] | None,
@@ -106,31 +114,34 @@ def _manifest_of(
     if skipped:
         for line in _few_of_each(faults):
             skipped(line)
-    _require_most(folder, own, faults, most_left_out)
+    _require_most(safe_url(folder), own, faults, most_left_out)
     records = [described.shard for described in own]
     traits = [
         [trait for place, trait in enumerate(part) if place not in left_out]
         for part, left_out in zip(settled.traits, settled.repeats, strict=True)
     ]
-    known = _as_it_was(target, records) or Manifest(None, folder.resolve().name, ())
+    is_here, place = isinstance(folder, Path), safe_url(folder)
+    known = _as_it_was(target, records) or Manifest(None, Path(place).resolve().name, ())
     identified, classes = with_identities(records, traits)
-    apart = None if target.resolve() == folder.resolve() else str(folder.resolve())
+    # Nothing that is written leads to an address: that is for its reader to name.
+    is_apart = is_here and Path(target).resolve() != Path(folder).resolve()
+    apart = str(Path(folder).resolve()) if is_apart else None
     manifest = replace(known, shards=identified, classes=classes or known.classes, shards_in=apart)
     lines = _counted_texts(own)
     if any(fault.endswith(_TWICE) for fault in faults):
-        lines.append(f"{folder}: {_NEIGHBOURS}")
+        lines.append(f"{place}: {_NEIGHBOURS}")
     if settled.renamed:
         lines.append(
             f"{settled.renamed:,} samples bear the key or id of another image in another shard; "
             "each counts as an image of its own, named by its shard too"
         )
-    if copies := copies_line(str(folder), manifest.copies, manifest.samples):
+    if copies := copies_line(place, manifest.copies, manifest.samples):
         lines.append(copies)
     return manifest, lines
 
 
 def _require_most(
-    folder: Path, found: Sequence[Described], faults: Sequence[str], most: float
+    folder: str, found: Sequence[Described], faults: Sequence[str], most: float
 ) -> None:
     """Refuse a folder of which too little can be used, with the fault that says why."""
     samples = sum(described.shard.samples for described in found)
@@ -177,17 +188,17 @@ def _counted_texts(found: Sequence[Described]) -> list[str]:
     ]
 
 
-def _as_it_was(folder: Path, shards: list[Shard]) -> Manifest | None:
+def _as_it_was(folder: Path | str, shards: list[Shard]) -> Manifest | None:
     """The manifest that the folder has, if it is of these very shards."""
     try:
-        manifest = read_manifest(folder)
+        manifest = manifest_at(folder)
     except DataError:
         return None
     same = [shard.sha256 for shard in manifest.shards] == [shard.sha256 for shard in shards]
     return manifest if same else None
 
 
-def _describe(path: Path) -> Described | str:
+def _describe(path: Path | str) -> Described | str:
     """As `describe_shard`; what is wrong with a damaged one, so that all of them are named."""
     try:
         return describe_shard(path)
@@ -214,42 +225,43 @@ class _Candidate:
     lines: int = 0
 
 
-def describe_shard(path: Path) -> Described:
-    """Look at every sample of a tar, short of decoding its image.
+def describe_shard(path: Path | str) -> Described:
+    """Look at every sample of a tar, a file or an address, short of decoding its image.
 
     Raises:
-        DataError: It is not a whole, uncompressed tar.
+        DataError: It is not a whole, uncompressed tar, or cannot be fetched.
     """
+    where = safe_url(path)
     candidates: list[_Candidate | str] = []
     seen: set[str] = set()
     try:
-        for sample in walk_shard(path):
-            fault = _TWICE if sample.key in seen else unfit(sample)
-            seen.add(sample.key)
-            candidates.append(f"sample {sample.key} {fault}" if fault else _candidate(sample))
-        size, digest = digest_of(path)
+        with at_hand(path) as file:
+            for sample in walk_shard(file):
+                fault = _TWICE if sample.key in seen else unfit(sample)
+                seen.add(sample.key)
+                candidates.append(f"sample {sample.key} {fault}" if fault else _candidate(sample))
+            size, digest = digest_of(file)
     except (OSError, DamagedShardError) as error:
         repair = getattr(error, "repair", "fetch or pack the shard again")
-        raise DataError(f"{path}: {error}; {repair}") from error
+        raise DataError(f"{where}: {error}; {repair}") from error
     texts = [one for one in candidates if isinstance(one, _Candidate) and one.has_text]
     several = sum(one.by_line is not None for one in texts)
     by_line = bool(several) and several == len(texts)
     offsets, captions, traits, faults = [], [], [], []
     for one in candidates:
         if isinstance(one, str):
-            faults.append(f"{path}: {one}")
+            faults.append(f"{where}: {one}")
             continue
         lined = one.by_line if by_line and one.by_line is not None else None
         chosen = one.whole if lined is None else lined
         if isinstance(chosen, str):
-            faults.append(f"{path}: sample {one.key} {chosen}")
+            faults.append(f"{where}: sample {one.key} {chosen}")
             continue
         offsets.append(one.offset)
         captions.append(one.captions if lined is None else one.lines)
         traits.append(chosen)
-    shard = Shard(
-        path.name, size, digest, len(traits), tuple(offsets), tuple(captions), skipped=len(faults)
-    )
+    name, counts = split_place(path)[1], (tuple(offsets), tuple(captions))
+    shard = Shard(name, size, digest, len(traits), *counts, skipped=len(faults))
     return Described(shard, tuple(traits), tuple(faults), _texts_line(by_line, several))
 
 
@@ -311,8 +323,8 @@ def trait_of(sample: Sample) -> Trait:
     return Trait(sample.image_id, joints, group, sample.label, sample.key, sample.source)
 
 
-def digest_of(path: Path) -> tuple[int, str]:
-    """Size and sha256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return file.tell(), digest
+def digest_of(file: Any) -> tuple[int, str]:
+    """Size and sha256 of an open file."""
+    file.seek(0)
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return file.tell(), digest

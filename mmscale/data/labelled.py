@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from mmscale.contracts import InputSpec
 from mmscale.data.damage import DamagedSampleError, DamagedShardError
+from mmscale.data.far import at_hand
 from mmscale.data.manifest import MANIFEST_NAME, Shard, read_manifest
 from mmscale.data.pixels import EvalTransform, decode, stack_rows
 from mmscale.data.remote import is_remote
@@ -241,17 +242,18 @@ def _labels_in(setting: str, path: Path) -> Iterator[tuple[str, int, int | str]]
         return key, offset, label
 
     try:
-        for member in walk_members(path):
-            if member.key is None:
-                continue
-            if member.key != key:
-                if key is not None:
-                    yield sample()
-                key, offset, suffixes, said = member.key, member.offset, set(), {}
-            suffixes.add(member.suffix)
-            if member.suffix in (_LABEL, _JSON) and member.size <= _most(member):
-                with telling_damage():
-                    said[member.suffix] = member.read()
+        with at_hand(path) as file:
+            for member in walk_members(file):
+                if member.key is None:
+                    continue
+                if member.key != key:
+                    if key is not None:
+                        yield sample()
+                    key, offset, suffixes, said = member.key, member.offset, set(), {}
+                suffixes.add(member.suffix)
+                if member.suffix in (_LABEL, _JSON) and member.size <= _most(member):
+                    with telling_damage():
+                        said[member.suffix] = member.read()
         if key is not None:
             yield sample()
     except (OSError, DamagedShardError) as error:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from mmscale.data.grouping import Identities, Trait, join
+from mmscale.data.remote import safe_url
 from mmscale.data.unread import Counts, Unread, load_json
 from mmscale.errors import DataError
 from mmscale.outputs import replace_file
@@ -93,9 +94,20 @@ class Manifest:
         """Images that have the bytes of another."""
         return sum(shard.identities.copies for shard in self.shards if shard.identities)
 
-    def beside(self, folder: Path) -> Path:
-        """Where the tars are of a manifest that lies in a folder."""
-        return folder if self.shards_in is None else folder / self.shards_in
+    def beside(self, folder: Path | str) -> Path | str:
+        """Where the tars are of a manifest that lies in a folder.
+
+        Raises:
+            DataError: It names another for them, and lies elsewhere itself.
+        """
+        if self.shards_in is None:
+            return folder
+        if isinstance(folder, Path):
+            return folder / self.shards_in
+        raise DataError(
+            f"{safe_url(folder)}: its manifest names the folder {self.shards_in} for its shards; "
+            "one that is fetched must lie beside them"
+        )
 
     @property
     def digest(self) -> str:
@@ -166,9 +178,13 @@ def parse_manifest(path: Path | str, content: bytes, *, lazily: bool = False) ->
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write a folder's manifest in one step: readers see the old one or the new one."""
+    replace_file(Path(folder) / MANIFEST_NAME, written(manifest))
+
+
+def written(manifest: Manifest) -> bytes:
+    """A manifest as its file holds it."""
     fields = {name: value for name, value in asdict(manifest).items() if name != "is_sealed"}
-    content = {"format": _FORMAT, "version": _VERSION, **fields}
-    replace_file(Path(folder) / MANIFEST_NAME, sealed(content))
+    return sealed({"format": _FORMAT, "version": _VERSION, **fields})
 
 
 def sealed(content: dict[str, Any]) -> bytes:

@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -11,8 +12,10 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from functools import cached_property
-from urllib.parse import urlsplit, urlunsplit
+from pathlib import Path
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 import httpx
 
@@ -32,6 +35,9 @@ _MOST_DIGITS = 20
 _TIMEOUT = httpx.Timeout(20.0)
 # Answers that another attempt may turn into a better one.
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
+_TAR_NAME = re.compile(r"[^\s/'\"=:]+\.tar")
+# Stands for the file name in a command; a command cannot hold it.
+_MARK = "\0"
 BUCKETS, HUB = ("s3://", "gs://", "az://"), "hf://"
 
 
@@ -70,6 +76,49 @@ def safe_url(url: object) -> str:
         return str(url)
     parts = urlsplit(str(url))
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def beside(folder: Path | str, name: str) -> Path | str:
+    """The place of a file in a folder, a URL's folder, or a command's with a mark in it."""
+    if isinstance(folder, Path):
+        return folder / name
+    if is_pipe(folder):
+        return folder.replace(_MARK, name)
+    if is_listed(folder):
+        return f"{folder.rstrip('/')}/{name}"
+    parts = urlsplit(folder)
+    path = f"{parts.path.rstrip('/')}/{quote(name)}"
+    return urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
+
+
+def split_place(path: Path | str) -> tuple[Path | str, str]:
+    """Folder and file name of a shard."""
+    if isinstance(path, Path):
+        return path.parent, path.name
+    if is_pipe(path):
+        # The command itself, a mark in the place of the file name.
+        names = list(_TAR_NAME.finditer(path))
+        if not names:
+            raise DataError(
+                f"{path}: names no .tar, so nothing tells where its manifest is; set "
+                "data.resampled=true"
+            )
+        start, end = names[-1].span()
+        return f"{path[:start]}{_MARK}{path[end:]}", names[-1][0]
+    if is_listed(path):
+        folder, _, name = path.rpartition("/")
+        return folder, name
+    parts = urlsplit(path)
+    folder, _, name = parts.path.rpartition("/")
+    return urlunsplit((parts.scheme, parts.netloc, folder, parts.query, "")), unquote(name)
+
+
+@dataclass(frozen=True)
+class Entries:
+    """What a folder holds: sizes of its files by their names, and names of the folders in it."""
+
+    files: dict[str, int]
+    folders: list[str]
 
 
 class NotThereError(DataError):
@@ -156,8 +205,8 @@ class Store(ABC):
             DataError: Another attempt would fail too.
         """
 
-    def names(self, folder: str) -> list[str]:
-        """Names of the files in a folder, sorted.
+    def entries(self, folder: str) -> Entries:
+        """What a folder holds.
 
         Raises:
             DataError: The store does not tell, or refuses.
@@ -166,6 +215,14 @@ class Store(ABC):
             f"{safe_url(folder)}: a web server gives no list of its files; name them in braces, "
             "such as train-{000000..000028}.tar"
         )
+
+    def put(self, url: str, content: bytes | Path) -> None:
+        """Write a file, which appears whole or not at all.
+
+        Raises:
+            DataError: The store takes none, or fails.
+        """
+        raise DataError(f"{safe_url(url)}: cannot be written")
 
     @abstractmethod
     def close(self) -> None:

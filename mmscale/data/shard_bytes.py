@@ -18,7 +18,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO
 
-from mmscale.data.far import Far
+from mmscale.data.far import Far, keep
 from mmscale.data.lanes import Item
 from mmscale.data.manifest import Shard
 from mmscale.data.remote import is_pipe, piped, safe_url
@@ -284,7 +284,7 @@ class _Ranges:
             file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
             chunks = piped(url) if is_pipe(url) else self._far.chunks(url, size=size)
             with closing(chunks):
-                written = _copied(chunks, file, size)
+                written = keep(chunks, file, size)
             if written != size:
                 has = f"more than {size}" if written > size else f"{written}"
                 raise DataError(
@@ -296,27 +296,6 @@ class _Ranges:
                 # Not closed here: another thread may be reading it; it goes with its last reader.
                 self._spools.popitem(last=False)
             return file
-
-
-def _copied(chunks: Iterator[bytes], file: IO[bytes], size: int) -> int:
-    """Bytes that came, of which no more than `size` are kept.
-
-    Raises:
-        DataError: There is no room for them.
-    """
-    written = 0
-    try:
-        for chunk in chunks:
-            written += len(chunk)
-            if written > size:
-                break
-            file.write(chunk)
-    except OSError as error:
-        raise DataError(
-            f"{tempfile.gettempdir()}: cannot keep {size:,} bytes of a shard ({error.strerror}); "
-            "free space there, or let TMPDIR name a folder with more"
-        ) from error
-    return written
 
 
 class _Fetchers:

@@ -285,4 +285,5 @@ def is_sound(folder: Path, shard: Shard) -> bool:
     path = folder / shard.name
     if not path.is_file() or path.stat().st_size != shard.bytes:
         return False
-    return digest_of(path) == (shard.bytes, shard.sha256)
+    with path.open("rb") as file:
+        return digest_of(file) == (shard.bytes, shard.sha256)

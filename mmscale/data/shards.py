@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TypeAlias
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import braceexpand
 
 from mmscale.config.data import DataConfig, SourceConfig
-from mmscale.data.far import Far
+from mmscale.data.far import Far, manifest_at
 from mmscale.data.intake import Intake
 from mmscale.data.manifest import (
     MANIFEST_NAME,
@@ -22,10 +22,10 @@ from mmscale.data.manifest import (
     Shard,
     joined,
     parse_manifest,
-    read_manifest,
 )
 from mmscale.data.remote import (
     NotThereError,
+    beside,
     is_address,
     is_listed,
     is_pipe,
@@ -33,6 +33,7 @@ from mmscale.data.remote import (
     is_web,
     piped,
     safe_url,
+    split_place,
 )
 from mmscale.data.shard_set import Origin, Place, ShardSet, place_of, told_apart
 from mmscale.data.sources.typed import HUB
@@ -43,9 +44,6 @@ Setting: TypeAlias = "str | list[str] | list[SourceConfig]"
 _MOST_SHARDS = 1_000_000
 _LIST = re.compile(r"\{[^{}]*,[^{}]*\}")
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
-_TAR_NAME = re.compile(r"[^\s/'\"=:]+\.tar")
-# Stands for the file name in a command; a command cannot hold it.
-_MARK = "\0"
 _PLAIN = Intake()
 # Sizes are asked of a file server many at a time.
 AT_ONCE = 16
@@ -165,14 +163,14 @@ class _Finder:
             manifest = self._manifest(folder)
             origin = self._origins[str(folder)]
             place = self._shards_in.get(str(folder), folder)
-            return [(_beside(place, name), shard, origin) for name, shard in manifest.items()]
+            return [(beside(place, name), shard, origin) for name, shard in manifest.items()]
         found = []
         for path in self._tars(pattern):
-            folder, name = _split(path)
+            folder, name = split_place(path)
             shard = self._manifest(folder).get(name)
             if shard is None:
                 raise DataError(
-                    f"{safe_url(path)}: not in {safe_url(_beside(folder, MANIFEST_NAME))}; run "
+                    f"{safe_url(path)}: not in {safe_url(beside(folder, MANIFEST_NAME))}; run "
                     "mmscale index on the shards"
                 )
             found.append((path, shard, self._origins[str(folder)]))
@@ -227,7 +225,7 @@ class _Finder:
         """The tars that one address names, or the one that a command writes."""
         name = part.rpartition("/")[2]
         if is_web(part) and "*" in urlsplit(part).path:
-            self._far.names(part)
+            self._far.entries(part)
         if not is_listed(part) or not glob.has_magic(part):
             return [part]
         if glob.has_magic(part.removesuffix(name)):
@@ -265,12 +263,7 @@ class _Finder:
 
     def _manifest(self, folder: Place) -> dict[str, Shard]:
         if str(folder) not in self._manifests:
-            local = isinstance(folder, Path)
-            manifest = (
-                read_manifest(Path(folder), lazily=True)
-                if local
-                else self._fetch_manifest(str(folder))
-            )
+            manifest = self._read_manifest(folder)
             self._manifests[str(folder)] = {shard.name: shard for shard in manifest.shards}
             self._origins[str(folder)] = Origin(manifest.digest, manifest.classes)
             if manifest.shards_in is not None:
@@ -279,68 +272,30 @@ class _Finder:
 
     def _elsewhere(self, folder: Place, manifest: Manifest) -> Path:
         """The folder that a manifest names for its tars: one of this machine, by its path."""
-        if not isinstance(folder, Path):
-            raise DataError(
-                f"{self.setting}={safe_url(folder)}: its manifest names the folder "
-                f"{manifest.shards_in} for its shards; one that is fetched must lie beside them"
-            )
         place = manifest.beside(folder)
+        assert isinstance(place, Path), "no other is named"
         if not place.is_dir():
             raise DataError(
-                f"{folder / MANIFEST_NAME}: its shards lie in {place}, which is no folder here; "
-                "mount it, or run mmscale index with --out on the shards where they are now"
+                f"{beside(folder, MANIFEST_NAME)}: its shards lie in {place}, which is no folder "
+                "here; mount it, or run mmscale index with --out on the shards where they are now"
             )
         return place
 
-    def _fetch_manifest(self, folder: str) -> Manifest:
-        where = str(_beside(folder, MANIFEST_NAME))
+    def _read_manifest(self, folder: Place) -> Manifest:
         try:
-            chunks = piped(where) if is_pipe(where) else self._far.chunks(where)
-            with closing(chunks):
-                content = joined(safe_url(where), chunks)
+            if not is_pipe(folder):
+                return manifest_at(folder, self._far, lazily=True)
+            where = str(beside(folder, MANIFEST_NAME))
+            with closing(piped(where)) as chunks:
+                content = joined(where, chunks)
         except DataError as error:
-            if is_address(where) and not isinstance(error, NotThereError):
+            if not (is_pipe(folder) or isinstance(error, NotThereError)):
                 raise
             raise DataError(
                 f"{self.setting}: the shards have no manifest ({error}); write it with mmscale "
                 f"index and put {MANIFEST_NAME} beside them, or set data.resampled=true"
             ) from error
-        return parse_manifest(safe_url(where), content, lazily=True)
-
-
-def _beside(folder: Place, name: str) -> Place:
-    """The place of a file in a folder, a URL's folder, or a command's with a mark in it."""
-    if isinstance(folder, Path):
-        return folder / name
-    if is_pipe(folder):
-        return folder.replace(_MARK, name)
-    if is_listed(folder):
-        return f"{folder.rstrip('/')}/{name}"
-    parts = urlsplit(folder)
-    path = f"{parts.path.rstrip('/')}/{quote(name)}"
-    return urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
-
-
-def _split(path: Place) -> tuple[Place, str]:
-    """Folder and file name of a shard."""
-    if isinstance(path, Path):
-        return path.parent, path.name
-    if is_pipe(path):
-        # The command itself, a mark in the place of the file name.
-        names = list(_TAR_NAME.finditer(path))
-        if not names:
-            raise DataError(
-                f"{path}: names no .tar, so nothing tells where its manifest is; set "
-                "data.resampled=true"
-            )
-        start, end = names[-1].span()
-        return f"{path[:start]}{_MARK}{path[end:]}", names[-1][0]
-    if is_listed(path):
-        folder, _, name = path.rpartition("/")
-        return folder, name
-    parts = urlsplit(path)
-    folder, _, name = parts.path.rpartition("/")
-    return urlunsplit((parts.scheme, parts.netloc, folder, parts.query, "")), unquote(name)
+        return parse_manifest(where, content, lazily=True)
 
 
 def scopes_of(paths: Sequence[Place]) -> list[tuple[int, str]]:
@@ -349,7 +304,7 @@ def scopes_of(paths: Sequence[Place]) -> list[tuple[int, str]]:
     found = []
     for path in paths:
         try:
-            folder, name = _split(path)
+            folder, name = split_place(path)
         except DataError:
             # A command that names no tar is a source of its own.
             folder, name = path, ""

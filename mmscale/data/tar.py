@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import IO, Any, cast
 
 from webdataset.tariterators import base_plus_ext
@@ -171,28 +170,29 @@ def _part(content: bytes, start: int, end: int) -> bytes:
     return content[start:end]
 
 
-def walk_shard(path: Path) -> Iterator[TarSample]:
-    """Samples of a tar from its first byte to its last.
+def walk_shard(file: IO[bytes]) -> Iterator[TarSample]:
+    """Samples of an open tar from its first byte to its last.
 
     Raises:
         DamagedShardError: It is not a whole, uncompressed tar.
         OSError: It cannot be read.
     """
     with telling_damage():
-        yield from samples_in(walk_members(path))
+        yield from samples_in(walk_members(file))
 
 
-def walk_members(path: Path) -> Iterator[Member]:
-    """Members of a tar from its first byte to its last; raises as `walk_shard` does.
+def walk_members(file: IO[bytes]) -> Iterator[Member]:
+    """Members of an open tar from its first byte to its last; raises as `walk_shard` does.
 
     Whoever reads a member's content does so within `telling_damage`.
     """
-    if not path.is_file():
-        # A pipe in its place would never be opened.
-        raise DamagedShardError("is missing, or not a file")
-    _refuse_packed(path)
+    _refuse_packed(file)
     with telling_damage():
-        yield from _members_to_the_end(path)
+        file.seek(0)
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=SoundHeader) as tar:
+            yield from members_in(tar)
+            end = tar.offset
+        _check_end(file, end)
 
 
 @contextmanager
@@ -208,13 +208,6 @@ def telling_damage() -> Iterator[None]:
         raise DamagedShardError(f"is not a whole, plain tar ({reason})") from error
 
 
-def _members_to_the_end(path: Path) -> Iterator[Member]:
-    with tarfile.open(path, "r:", tarinfo=SoundHeader) as tar:
-        yield from members_in(tar)
-        end = tar.offset
-    _check_end(path, end)
-
-
 # What other files than tars begin with, what they are, and what makes a tar of them.
 _PACKED = (
     (b"\x1f\x8b", "gzip", "gunzip it"),
@@ -225,24 +218,23 @@ _PACKED = (
 )
 
 
-def _refuse_packed(path: Path) -> None:
-    with path.open("rb") as file:
-        begins = file.read(8)
+def _refuse_packed(file: IO[bytes]) -> None:
+    file.seek(0)
+    begins = file.read(8)
     for magic, form, repair in _PACKED:
         if begins.startswith(magic):
             raise DamagedShardError(f"is compressed by {form}, not a plain tar", repair)
 
 
-def _check_end(path: Path, end: int) -> None:
+def _check_end(file: IO[bytes], end: int) -> None:
     # tarfile takes a damaged header in mid-file for the end and says nothing.
-    with path.open("rb") as file:
-        file.seek(end)
-        block = file.read(tarfile.BLOCKSIZE)
-        if len(block) < tarfile.BLOCKSIZE or any(block):
-            raise DamagedShardError(f"has a damaged tar header, or ends early, at byte {end}")
-        while rest := file.read(_CHUNK):
-            if rest.strip(b"\0"):
-                raise DamagedShardError(f"goes on behind its end at byte {end}")
+    file.seek(end)
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE or any(block):
+        raise DamagedShardError(f"has a damaged tar header, or ends early, at byte {end}")
+    while rest := file.read(_CHUNK):
+        if rest.strip(b"\0"):
+            raise DamagedShardError(f"goes on behind its end at byte {end}")
 
 
 _MAGIC = (b"ustar\x0000", b"ustar  \0")

@@ -53,3 +53,14 @@ def test_a_bucket_that_is_shut_ends_every_rank_with_one_sentence(server, synthet
     assert done.stderr.count("exitcode  : 4") >= 1, explain(done)
     assert "guess-it" not in done.stdout + done.stderr
     assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize("verb", ["index", "verify"])
+def test_a_verb_that_may_not_read_the_bucket_says_so_in_one_sentence(server, verb):
+    environment = server.environment() | {"AWS_SECRET_ACCESS_KEY": "guess-it"}
+    with server.locked():
+        done = run(["mmscale", verb, "s3://pairs/train"], env=environment)
+    assert done.returncode == 4, explain(done)
+    told = (done.stdout + done.stderr).splitlines()
+    assert sum("the credentials are not accepted (403 Sig" in line for line in told) == 1
+    assert len(told) == 1 + (verb == "verify"), explain(done)

@@ -9,9 +9,12 @@ import pytest
 from mmscale.data import remote
 from mmscale.data.buckets import Buckets
 from mmscale.data.far import Far
+from mmscale.data.index import index
+from mmscale.data.named_tars import named_tars
 from mmscale.data.reader import SampleReader
 from mmscale.data.resampled import read_from
 from mmscale.data.shards import list_shards, open_shards
+from mmscale.data.verify import verify_all
 from mmscale.errors import ConfigError, DataError
 from tests.bucket_server import BUCKET, breaking, running_buckets
 from tests.unit.data.tars import write_shards
@@ -47,6 +50,13 @@ def _use(environment, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     buckets._process.end()
+
+
+def bare(server, folder, under):
+    """The shards in the bucket without their manifest; the address of their folder."""
+    where = server.upload(folder, under)
+    server.client.delete_object(Bucket=BUCKET, Key=f"{under}/manifest.json")
+    return where
 
 
 def all_samples(reader):
@@ -266,3 +276,53 @@ def test_without_obstore_the_extra_is_named(monkeypatch):
         ConfigError, match=r"s3://b/a/manifest.json: .*pip install 'mmscale\[cloud\]'"
     ):
         open_shards("data.train", "s3://b/a")
+
+
+def test_shards_in_a_bucket_are_indexed_and_verified_where_they_lie(server, folder, monkeypatch):
+    """Over connections that break, by two processes; the manifest is that of the same files."""
+    where = bare(server, folder, "bare/train")
+    local = open_shards("data.train", str(folder))
+    with breaking(server.endpoint, after=700_000, cuts=8) as way:
+        _use(server.environment(way.endpoint), monkeypatch)
+        index(named_tars([where]), workers=2)
+        assert way.done >= 4
+    shards = open_shards("data.train", where)
+    assert (shards.shards, shards.digest) == (local.shards, local.digest)
+    _use(server.environment(), monkeypatch)
+    # The images are noise.
+    known = [line.replace(str(folder), where) for line in verify_all(folder)]
+    assert verify_all(where, workers=2) == verify_all(f"s3://{BUCKET}/bare") == known
+    whole = (folder / "train-000001.tar").read_bytes()
+    put = server.client.put_object
+    put(Bucket=BUCKET, Key="bare/train/train-000001.tar", Body=whole[: len(whole) // 2])
+    put(Bucket=BUCKET, Key="bare/train/more.tar", Body=whole)
+    server.client.delete_object(Bucket=BUCKET, Key="bare/train/train-000002.tar")
+    told = verify_all(where)
+    for fault in (
+        rf"{where}/more.tar: is not in manifest.json",
+        rf"{where}/train-000001.tar: has {len(whole) // 2} bytes, the manifest says {len(whole)}",
+        rf"{where}/train-000002.tar: the store has no such object",
+    ):
+        assert sum(line.startswith(fault) for line in told) == 1, told
+    with pytest.raises(DataError, match=rf"^{where}/train-000001.tar: .*(ends|end of data)"):
+        index(named_tars([f"{where}/train-00000*.tar"]))
+
+
+def test_a_server_that_takes_no_manifest_has_it_kept_here(folder, samples, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    lines = []
+    with serving(folder.parent) as web:
+        (folder / "manifest.json").rename(folder.parent / "aside.json")
+        try:
+            where = f"{web.url}/shards/train-{{000000..000002}}.tar?signature=first"
+            with pytest.raises(DataError, match="have no manifest"):
+                open_shards("data.train", where)
+            with pytest.raises(DataError, match="gives no list of its files"):
+                named_tars([f"{web.url}/shards"])
+            index(named_tars([where]), tell=lines.append)
+            shards = open_shards("data.train", where.replace("first", "second"))
+            assert all_samples(SampleReader(shards)) == samples
+            assert "cannot be written: its manifest is kept in" in lines[-1]
+            assert not any(b"signature" in p.read_bytes() for p in tmp_path.rglob("*.json"))
+        finally:
+            (folder.parent / "aside.json").rename(folder / "manifest.json")

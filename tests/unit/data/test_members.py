@@ -62,10 +62,15 @@ def shard(tmp_path_factory) -> Path:
     return path
 
 
+def walked(path):
+    with path.open("rb") as file:
+        return list(walk_shard(file))
+
+
 def test_manifest_and_reader_agree_on_every_sample(shard):
     manifest = index([shard])
     reader = SampleReader(open_shards("data.train", str(shard.parent)))
-    for place, found in enumerate(walk_shard(shard)):
+    for place, found in enumerate(walked(shard)):
         sample = reader.read(0, place)
         assert sample.key == found.key
         assert sample.captions == describe_members(found).captions
@@ -94,7 +99,7 @@ def test_captions_and_identity_fall_back():
 def test_manifest_and_reader_refuse_the_same_samples(key, tmp_path):
     path = tmp_path / "0.tar"
     write(path, {key: USELESS[key]})
-    (found,) = walk_shard(path)
+    (found,) = walked(path)
     fault = describe_members(found).fault
     assert fault
     with pytest.raises(DamagedSampleError, match=fault):
@@ -124,7 +129,7 @@ def test_a_member_twice_makes_a_sample_useless_for_every_reader(tmp_path):
     whole = path.read_bytes()
     end = whole.index(b"one.txt") + 2 * tarfile.BLOCKSIZE
     path.write_bytes(whole[:end] + whole[end - 2 * tarfile.BLOCKSIZE :])
-    (found,) = walk_shard(path)
+    (found,) = walked(path)
     assert describe_members(found).fault == "has a member twice"
     with pytest.raises(DamagedSampleError, match="one: has a member twice"):
         parse_sample(path.read_bytes(), path.name)
