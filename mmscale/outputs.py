@@ -111,6 +111,11 @@ def _is_there(folder: Path) -> bool:
     return True
 
 
+def user_cache(name: str) -> Path:
+    """The user's folder for what can be made again, by what it is."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmscale" / name
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Give a file its content in one step that survives a kill and a power cut."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")

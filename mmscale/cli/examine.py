@@ -1,16 +1,30 @@
 """The verb `examine`."""
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmscale.cli.command import BEFORE, Json, Workers, app, reading_places, say, write_json
+from mmscale.cli.command import (
+    BEFORE,
+    Json,
+    Settings,
+    Workers,
+    app,
+    reading,
+    reading_places,
+    say,
+    tell,
+    write_json,
+)
+from mmscale.errors import ConfigError
 
 if TYPE_CHECKING:
     from mmscale.evaluation.examine import Examined
 
 _SHOWN = 3
+_BATCH = 1024
 
 
 @app.command(rich_help_panel=BEFORE)
@@ -18,6 +32,15 @@ def examine(
     data: Annotated[
         str, typer.Argument(help="A packed folder, or shard globs.", callback=reading_places)
     ],
+    words: Settings = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A trained model that looks at the pairs: a run, a checkpoint, an export, "
+            "openclip:NAME[@WEIGHTS] or hf:NAME_OR_PATH.",
+            callback=reading,
+        ),
+    ] = None,
     against: Annotated[
         str | None,
         typer.Option(
@@ -25,40 +48,69 @@ def examine(
             callback=reading_places,
         ),
     ] = None,
+    sets: Annotated[
+        Path | None,
+        typer.Option(
+            help="Several such sets by name in YAML or JSON, as in eval.sets.", callback=reading
+        ),
+    ] = None,
     batch: Annotated[
-        int, typer.Option(help="Images of the global batch that is planned.", min=2)
-    ] = 1024,
+        int | None,
+        typer.Option(
+            help="Images of the global batch that is planned; default CONFIG's, or 1024.", min=2
+        ),
+    ] = None,
     workers: Workers = 2,
     json_file: Json = None,
 ) -> int:
     """Say what is wrong with pairs before they are trained on; exit 3 if anything is.
 
     Looks for useless images, the same picture twice or in --against (encoded anew, mirrored or
-    cropped by a tenth), captions of many images, captions longer than CLIP's 77 tokens; and tells
-    the highest R@1 that these pairs allow.
+    cropped by a tenth), captions of many images, captions that a text tower cuts off and such in
+    another script; and tells the highest R@1 that these pairs allow. With --model, or with the
+    towers that CONFIG names, also for captions that belong to other images.
     """
     from mmscale.data.shards import open_shards
     from mmscale.evaluation.examine import examine as run
     from mmscale.evaluation.examine import look_at
+    from mmscale.evaluation.seen import load_seeing, see
     from mmscale.report.console import progress_of
 
     shards = open_shards("DATA", data)
-    others = None if against is None else open_shards("--against", against)
+    others = {name: open_shards(*place) for name, place in _held_out(against, sets).items()}
+    loaded = load_seeing(model, words or ()) if model is not None or words else None
     with progress_of("looked at") as progress:
         looks = look_at(shards, workers, progress)
-        other_looks = None if others is None else look_at(others, workers, progress)
-    examined = run(looks, other_looks, batch)
+        held_out = {name: look_at(other, workers, progress) for name, other in others.items()}
+    seen = None if loaded is None else see(loaded, model is not None, shards, workers, tell)
+    planned = loaded.config.train.global_batch_size if loaded and model is None else _BATCH
+    examined = run(looks, held_out, batch or planned, seen, tell)
     _tell(examined)
-    write_json(
-        json_file,
-        {
-            "verdicts": [asdict(verdict) for verdict in examined.verdicts],
-            "ceiling": asdict(examined.ceiling),
-            "images": examined.images,
-            "captions": examined.captions,
-        },
-    )
+    write_json(json_file, _as_json(examined))
     return 3 if examined.verdicts else 0
+
+
+def _held_out(against: str | None, sets: Path | None) -> dict[str, tuple[str, Any]]:
+    """For each evaluation set what names it, and where it lies."""
+    from mmscale.evaluation.sets import read_sets
+
+    found: dict[str, tuple[str, Any]] = {} if against is None else {"": ("--against", against)}
+    for name, chosen in {} if sets is None else read_sets(sets).items():
+        if chosen.kind == "classes":
+            raise ConfigError(
+                f"{sets}: {name}: is of kind classes; leakage is looked for in sets of pairs"
+            )
+        found[name] = f"{sets}: {name}.data", chosen.data
+    return found
+
+
+def _as_json(examined: "Examined") -> dict[str, Any]:
+    return {
+        "verdicts": [asdict(verdict) for verdict in examined.verdicts],
+        "ceiling": asdict(examined.ceiling),
+        "images": examined.images,
+        "captions": examined.captions,
+    }
 
 
 def _tell(examined: "Examined") -> None:

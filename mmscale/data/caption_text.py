@@ -65,12 +65,12 @@ def are_cut(spec: InputSpec, captions: Sequence[str], tokens: Sequence[list[int]
     split at blanks count.
     """
     return [
-        len(row) >= spec.context_length and _length(spec, caption) > spec.context_length
+        len(row) >= spec.context_length and token_count(spec, caption) > spec.context_length
         for caption, row in zip(captions, tokens, strict=True)
     ]
 
 
-def _length(spec: InputSpec, caption: str) -> int:
+def token_count(spec: InputSpec, caption: str) -> int:
     """Tokens of a caption, those around it included, if nothing were cut."""
     around = len(spec.tokenize([""])[0])
     return around + sum(len(row) - around for row in spec.tokenize(caption.split() or [""]))

@@ -25,7 +25,7 @@ from mmscale.data.sources.records import held_out
 from mmscale.data.sources.state import state_of
 from mmscale.data.sources.typed import HUB
 from mmscale.errors import DataError, printable
-from mmscale.outputs import replace_file, writing
+from mmscale.outputs import replace_file, user_cache, writing
 
 # Changes when the same source would be read otherwise.
 _VERSION = 1
@@ -97,8 +97,7 @@ class Intake:
         """Folders that may hold packs of a source, best first."""
         if self.cache is not None:
             return [Path(self.cache)]
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        own = Path(base) / "mmscale" / "packed"
+        own = user_cache("packed")
         if where.startswith(HUB):
             return [own]
         return [(path if path.is_dir() else path.parent) / _BESIDE, own]

@@ -1,9 +1,9 @@
-"""A set of pairs read once, and what the data doctor says of it without a model."""
+"""A set of pairs read once, and what the data doctor says of it."""
 
 import hashlib
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,12 +14,14 @@ from mmscale.data.damage import DamagedSampleError, reason_of
 from mmscale.data.pool import map_ordered
 from mmscale.data.reader import SampleReader
 from mmscale.data.shards import ShardSet
-from mmscale.diagnostics.dataset.captions import cut_captions, repeated_captions
+from mmscale.diagnostics.dataset.captions import cut_captions, language_mix, repeated_captions
 from mmscale.diagnostics.dataset.ceiling import Ceiling, ceiling
 from mmscale.diagnostics.dataset.copies import SIDE, Pair, groups_of, same_pictures
 from mmscale.diagnostics.dataset.images import broken_images, leakage, near_duplicates
 from mmscale.diagnostics.dataset.verdict import DataVerdict, Looks
 from mmscale.errors import DataError
+from mmscale.evaluation.encoded import Tell
+from mmscale.evaluation.seen import Seen, fitting
 
 # CLIP's text tower.
 CONTEXT_LENGTH = 77
@@ -46,25 +48,45 @@ class Examined:
     captions: int
 
 
-def examine(data: Looks, against: Looks | None, batch: int) -> Examined:
-    """Every examination that needs no model.
+def examine(
+    data: Looks,
+    against: Mapping[str, Looks],
+    batch: int,
+    seen: Seen | None = None,
+    tell: Tell = lambda line: None,
+) -> Examined:
+    """Every examination; those of how images and captions fit where a model has seen the set.
 
     Args:
         data: The set.
-        against: An evaluation set, whose pictures the data should not show.
+        against: Evaluation sets by name, whose pictures the data should not show; the name of a
+            single one may be empty.
         batch: Images of the global batch that is planned.
+        seen: What a model makes of the set.
+        tell: Takes a line about what cannot be told.
     """
-    both = data if against is None else _joined(data, against)
-    pairs = same_pictures(both.greys, both.digests)
-    num = len(data)
+    everything = _joined(data, *against.values())
+    pairs = same_pictures(everything.greys, everything.digests)
+    num, begin = len(data), len(data)
     own = [pair for pair in pairs if pair.second < num]
-    across = [Pair(p.first, p.second - num, p.score) for p in pairs if p.first < num <= p.second]
-    found = [
-        None if against is None else leakage(data, against, across),
-        broken_images(data),
+    found = list[DataVerdict | None](fitting(data, seen, tell) if seen else ())
+    for name, held_out in against.items():
+        end = begin + len(held_out)
+        across = [
+            Pair(pair.first, pair.second - begin, pair.score)
+            for pair in pairs
+            if pair.first < num and begin <= pair.second < end
+        ]
+        found.append(leakage(data, held_out, across, name or None))
+        begin = end
+    found += [
         near_duplicates(data, own, batch),
         repeated_captions(data),
-        cut_captions(data, _clip_tokens(), CONTEXT_LENGTH),
+        cut_captions(data, seen.tokens, seen.context_length)
+        if seen
+        else cut_captions(data, _clip_tokens(), CONTEXT_LENGTH),
+        language_mix(data),
+        broken_images(data),
     ]
     captions = [caption for entry in data.captions for caption in entry]
     owners = [row for row, entry in enumerate(data.captions) for _ in entry]
@@ -103,7 +125,7 @@ def look_at(
 
 def _look_at_shard(shards: ShardSet, shard: int) -> Looks:
     reader = SampleReader(shards)
-    keys, ids, digests, faults, greys, captions = [], [], [], [], [], []
+    keys, ids, places, digests, faults, greys, captions = [], [], [], [], [], [], []
     try:
         for place in range(shards.shards[shard].samples):
             try:
@@ -114,6 +136,7 @@ def _look_at_shard(shards: ShardSet, shard: int) -> Looks:
             grey, fault = grey_of(sample.image)
             keys.append(sample.key)
             ids.append(sample.image_id)
+            places.append(shards.starts[shard] + place)
             digests.append(hashlib.blake2b(sample.image, digest_size=16).digest())
             faults.append(fault)
             greys.append(grey)
@@ -121,7 +144,8 @@ def _look_at_shard(shards: ShardSet, shard: int) -> Looks:
     finally:
         reader.close()
     table = np.stack(greys) if greys else np.zeros((0, SIDE, SIDE), np.uint8)
-    return Looks(keys, np.array(ids, np.int64), digests, faults, table, captions)
+    numbers = np.array(ids, np.int64), np.array(places, np.int64)
+    return Looks(keys, *numbers, digests, faults, table, captions)
 
 
 def grey_of(content: bytes) -> tuple[np.ndarray, str]:
@@ -150,6 +174,7 @@ def _joined(*parts: Looks) -> Looks:
     return Looks(
         [key for part in parts for key in part.keys],
         np.concatenate([part.ids for part in parts]),
+        np.concatenate([part.places for part in parts]),
         [digest for part in parts for digest in part.digests],
         [fault for part in parts for fault in part.faults],
         np.concatenate([part.greys for part in parts]),

@@ -26,7 +26,7 @@ from mmscale.engine.feed import images_on
 from mmscale.errors import ConfigError, DataError
 from mmscale.evaluation.encoded import add_module
 from mmscale.evaluation.trained import Loaded
-from mmscale.outputs import file_output
+from mmscale.outputs import file_output, user_cache
 from mmscale.parallel.peers import Alone
 
 # What another version of this file, or of an index, would make otherwise.
@@ -124,8 +124,7 @@ class IndexPlace:
             return cls(folder / "search", False)
         if folder.parent.name == "checkpoints":
             return cls(folder.parents[1] / "search", False)
-        kept = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-        return cls(Path(kept) / "mmscale" / "search", False)
+        return cls(user_cache("search"), False)
 
     def file(self, digest: str) -> Path:
         """The file of an index."""

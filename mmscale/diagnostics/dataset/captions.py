@@ -1,7 +1,9 @@
-"""Verdicts on the captions of a set: those of many images, and those that a tower cuts off."""
+"""Verdicts on captions: those of many images, those that are cut off, those in other scripts."""
 
-from collections import defaultdict
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Callable
+from functools import lru_cache
 
 from mmscale.data.caption_text import wording
 from mmscale.diagnostics.dataset.verdict import (
@@ -16,6 +18,10 @@ from mmscale.diagnostics.dataset.verdict import (
 MANY_IMAGES = 10
 TOLERATED_REPEATS = 0.05
 TOLERATED_CUT = 0.01
+# Names and signs in another script stand in captions of any language.
+TOLERATED_SCRIPTS = 0.02
+# Captions in Japanese mix three scripts.
+_ONE_SCRIPT = {"HIRAGANA": "CJK", "KATAKANA": "CJK"}
 
 
 def repeated_captions(looks: Looks) -> DataVerdict | None:
@@ -84,3 +90,52 @@ def cut_captions(
         ),
         {"longest": float(cut[0][0])},
     )
+
+
+def language_mix(looks: Looks) -> DataVerdict | None:
+    """Captions in another writing system than most; languages that share one are not told apart."""
+    rows: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    for row, captions in enumerate(looks.captions):
+        for caption in captions:
+            if script := script_of(caption):
+                rows[script].append((row, caption))
+    counts = Counter({script: len(found) for script, found in rows.items()})
+    total = counts.total()
+    if not total:
+        return None
+    main = counts.most_common(1)[0][0]
+    minority = total - counts[main]
+    if minority <= TOLERATED_SCRIPTS * total:
+        return None
+    shares = ", ".join(f"{name.title()} {n / total:.1%}" for name, n in counts.most_common(5))
+    others = [entry for name, _ in counts.most_common()[1:] for entry in rows[name]]
+    return DataVerdict(
+        "language_mix",
+        minority / total,
+        wilson(minority, total),
+        total,
+        f"{minority:,} of {total:,} captions are not in the writing system of the others: {shares}",
+        "take a text tower and tokenizer of all these languages, or train on the captions of one",
+        tuple(
+            Example(looks.keys[row], int(looks.ids[row]), caption[:300])
+            for row, caption in others[:MOST_EXAMPLES]
+        ),
+        {name.lower(): count / total for name, count in counts.items()},
+    )
+
+
+def script_of(caption: str) -> str | None:
+    """The writing system of most of a caption's letters, as Unicode names it; None without any."""
+    if caption.isascii():
+        return "LATIN" if any(map(str.isalpha, caption)) else None
+    scripts = Counter(filter(None, map(_script, caption)))
+    return scripts.most_common(1)[0][0] if scripts else None
+
+
+@lru_cache(maxsize=2**16)
+def _script(letter: str) -> str | None:
+    if not letter.isalpha():
+        return None
+    # A letter's name begins with that of its script, as in CYRILLIC SMALL LETTER A.
+    first = unicodedata.name(letter, "").partition(" ")[0].partition("-")[0]
+    return _ONE_SCRIPT.get(first, first) or None

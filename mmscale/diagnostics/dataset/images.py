@@ -29,9 +29,11 @@ def broken_images(looks: Looks) -> DataVerdict | None:
         len(looks),
         f"{len(rows):,} of {len(looks):,} images show nothing: {looks.faults[rows[0]]}, say",
         "leave them out of the source and pack again",
-        tuple(Example(looks.keys[row], int(looks.ids[row]), looks.faults[row]) for row in rows)[
-            :MOST_EXAMPLES
-        ],
+        tuple(
+            Example(looks.keys[row], int(looks.ids[row]), looks.faults[row])
+            for row in rows[:MOST_EXAMPLES]
+        ),
+        leave_out=looks.ids_of(rows),
     )
 
 
@@ -45,7 +47,8 @@ def near_duplicates(looks: Looks, pairs: list[Pair], batch: int) -> DataVerdict 
     """
     # Pairs that share an image id are never contrasted.
     other = [pair for pair in pairs if looks.ids[pair.first] != looks.ids[pair.second]]
-    sizes = list(Counter(groups_of(len(looks), other)).values())
+    groups = groups_of(len(looks), other)
+    sizes = list(Counter(groups).values())
     count = sum(size for size in sizes if size > 1)
     if count <= TOLERATED_COPIES * len(looks):
         return None
@@ -60,16 +63,23 @@ def near_duplicates(looks: Looks, pairs: list[Pair], batch: int) -> DataVerdict 
         "keep one image of each group, or give the group one image id and all captions",
         _examples(looks, looks, other),
         {"false_negative_rate": rate, "batch": float(batch), "largest_group": float(max(sizes))},
+        # The first of a group stays, with the rows that share its id.
+        leave_out=looks.ids_of(
+            row for row, group in enumerate(groups) if looks.ids[row] != looks.ids[group]
+        ),
     )
 
 
-def leakage(data: Looks, against: Looks, pairs: list[Pair]) -> DataVerdict | None:
+def leakage(
+    data: Looks, against: Looks, pairs: list[Pair], name: str | None = None
+) -> DataVerdict | None:
     """Images of an evaluation set that the data shows too.
 
     Args:
         data: The set that is trained on.
         against: The evaluation set.
         pairs: Rows of `data` (first) and of `against` (second) that show the same picture.
+        name: Of the evaluation set, where there are several.
     """
     held_out = {pair.second for pair in pairs}
     if len(held_out) <= TOLERATED_LEAKAGE * len(against):
@@ -82,11 +92,14 @@ def leakage(data: Looks, against: Looks, pairs: list[Pair]) -> DataVerdict | Non
         len(held_out) / len(against),
         wilson(len(held_out), len(against)),
         len(against),
-        f"{len(held_out):,} of {len(against):,} evaluation images show a picture of the data; "
-        f"{told / total:.2%} of the evaluation's captions stand in it word for word",
+        f"{len(held_out):,} of {len(against):,} evaluation images"
+        f"{f' of {name}' if name else ''} show a picture of the data; {told / total:.2%} of the "
+        "evaluation's captions stand in it word for word",
         "leave these images out of the data that is trained on",
         _examples(data, against, pairs),
         {"captions_in_both": told / total},
+        leave_out=data.ids_of(pair.first for pair in pairs),
+        held_out=name,
     )
 
 

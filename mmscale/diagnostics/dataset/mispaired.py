@@ -17,6 +17,7 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from mmscale.diagnostics.dataset.fit import Fit
+from mmscale.diagnostics.dataset.verdict import MOST_EXAMPLES, DataVerdict, Example, Looks
 from mmscale.diagnostics.mixture import share_figures
 
 # The tail below this deviate is counted.
@@ -80,3 +81,46 @@ def _fewest(count: int) -> float:
     if count == 0:
         return 0.0
     return count * max(0.0, 1 - 1 / (9 * count) - _QUANTILE / (3 * math.sqrt(count))) ** 3
+
+
+def mispaired_pairs(looks: Looks, fit: Fit) -> DataVerdict | None:
+    """The verdict on a set.
+
+    Args:
+        looks: The images that were compared with their captions, row by row.
+        fit: Of the same rows.
+    """
+    found = mispaired(fit)
+    if not found.holds:
+        return None
+    sure = found.sure()
+    listed = found.rows[: max(1, len(sure))].tolist()
+    return DataVerdict(
+        "mispaired",
+        found.share,
+        (found.low, found.high),
+        len(looks),
+        f"about {found.share:.1%} of {len(looks):,} images have captions that fit no better than "
+        f"those of other images; {len(sure):,} are named, of which {PRECISION:.0%} are expected to "
+        "be wrong",
+        "pair the listed images anew, or leave them out (data.mask)",
+        tuple(
+            Example(
+                looks.keys[row],
+                int(looks.ids[row]),
+                f"{_first(looks.captions[row])} (better than {_chance(fit, row):.0%} of random "
+                "pairings)",
+            )
+            for row in listed[:MOST_EXAMPLES]
+        ),
+        {f"weight_{name.replace(' ', '_')}": weight for name, weight in fit.weights.items()},
+        leave_out=looks.ids_of(sure.tolist()),
+    )
+
+
+def _first(captions: tuple[str, ...]) -> str:
+    return captions[0][:300] if captions else ""
+
+
+def _chance(fit: Fit, row: int) -> float:
+    return float(torch.special.ndtr(fit.deviates[row]))

@@ -12,6 +12,13 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from mmscale.diagnostics.dataset.held_out_map import COARSE, FOLDS, Whitened, held_out_rows
+from mmscale.diagnostics.dataset.verdict import (
+    MOST_EXAMPLES,
+    DataVerdict,
+    Example,
+    Looks,
+    wilson,
+)
 from mmscale.diagnostics.mixture import standing_rows
 
 FEWEST_ROWS = 128
@@ -24,6 +31,8 @@ _SHORTEST = 16
 SURE = 8.0
 _SURE_OVERALL = 7.0
 _MOST = 20
+# Of a set that is shifted as a whole nothing would be left.
+_MOST_SHARE = 0.5
 # Directions of either side, those of most variance, that are asked whether they covary.
 _DIRECTIONS = 48
 
@@ -184,3 +193,43 @@ def _largest_sum(gain: Float64[Tensor, " n"]) -> tuple[int, int]:
     rise = sums - sums.cummin(dim=0).values
     end = int(rise.argmax())
     return int(sums[: end + 1].argmin()), end
+
+
+def shifted_captions(looks: Looks, found: Shifted) -> DataVerdict | None:
+    """The verdict on a set.
+
+    Args:
+        looks: The images that were compared with their captions, in the data's order.
+        found: Of the same rows.
+    """
+    if not found.stretches:
+        return None
+    count = sum(stretch.end - stretch.first for stretch in found.stretches)
+    rows = sorted(row for s in found.stretches for row in range(s.first, s.end))
+    is_whole = found.share > _MOST_SHARE
+    return DataVerdict(
+        "shifted_captions",
+        found.share,
+        wilson(count, len(looks)),
+        len(looks),
+        f"{count:,} of {len(looks):,} images fit the captions of an image {abs(found.shift)} "
+        f"{'further on' if found.shift > 0 else 'before'} better than their own, in "
+        f"{len(found.stretches)} stretch{'es' * (len(found.stretches) > 1)}",
+        "mend the table that pairs images with captions: a line is missing or stands twice before "
+        "the first of these rows",
+        tuple(_example(looks, stretch) for stretch in found.stretches[:MOST_EXAMPLES]),
+        {"shift": float(found.shift), "z": found.stretches[0].z},
+        leave_out=() if is_whole else looks.ids_of(rows),
+    )
+
+
+def _example(looks: Looks, stretch: Stretch) -> Example:
+    row = stretch.first if stretch.first + stretch.shift >= 0 else -stretch.shift
+    partner = min(row + stretch.shift, len(looks) - 1)
+    return Example(
+        looks.keys[row],
+        int(looks.ids[row]),
+        f"images {stretch.first:,} to {stretch.end - 1:,} fit the captions {stretch.shift:+d} rows "
+        f"away: {(*looks.captions[partner], '')[0][:200]}",
+        looks.keys[partner],
+    )

@@ -1,7 +1,7 @@
 """What the data doctor says of a set, and what was read of it once."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -40,6 +40,8 @@ class DataVerdict:
         remedy: What to do.
         examples: The clearest first.
         evidence: The figures behind it.
+        leave_out: Ids of the images that a mask leaves out, the surest first.
+        held_out: Name of the evaluation set that it is about too.
     """
 
     verdict: str
@@ -50,6 +52,8 @@ class DataVerdict:
     remedy: str
     examples: tuple[Example, ...] = ()
     evidence: Mapping[str, float] = field(default_factory=dict)
+    leave_out: tuple[int, ...] = ()
+    held_out: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Looks:
     Attributes:
         keys: Names.
         ids: Image ids [n], int64.
+        places: Of the images in their set [n], int64.
         digests: A digest of each image's bytes.
         faults: Why an image is useless; empty where it is sound.
         greys: Grey thumbnails [n SIDE SIDE], uint8; zeros where there is no image.
@@ -67,6 +72,7 @@ class Looks:
 
     keys: list[str]
     ids: np.ndarray
+    places: np.ndarray
     digests: list[bytes]
     faults: list[str]
     greys: np.ndarray
@@ -74,6 +80,23 @@ class Looks:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def take(self, rows: np.ndarray) -> "Looks":
+        """Some of the rows."""
+        chosen = rows.tolist()
+        return Looks(
+            [self.keys[row] for row in chosen],
+            self.ids[rows],
+            self.places[rows],
+            [self.digests[row] for row in chosen],
+            [self.faults[row] for row in chosen],
+            self.greys[rows],
+            [self.captions[row] for row in chosen],
+        )
+
+    def ids_of(self, rows: Iterable[int]) -> tuple[int, ...]:
+        """Image ids of rows, each once, in the order of the rows."""
+        return tuple(dict.fromkeys(self.ids[np.fromiter(rows, np.int64)].tolist()))
 
 
 def wilson(count: int, sample: int) -> tuple[float, float]:

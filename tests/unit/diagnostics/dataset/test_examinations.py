@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from mmscale.diagnostics.dataset.captions import MANY_IMAGES, cut_captions, repeated_captions
+from mmscale.diagnostics.dataset.captions import (
+    MANY_IMAGES,
+    cut_captions,
+    language_mix,
+    repeated_captions,
+    script_of,
+)
 from mmscale.diagnostics.dataset.copies import (
     SIDE,
     Pair,
@@ -62,6 +68,7 @@ def looks_of(contents: list[bytes], captions: list[tuple[str, ...]] | None = Non
     return Looks(
         [f"{row:04d}" for row in range(len(contents))],
         np.arange(len(contents)),
+        np.arange(len(contents)),
         contents,
         list(faults),
         np.stack(greys),
@@ -76,7 +83,7 @@ def sound() -> Looks:
 
 def test_different_photographs_are_no_copies_and_a_sound_set_has_no_verdict(sound):
     assert same_pictures(sound.greys, sound.digests) == []
-    examined = examine(sound, None, batch=64)
+    examined = examine(sound, {}, batch=64)
     assert examined.verdicts == ()
     assert examined.ceiling.t2i_r1 == examined.ceiling.i2t_r1 == 100
 
@@ -87,7 +94,7 @@ def test_a_changed_picture_is_found_in_the_other_set(sound, name):
         [encoded(CHANGES[name](photograph(seed)), 60) for seed in range(5)]
         + [encoded(photograph(1000 + seed)) for seed in range(15)]
     )
-    (verdict,) = examine(sound, held_out, batch=64).verdicts
+    (verdict,) = examine(sound, {"": held_out}, batch=64).verdicts
     assert verdict.verdict == "leakage"
     assert verdict.share == 5 / 20
     assert {(one.key, one.partner) for one in verdict.examples} == {
@@ -108,6 +115,16 @@ def test_copies_within_a_set_count_unless_they_share_an_id(sound):
     assert verdict.evidence["false_negative_rate"] == pytest.approx(8 / 24 * 11 / 23)
     ids = np.concatenate([np.arange(20), np.arange(4)])
     assert near_duplicates(replace(twice, ids=ids), pairs, batch=12) is None
+    assert verdict.leave_out == (20, 21, 22, 23)
+
+
+def test_a_mask_of_copies_leaves_the_ids_of_those_that_stay(sound):
+    """Row 2 is a copy of row 1, and has the id of row 0, which is what row 1 is a copy of."""
+    pairs = [Pair(0, 1, 1.0), Pair(1, 2, 1.0)]
+    ids = np.array([7, 8, 7, *range(100, 157)])
+    verdict = near_duplicates(replace(sound, ids=ids), pairs, batch=12)
+    assert verdict is not None
+    assert verdict.leave_out == (8,)
 
 
 def test_the_false_negative_rate_is_the_mean_over_all_batches():
@@ -146,6 +163,7 @@ def test_images_that_show_nothing_are_named_with_the_reason(sound):
     assert "cannot be decoded" in reasons[1]
     assert reasons[2:] == ["it is blank", "it is a strip of 200 x 20 pixels", "it is 1 x 1 pixels"]
     assert broken_images(sound) is None
+    assert verdict.leave_out == (1, 2, 3, 4, 5)
 
 
 def test_captions_of_many_images_are_told_from_chance(sound):
@@ -170,6 +188,20 @@ def test_captions_longer_than_the_tower_takes_are_counted_token_by_token(sound):
     assert cut_captions(replace(sound, captions=captions[:9]), len, 10_000) is None
 
 
+def test_captions_in_another_script_are_counted_and_a_few_are_none(sound):
+    others = [("собака бежит по снегу",), ("犬が雪の中を走る",), ("Ein Hund im Schnee",)]
+    verdict = language_mix(replace(sound, captions=[*others, *sound.captions[3:]]))
+    assert verdict is not None
+    assert verdict.share == 2 / NUM
+    assert "Latin 96.7%, Cyrillic 1.7%, Cjk 1.7%" in verdict.sentence
+    assert [one.key for one in verdict.examples] == ["0000", "0001"]
+    assert language_mix(replace(sound, captions=[*others[1:], *sound.captions[2:]])) is None
+    assert language_mix(replace(sound, captions=[("12 + 7",)] * NUM)) is None
+    # Most of the letters decide.
+    assert script_of("Москва, aka Moscow: столица") == "CYRILLIC"
+    assert script_of("a 犬") == "LATIN"
+
+
 def test_leakage_of_an_image_that_has_two_copies_counts_once(sound):
     pairs = [Pair(0, 0, 1.0), Pair(1, 0, 1.0)]
     assert leakage(sound, sound, []) is None
@@ -177,6 +209,15 @@ def test_leakage_of_an_image_that_has_two_copies_counts_once(sound):
     assert verdict is not None
     assert verdict.share == 2 / NUM
     assert verdict.evidence["captions_in_both"] == 1
+    assert verdict.leave_out == (0, 1, 2)
+
+
+def test_each_evaluation_set_has_a_verdict_of_its_own(sound):
+    held_out = looks_of([encoded(photograph(seed), 60) for seed in (3, 1000)])
+    far = looks_of([encoded(photograph(seed)) for seed in (1001, 1002)])
+    (verdict,) = examine(sound, {"far": far, "near": held_out}, batch=64).verdicts
+    assert (verdict.held_out, verdict.share, verdict.leave_out) == ("near", 0.5, (3,))
+    assert "1 of 2 evaluation images of near show" in verdict.sentence
 
 
 def test_an_interval_of_a_share_is_wilsons():
