@@ -32,6 +32,7 @@ def test_blank_images_and_those_of_the_evaluation_set_are_told(tmp_path):
     assert "2 of 4 evaluation images show a picture of the data" in done.stdout
 
 
+@pytest.mark.slow
 def test_towers_that_settings_name_look_at_the_pairs_once(synthetic, tmp_path):
     """The captions are longer than this tower's 8 tokens; features that are kept are used again."""
     words = [write_settings(tmp_path), "model.text.options.context_length=8"]
