@@ -212,6 +212,11 @@ def require_same_run(
         for key, before, now in _differing(checkpoint.config, config, checkpoint.contents, contents)
         if not key.startswith(but)
     ]
+    if checkpoint.contents.get(MASK) != contents.get(MASK) and not faults:
+        faults.append(
+            f"{MASK}={config.data.mask} leaves out other images than it did when {folder} was "
+            "trained; put the file back as it was, or start another run.dir"
+        )
     before, now = checkpoint.contents.get(DATA, ""), contents[DATA]
     if before != now and not faults:
         faults.append(
@@ -248,7 +253,7 @@ def _differing(
     ]
 
 
-DATA = "data.train"
+DATA, MASK = "data.train", "data.mask"
 # Read when a run begins, never again: what lies there matters only where the path has changed.
 _ONCE = (
     "data.hard_batches.table",
@@ -283,7 +288,8 @@ def contents_of(
                 digest = _digest_at(now[key])
             if digest is not None:
                 found[key] = digest
-    return {DATA: _digest_of(shards), **broadcast_object(world, found)}
+    mask = {MASK: shards.mask} if shards.mask else {}
+    return {DATA: _digest_of(shards), **mask, **broadcast_object(world, found)}
 
 
 def _digest_of(shards: ShardSet) -> str:

@@ -102,6 +102,9 @@ class DataConfig(Section):
     them, or the user's cache."""
     columns: ColumnsConfig = ColumnsConfig()
     """Columns of a table."""
+    mask: PathSetting | None = None
+    """File of ids of images that `data.train` leaves out: a JSON list, an id a line, or what
+    `mmscale examine` wrote."""
     hold_out: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of a table's images that `data.eval` takes and `data.train` leaves; where nothing tells
     splits."""

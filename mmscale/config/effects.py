@@ -273,8 +273,8 @@ EFFECTS: dict[str, Effect | None] = {
     "run.overwrite": Effect(
         "with run.resume=never", lambda stretch: stretch.config.run.resume == "never"
     ),
-    **_always("data.", "train", "eval", "resampled", "epoch_samples", "workers", "lanes"),
-    **_always("data.", "shuffle_buffer", "captions", "caption_cleaning", "match"),
+    **_always("data.", "train", "mask", "eval", "resampled", "epoch_samples", "workers"),
+    **_always("data.", "lanes", "shuffle_buffer", "captions", "caption_cleaning", "match"),
     **_always("data.", "positive_share", "image_size", "augment", "max_damaged"),
     **_always("data.", "feature_cache", "decoded_cache", "hard_batches.table"),
     "data.allow_pipe": _PIPED,

@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,19 @@ class Identities:
         groups = None if self.groups is None else mapped(self.groups, change)
         images, captions = mapped(self.images, change), mapped(self.captions, change)
         return replace(self, images=images, captions=captions, groups=groups)
+
+    def only(self, kept: Sequence[bool]) -> "Identities":
+        """Those of the samples that are `kept`; which of them are copies nothing tells."""
+
+        def left(values: Counts) -> tuple[int, ...]:
+            return tuple(compress(values, kept))
+
+        return Identities(
+            left(self.images),
+            left(self.captions),
+            None if self.groups is None else left(self.groups),
+            None if self.labels is None else left(self.labels),
+        )
 
     def relabelled(self, numbers: Sequence[int]) -> "Identities":
         """The same with `numbers` in place of the classes 0, 1 and so on; none: as they are."""

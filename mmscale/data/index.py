@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +297,7 @@ def _without(described: Described, repeats: dict[int, str]) -> Described:
     if not repeats:
         return described
     shard, traits = described.shard, described.traits
-    kept = [place for place in range(len(traits)) if place not in repeats]
+    kept = [place not in repeats for place in range(len(traits))]
     faults = [
         f"{shard.name}: sample {traits[place].key} its key is in {owner} too, with the same "
         "image and captions"
@@ -304,14 +305,8 @@ def _without(described: Described, repeats: dict[int, str]) -> Described:
     ]
     return replace(
         described,
-        shard=replace(
-            shard,
-            samples=len(kept),
-            offsets=tuple(shard.offsets[place] for place in kept),
-            captions=tuple(shard.captions[place] for place in kept),
-            skipped=shard.skipped + len(repeats),
-        ),
-        traits=tuple(traits[place] for place in kept),
+        shard=replace(shard.only(kept), skipped=shard.skipped + len(repeats)),
+        traits=tuple(compress(traits, kept)),
         faults=(*described.faults, *faults),
     )
 

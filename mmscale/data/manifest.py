@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from dataclasses import field as dataclass_field
 from functools import partial
-from itertools import pairwise
+from itertools import compress, pairwise
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -55,6 +55,26 @@ class Shard:
     captions: Counts
     identities: Identities | None = None
     skipped: int = 0
+
+    def end_of(self, sample: int) -> int:
+        """The byte after a sample's last."""
+        return self.offsets[sample + 1] if sample + 1 < len(self.offsets) else self.bytes
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes that its samples take up."""
+        return self.bytes
+
+    def only(self, kept: Sequence[bool]) -> "Shard":
+        """The same file with those of its samples alone that are `kept`."""
+        identities = None if self.identities is None else self.identities.only(kept)
+        return replace(
+            self,
+            samples=sum(kept),
+            offsets=tuple(compress(self.offsets, kept)),
+            captions=tuple(compress(self.captions, kept)),
+            identities=identities,
+        )
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,7 @@ _AHEAD_ITEMS = 64
 
 def bounds(shard: Shard, first: int, after: int) -> tuple[int, int]:
     """Where the samples from `first` to the one before `after` begin and end."""
-    end = shard.offsets[after] if after < len(shard.offsets) else shard.bytes
-    return shard.offsets[first], end
+    return shard.offsets[first], shard.end_of(after - 1)
 
 
 # What a sample takes up at most as one piece. Of more, such as a film beside its picture, only the
@@ -153,7 +152,7 @@ class RemoteShards:
     def __init__(self, shards: Sequence[Shard], urls: Sequence[Path | str], window: int):
         self._shards = shards
         self._source = _Ranges(shards, [str(url) for url in urls])
-        total = sum(shard.bytes for shard in shards)
+        total = sum(shard.sample_bytes for shard in shards)
         mean = total // max(1, sum(shard.samples for shard in shards))
         # Twice the window: blocks at a lane's edges hold samples that this process never takes.
         self._room = 2 * window * mean + _MOST_AHEAD * _BLOCK

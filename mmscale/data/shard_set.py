@@ -4,6 +4,7 @@ import bisect
 import hashlib
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -12,9 +13,15 @@ from typing import TypeAlias
 
 from mmscale.data.grouping import Identities
 from mmscale.data.manifest import Shard
+from mmscale.data.remote import is_pipe, safe_url
 from mmscale.data.unread import raw
+from mmscale.errors import ConfigError, DataError
 
 Place: TypeAlias = Path | str
+# Bytes from one place in a shard to another, in their order.
+Stretches: TypeAlias = tuple[tuple[int, int], ...]
+# Sizes are asked of a file server many at a time.
+AT_ONCE = 16
 
 
 def place_of(path: Place) -> str:
@@ -29,12 +36,16 @@ class ShardSet:
     Attributes:
         shards: Their manifests' records; none where they are read without a manifest.
         paths: A file, a URL or a command each.
-        digest: Changes when any byte of any shard does.
+        digest: Changes when any byte of any shard does, or what is left out of them.
         sources: How many of the shards each source has, in their order, and its weight.
         salts: For each shard, what the image ids in its tar are combined with, by exclusive or, to
             give the ids that count: an id says whose image it is within one manifest only. None
             where the ids count as they are, with a single manifest.
         labels_clash: Whether labels have names in one manifest and are bare numbers in another.
+        manifests: For each shard the digest of the manifest that lists it.
+        mask: Digest of the images that `data.mask` leaves out; empty where it leaves out none.
+        left_out: For each shard, from where to where its bytes are left out, where shards are read
+            without their records; none without a mask.
     """
 
     shards: tuple[Shard, ...]
@@ -43,6 +54,9 @@ class ShardSet:
     sources: tuple[tuple[int, float], ...]
     salts: tuple[int, ...] = ()
     labels_clash: bool = False
+    manifests: tuple[str, ...] = ()
+    mask: str = ""
+    left_out: tuple[Stretches, ...] = ()
 
     @property
     def samples(self) -> int:
@@ -122,3 +136,42 @@ def told_apart(shards: ShardSet, origins: Sequence[Origin]) -> ShardSet:
     digest = f"{shards.digest}:{','.join(origin.digest for origin in origins)}"
     salts = tuple(origin.salt for origin in origins)
     return replace(shards, shards=records, digest=digest, salts=salts, labels_clash=clash)
+
+
+def require_each_once(setting: str, paths: Sequence[Place]) -> None:
+    """Refuse a shard that is named more than once, however it is spelt."""
+    seen: dict[str, Place] = {}
+    for path in paths:
+        if is_pipe(str(path)):
+            # What a command writes may be something else each time.
+            continue
+        first = seen.setdefault(place_of(path), path)
+        if first is not path:
+            raise ConfigError(
+                f"{setting}: {safe_url(path)} is named twice, first as {safe_url(first)}; name it "
+                "once, and give its source a weight if it is to come more often"
+            )
+
+
+def require_sizes(picked: Sequence[tuple[Path, Shard]]) -> None:
+    """Refuse files that are not there, or are not as long as their manifests say."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        parts = [picked[start::AT_ONCE] for start in range(AT_ONCE)]
+        for _ in pool.map(_check_part, parts):
+            pass
+
+
+def _check_part(picked: list[tuple[Path, Shard]]) -> None:
+    for path, shard in picked:
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise DataError(
+                f"{path}: the manifest lists it but it cannot be opened ({error.strerror}); "
+                "restore the shard or pack again"
+            ) from error
+        if size != shard.bytes:
+            raise DataError(
+                f"{path}: {size} bytes, its manifest says {shard.bytes}; restore the shard or "
+                "pack again (mmscale verify names every fault)"
+            )

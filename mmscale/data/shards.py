@@ -2,8 +2,7 @@
 
 import glob
 import re
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -23,6 +22,7 @@ from mmscale.data.manifest import (
     joined,
     parse_manifest,
 )
+from mmscale.data.mask import masked, read_mask, unrecorded
 from mmscale.data.remote import (
     NotThereError,
     beside,
@@ -35,7 +35,14 @@ from mmscale.data.remote import (
     safe_url,
     split_place,
 )
-from mmscale.data.shard_set import Origin, Place, ShardSet, place_of, told_apart
+from mmscale.data.shard_set import (
+    Origin,
+    Place,
+    ShardSet,
+    require_each_once,
+    require_sizes,
+    told_apart,
+)
 from mmscale.data.sources.typed import HUB
 from mmscale.errors import ConfigError, DataError
 
@@ -45,15 +52,19 @@ _MOST_SHARDS = 1_000_000
 _LIST = re.compile(r"\{[^{}]*,[^{}]*\}")
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
 _PLAIN = Intake()
-# Sizes are asked of a file server many at a time.
-AT_ONCE = 16
 
 
-def open_train(data: DataConfig) -> ShardSet:
-    """The shards that a run trains on."""
+def open_train(data: DataConfig, tell: Callable[[str], None] = lambda line: None) -> ShardSet:
+    """The shards that a run trains on; `tell` takes a line on what is left out of them."""
+    words = ("data.train", data.train, data.allow_pipe, Intake.of(data))
+    found = list_shards(*words) if data.resampled else open_shards(*words)
+    if data.mask is None:
+        return found
+    mask = read_mask(data.mask)
     if data.resampled:
-        return list_shards("data.train", data.train, data.allow_pipe, Intake.of(data))
-    return open_shards("data.train", data.train, data.allow_pipe, Intake.of(data))
+        # Only manifests tell whose the images are that are read without them.
+        return unrecorded(found, masked(open_shards(*words), mask, tell))
+    return masked(found, mask, tell)
 
 
 def open_shards(
@@ -79,12 +90,13 @@ def open_shards(
         found = [pair for pattern in patterns for pair in finder.indexed(pattern)]
         sources.append((len(found), weight))
         picked += found
-    _check_sizes([(path, shard) for path, shard, _ in picked if isinstance(path, Path)])
+    require_sizes([(path, shard) for path, shard, _ in picked if isinstance(path, Path)])
     paths, shards, origins = zip(*picked, strict=True)
-    _check_repeats(setting, paths)
+    require_each_once(setting, paths)
     names = ",".join(shard.sha256 for shard in shards)
     count = sum(len(patterns) for patterns, _ in _sources(where))
-    opened = ShardSet(shards, paths, f"{count}:{names}", tuple(sources))
+    manifests = tuple(origin.digest for origin in origins)
+    opened = ShardSet(shards, paths, f"{count}:{names}", tuple(sources), manifests=manifests)
     return opened if len(set(origins)) == 1 else told_apart(opened, origins)
 
 
@@ -116,7 +128,7 @@ def list_shards(
         found = [path for pattern in patterns for path in finder.named(pattern)]
         sources.append((len(found), weight))
         paths += found
-    _check_repeats(setting, paths)
+    require_each_once(setting, paths)
     return ShardSet((), tuple(paths), "", tuple(sources))
 
 
@@ -314,41 +326,3 @@ def scopes_of(paths: Sequence[Place]) -> list[tuple[int, str]]:
 
 def _on_disk(pattern: str) -> list[Path]:
     return [Path(path) for path in glob.glob(pattern)]  # noqa: PTH207
-
-
-def _check_repeats(setting: str, paths: Sequence[Place]) -> None:
-    """Refuse a shard that is named more than once, however it is spelt."""
-    seen: dict[str, Place] = {}
-    for path in paths:
-        if is_pipe(str(path)):
-            # What a command writes may be something else each time.
-            continue
-        first = seen.setdefault(place_of(path), path)
-        if first is not path:
-            raise ConfigError(
-                f"{setting}: {safe_url(path)} is named twice, first as {safe_url(first)}; name it "
-                "once, and give its source a weight if it is to come more often"
-            )
-
-
-def _check_sizes(picked: list[tuple[Path, Shard]]) -> None:
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        parts = [picked[start::AT_ONCE] for start in range(AT_ONCE)]
-        for _ in pool.map(_check_part, parts):
-            pass
-
-
-def _check_part(picked: list[tuple[Path, Shard]]) -> None:
-    for path, shard in picked:
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise DataError(
-                f"{path}: the manifest lists it but it cannot be opened ({error.strerror}); "
-                "restore the shard or pack again"
-            ) from error
-        if size != shard.bytes:
-            raise DataError(
-                f"{path}: {size} bytes, its manifest says {shard.bytes}; restore the shard or "
-                "pack again (mmscale verify names every fault)"
-            )

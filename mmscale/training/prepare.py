@@ -63,7 +63,7 @@ def prepare(config: Config, lock: RunLock, world: World, say: Tell) -> tuple[Job
     _share_cores(policy, world)
     join_ranks(world, policy.backend, run.engine.timeout, alone_too=kind == "deepspeed")
     require_outputs(run, world)
-    shards = open_train(run.data)
+    shards = open_train(run.data, say)
     lanes = [plan.lanes for plan in plans]
     origin, kept = begin(run, lanes, shards, lock, world, say)
     schedule = plan_schedule(stages[0], shards, lanes[0])

@@ -9,10 +9,10 @@ import pytest
 from mmscale.data import remote
 from mmscale.data.buckets import Buckets
 from mmscale.data.far import Far
+from mmscale.data.forward import read_from
 from mmscale.data.index import index
 from mmscale.data.named_tars import named_tars
 from mmscale.data.reader import SampleReader
-from mmscale.data.resampled import read_from
 from mmscale.data.shards import list_shards, open_shards
 from mmscale.data.verify import verify_all
 from mmscale.errors import ConfigError, DataError

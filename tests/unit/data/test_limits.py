@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from mmscale.data import impatient, remote, resampled, shard_bytes
+from mmscale.data import forward, impatient, remote, shard_bytes
 from mmscale.data import manifest as manifests
 from mmscale.data.damage import DamagedSampleError
 from mmscale.data.far import Far
+from mmscale.data.forward import read_through
 from mmscale.data.index import index
 from mmscale.data.lanes import Item
 from mmscale.data.manifest import Shard, read_manifest
 from mmscale.data.reader import SampleReader
-from mmscale.data.resampled import read_through
 from mmscale.data.shard_bytes import _Ranges
 from mmscale.data.shards import ShardSet, open_shards
 from mmscale.errors import DataError
@@ -255,7 +255,7 @@ def test_a_member_that_nobody_asked_for_stays_where_it_is(big, kind):
 
 
 def test_bytes_without_a_sample_end_a_shard_that_is_read_through(tmp_path, monkeypatch):
-    monkeypatch.setattr(resampled, "_PASSED_OVER_BYTES", 2**20)
+    monkeypatch.setattr(forward, "_PASSED_OVER_BYTES", 2**20)
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         add(tar, "a.jpg", b"x")
         add(tar, "a.txt", b"a dog")

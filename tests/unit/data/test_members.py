@@ -8,10 +8,10 @@ from PIL import Image
 
 from mmscale.data.damage import DamagedSampleError
 from mmscale.data.far import Far
+from mmscale.data.forward import read_through
 from mmscale.data.index import index
 from mmscale.data.members import describe_members, image_id_of
 from mmscale.data.reader import SampleReader, parse_sample
-from mmscale.data.resampled import read_through
 from mmscale.data.shards import open_shards
 from mmscale.data.tar import TEXT_BYTES, TarSample, walk_shard
 

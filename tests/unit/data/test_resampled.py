@@ -14,11 +14,12 @@ import pytest
 
 from mmscale.config.load import load_config
 from mmscale.contracts import Position
-from mmscale.data import remote, resampled
+from mmscale.data import forward, remote
 from mmscale.data.damage import DamagedSampleError
 from mmscale.data.far import Far
+from mmscale.data.forward import read_from, read_through
 from mmscale.data.reader import SampleReader
-from mmscale.data.resampled import Resampling, plan_resampling, read_from, read_through
+from mmscale.data.resampled import Resampling, plan_resampling
 from mmscale.data.schedule import Schedule
 from mmscale.data.shards import ShardSet, list_shards
 from mmscale.errors import DataError
@@ -172,7 +173,7 @@ FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarf
 @pytest.mark.parametrize("look_back", [0, 2**20])
 def test_a_tar_is_entered_at_any_place(tmp_path, monkeypatch, name, folder, look_back):
     """Only whole samples follow: those behind the place, under their whole names."""
-    monkeypatch.setattr(resampled, "_LOOK_BACK", look_back)
+    monkeypatch.setattr(forward, "_LOOK_BACK", look_back)
     path = tmp_path / "a.tar"
     noise = random.Random(0)
     with tarfile.open(path, "w", format=FORMATS[name]) as tar:
