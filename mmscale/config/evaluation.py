@@ -1,6 +1,7 @@
 """Settings of the evaluations: when they are made, and on which sets."""
 
 import re
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
@@ -79,6 +80,15 @@ def setting_of(name: str) -> str:
 def logged(name: str, figure: str) -> str:
     """What a figure of a set is called in the log."""
     return f"{PREFIX}{figure}" if name == MAIN else f"{PREFIX}{name}/{figure}"
+
+
+def figure_fault(setting: str, figure: str, names: Collection[str]) -> str | None:
+    """What a figure has against it where the sets of an evaluation are these; None: nothing."""
+    if (name := set_named_in(figure)) in names:
+        return None
+    about = "data.eval" if name == MAIN else f"the evaluation set {name}"
+    others = " or ".join(logged(known, "FIGURE") for known in names)
+    return f"{setting}={figure} is a figure of {about}, and there is none; name {others}"
 
 
 def set_named_in(figure: str) -> str:

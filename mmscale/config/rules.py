@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from mmscale.config.data import DataConfig, SourceConfig
-from mmscale.config.evaluation import MAIN, logged, set_named_in
+from mmscale.config.evaluation import MAIN, figure_fault
 from mmscale.config.loss import TERMS, AnyTerm, LossConfig, MatryoshkaTerm
 from mmscale.config.schema import Config
 from mmscale.config.taught import AnchorTerm, TeacherTerm
@@ -257,11 +257,8 @@ def figure_faults(config: Config) -> Iterator[str]:
         "stop.metric": config.stop.metric if waits else None,
     }
     for setting, figure in settings.items():
-        if figure is None or (name := set_named_in(figure)) in names:
-            continue
-        about = "data.eval" if name == MAIN else f"the evaluation set {name}"
-        others = " or ".join(logged(known, "FIGURE") for known in names)
-        yield f"{setting}={figure} is a figure of {about}, and there is none; name {others}"
+        if figure is not None and (fault := figure_fault(setting, figure, names)):
+            yield fault
 
 
 def _who(asks: Callable[[Needs], bool]) -> str:

@@ -100,21 +100,22 @@ def open_shards(
     return opened if len(set(origins)) == 1 else told_apart(opened, origins)
 
 
-def open_stored(where: str | list[str], data: DataConfig | None = None) -> ShardSet:
-    """The shards of a `data.eval` that a run's folder names; arguments and errors as `open_shards`.
+def open_stored(
+    where: str | list[str], data: DataConfig | None = None, setting: str = "data.eval"
+) -> ShardSet:
+    """The pairs that a run's folder names; arguments and errors as `open_shards`.
 
     Only files: whoever wrote the folder may have named addresses that its reader would not open.
     """
     for place in [where] if isinstance(where, str) else where:
         if is_remote(place) or place.startswith(HUB):
             raise DataError(
-                f"data.eval={safe_url(place)}: is an address that the run's folder names, and none "
+                f"{setting}={safe_url(place)}: is an address that the run's folder names, and none "
                 "is opened that you have not named yourself; name the pairs with --data"
             )
     # Where it would keep what it packs is its own word, too.
-    own = None if data is None else data.model_copy(update={"cache": None})
-    intake = _PLAIN if own is None else Intake.of(own, "data.eval")
-    return open_shards("data.eval", where, intake=intake)
+    intake = Intake.of(data.model_copy(update={"cache": None}), setting) if data else _PLAIN
+    return open_shards(setting, where, intake=intake)
 
 
 def list_shards(

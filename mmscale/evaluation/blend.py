@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -20,13 +19,9 @@ from mmscale.checkpoint.write import Kept, publish_if_whole, take_snapshot, writ
 from mmscale.config.model import AdapterConfig
 from mmscale.config.schema import Config
 from mmscale.contracts import NamedTensor, World
-from mmscale.data.shards import ShardSet
-from mmscale.diagnostics.retrieval import RECALLS
 from mmscale.errors import CheckpointError, ConfigError
-from mmscale.evaluation.retrieval import evaluate_set
 from mmscale.evaluation.trained import Trained, load_trained
 from mmscale.model.adapters import adapted, merge_adapter
-from mmscale.parallel.peers import Alone
 
 # Points on the line between two models, both ends among them.
 POINTS = 11
@@ -119,27 +114,6 @@ def line(points: int = POINTS) -> Iterator[tuple[float, float]]:
     for point in range(points):
         second = point / (points - 1)
         yield 1 - second, second
-
-
-@dataclass(frozen=True)
-class Tried:
-    """A blend that was tried: the models' shares, and its figures on held-out pairs."""
-
-    shares: tuple[float, ...]
-    figures: dict[str, float]
-
-    @property
-    def mean(self) -> float:
-        """Of the six recalls."""
-        return fmean(self.figures[name] for name in RECALLS)
-
-
-def tried(
-    models: Sequence[Blendable], shares: Iterable[tuple[float, ...]], shards: ShardSet
-) -> Iterator[Tried]:
-    """Blends on held-out pairs, one after the other; the first model takes their weights."""
-    for each, evaluated in blended(models, shares):
-        yield Tried(each, evaluate_set(evaluated, shards, Alone()))
 
 
 def blended(

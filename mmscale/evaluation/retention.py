@@ -1,6 +1,6 @@
 """What a model has kept of what it could do when its run began."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,10 @@ from torch import Tensor
 from mmscale.config.evaluation import MEAN, TOP1, RetainConfig, logged
 from mmscale.diagnostics.pairing import cka
 from mmscale.diagnostics.pairs import one_to_one
+from mmscale.errors import ConfigError
+from mmscale.evaluation.blend import Blendable, blended, line
 from mmscale.evaluation.sets import Evaluated, as_logged
+from mmscale.evaluation.trained import Trained
 
 RETAIN = "retain/"
 GAIN, LOST = f"{RETAIN}gain", f"{RETAIN}lost"
@@ -32,12 +35,27 @@ class AtStart:
     rows: Mapping[str, Float[Tensor, "n d"]]
 
     @classmethod
-    def of(cls, evaluated: Mapping[str, Evaluated], settings: RetainConfig) -> "AtStart":
-        """From the evaluation before the first update."""
+    def of(
+        cls,
+        evaluated: Mapping[str, Evaluated],
+        settings: RetainConfig,
+        named: str = "retain.metric",
+    ) -> "AtStart":
+        """From the evaluation before the first update; `named`: what names the figure to gain.
+
+        Raises:
+            ConfigError: A point is to be chosen by a figure that is not measured.
+        """
+        figures = as_logged(evaluated)
+        if settings.budget is not None and settings.metric not in figures:
+            raise ConfigError(
+                f"{named}={settings.metric}: the evaluation measures {', '.join(figures)}; name "
+                "one of these"
+            )
         rows: dict[str, Tensor] = {}
         for name in settings.sets:
             rows |= {f"{name}.{side}": value for side, value in _rows_of(evaluated[name])}
-        return cls(as_logged(evaluated), rows)
+        return cls(figures, rows)
 
 
 def retained(
@@ -59,7 +77,7 @@ def retained(
     if settings.metric in figures:
         found[GAIN] = figures[settings.metric] - start.figures[settings.metric]
     lost = {name: _lost(name, evaluated[name], start) for name in settings.sets}
-    found[LOST] = max(lost.values())
+    found[LOST] = max(lost.values(), default=0.0)
     for name, points in lost.items():
         found[f"{RETAIN}{name}/lost"] = points
         for side, rows in _rows_of(evaluated[name]):
@@ -108,12 +126,12 @@ def _nearest(rows: Float[Tensor, "n d"], count: int) -> Bool[Tensor, "n n"]:
 
 @dataclass(frozen=True)
 class Point:
-    """A model between a run's start and its end.
+    """A model on the line between two, such as a run's start and its end.
 
     Attributes:
-        share: Of the end in its weights.
-        gain: Points of `retain.metric` above the start's.
-        lost: Points below the start's of the retained set that has lost most.
+        share: Of the second in its weights.
+        gain: Points of `retain.metric` above the first's.
+        lost: Points below the first's of the retained set that has lost most.
         figures: Of all sets, as they are logged.
     """
 
@@ -121,6 +139,35 @@ class Point:
     gain: float
     lost: float
     figures: dict[str, float]
+
+    def __str__(self) -> str:
+        return f"{self.gain:+.2f} points gained, {self.lost:.2f} lost"
+
+
+def walked(
+    models: Sequence[Blendable],
+    settings: RetainConfig,
+    evaluate: Callable[[Trained], Mapping[str, Evaluated]],
+    start: AtStart | None = None,
+    named: str = "retain.metric",
+) -> Iterator[Point]:
+    """Points on the line between two models, from the first to the second.
+
+    Args:
+        models: Both.
+        settings: What counts as gain, and which sets are retained.
+        evaluate: All sets, by a model with the weights of a point.
+        start: What gain and loss are counted from; None: the first point.
+        named: What names the figure to gain, for messages.
+
+    Raises:
+        ConfigError: That figure is not measured.
+    """
+    for (_, share), trained in blended(models, line()):
+        found = evaluate(trained)
+        start = start or AtStart.of(found, settings, named)
+        figures = retained(found, start, settings)
+        yield Point(share, figures[GAIN], figures[LOST], as_logged(found))
 
 
 def best_point(points: list[Point], budget: float) -> Point:

@@ -12,6 +12,7 @@ from mmscale.config.load import read_yaml, validate
 from mmscale.config.schema import Config
 from mmscale.contracts import Peers
 from mmscale.data.grouping import copies_line
+from mmscale.data.shards import open_stored
 from mmscale.diagnostics.pairs import Pairs
 from mmscale.engine.encode import Call, Encoder
 from mmscale.errors import ConfigError, DataError
@@ -109,8 +110,13 @@ def evaluate_model(loaded: Loaded, sets: Mapping[str, EvalSetConfig]) -> dict[st
     Raises:
         DataError: A set cannot be used.
     """
-    inference, found = loaded.inference, open_named(loaded, sets)
-    return evaluate_sets(loaded.config, inference.call, inference.device, found, Alone())
+    return evaluate_opened(loaded, open_named(loaded, sets))
+
+
+def evaluate_opened(loaded: Loaded, sets: Mapping[str, EvalSet]) -> dict[str, Evaluated]:
+    """As `evaluate_model`, of sets that are open."""
+    inference = loaded.inference
+    return evaluate_sets(loaded.config, inference.call, inference.device, sets, Alone())
 
 
 def open_named(loaded: Loaded, sets: Mapping[str, EvalSetConfig]) -> dict[str, EvalSet]:
@@ -127,6 +133,22 @@ def open_named(loaded: Loaded, sets: Mapping[str, EvalSetConfig]) -> dict[str, E
         }
     )
     return open_sets(chosen, loaded.spec)
+
+
+def open_own(loaded: Loaded) -> dict[str, EvalSet]:
+    """The `eval.sets` of a model's run, where they are files of this machine.
+
+    Raises:
+        DataError: One is not, or cannot be used.
+    """
+    found: dict[str, EvalSet] = {}
+    for name, chosen in loaded.config.eval.sets.items():
+        if chosen.kind == "classes":
+            found |= open_named(loaded, {name: chosen})
+            continue
+        shards = open_stored(chosen.data, loaded.config.data, setting_of(name))
+        found[name] = HeldOut(shards, loaded.spec, None)
+    return found
 
 
 def embedded_sets(

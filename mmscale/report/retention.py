@@ -1,20 +1,25 @@
 """A run's gain on its own set against its loss on those that it is to retain."""
 
+from itertools import cycle
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mmscale.config.evaluation import HEADLINES, logged
 from mmscale.config.explain import first_fault
 from mmscale.errors import DataError
 from mmscale.report.figure import (
     CHANCE_COLOUR,
+    GROUP_COLOURS,
     HALF_WIDTH,
     IMAGE_COLOUR,
     PLAIN_COLOUR,
     TEXT_COLOUR,
     data_uri,
     drawing,
+    literal,
 )
 from mmscale.report.metrics import Lines
 from mmscale.report.plots import HEIGHT
@@ -33,6 +38,7 @@ class _Point(_Record):
     share: Annotated[float, Field(ge=0, le=1)]
     gain: _Points
     lost: _Points
+    figures: dict[str, float] = Field(default_factory=dict)
 
 
 class RetentionLine(_Record):
@@ -41,12 +47,26 @@ class RetentionLine(_Record):
     Attributes:
         budget: Points that a retained set may lose.
         chosen: Share of the last weights in the model that was chosen.
+        sets: Those that are retained.
         points: Between the first and the last weights.
     """
 
     budget: Annotated[float, Field(allow_inf_nan=False, ge=0)]
     chosen: Annotated[float, Field(ge=0, le=1)]
+    sets: Annotated[list[str], Field(max_length=1000)] = []
     points: Annotated[list[_Point], Field(min_length=1, max_length=1000)]
+
+    def lost_by_set(self) -> dict[str, list[float]]:
+        """Points that each set has lost at each point, of the sets whose figures are there."""
+        first = self.points[0].figures
+        found = {}
+        for name in self.sets:
+            for key in (logged(name, headline) for headline in HEADLINES):
+                values = [point.figures.get(key) for point in self.points]
+                numbers = [value for value in values if value is not None and isfinite(value)]
+                if len(numbers) == len(values):
+                    found[name] = [first[key] - value for value in numbers]
+        return found
 
 
 def read_line(path: Path) -> RetentionLine | None:
@@ -85,13 +105,13 @@ def draw_retention(lines: Lines, line: RetentionLine | None) -> str | None:
         if line is not None:
             between = [(point.lost, point.gain) for point in line.points]
             lost, gain = zip(*between, strict=True)
-            style: dict[str, Any] = {
-                "color": IMAGE_COLOUR,
-                "linestyle": "--",
-                "marker": ".",
-                "markersize": 5,
-            }
-            axes.plot(lost, gain, label="between first and last weights", **style)
+            style: dict[str, Any] = {"linestyle": "--", "marker": ".", "markersize": 5}
+            label = "between first and last weights"
+            axes.plot(lost, gain, label=label, color=IMAGE_COLOUR, **style)
+            by_set = line.lost_by_set() if len(line.sets) > 1 else {}
+            for (name, points), colour in zip(by_set.items(), cycle(GROUP_COLOURS)):
+                label = f"{literal(name)} alone"
+                axes.plot(points, gain, label=label, color=colour, linewidth=0.9)
             chosen = next((p for p in line.points if p.share == line.chosen), line.points[0])
             label = f"chosen: {chosen.share:.0%} of the last"
             axes.plot(chosen.lost, chosen.gain, "*", color=TEXT_COLOUR, markersize=11, label=label)

@@ -5,14 +5,15 @@ whatever engine trained.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 
 from mmscale.checkpoint.files import best_blend, step_folder
 from mmscale.checkpoint.state import RunState
-from mmscale.evaluation.blend import Blendable, blend, blended, line, open_all, write_blend
-from mmscale.evaluation.retention import GAIN, LOST, Point, best_point, retained
-from mmscale.evaluation.sets import as_logged, evaluate_sets
+from mmscale.evaluation.blend import Blendable, blend, open_all, write_blend
+from mmscale.evaluation.retention import Point, best_point, walked
+from mmscale.evaluation.sets import Evaluated, evaluate_sets
+from mmscale.evaluation.trained import Trained
 from mmscale.outputs import replace_file
 from mmscale.parallel.peers import barrier
 from mmscale.report.retention import LINE_NAME
@@ -36,7 +37,7 @@ def deliver(stage: Stage, services: Services, state: RunState) -> Point | None:
     points = []
     for point in _line(stage, services, models):
         points.append(point)
-        services.report.say(_told(point))
+        services.report.say(f"{point.share:.0%} of the last weights: {point}")
     best = best_point(points, settings.budget)
     if job.world.is_main:
         shares = (1 - best.share, best.share)
@@ -44,12 +45,14 @@ def deliver(stage: Stage, services: Services, state: RunState) -> Point | None:
         found = {
             "budget": settings.budget,
             "metric": settings.metric,
+            "sets": list(settings.sets),
             "chosen": best.share,
             "points": [asdict(point) for point in points],
         }
         replace_file(job.folder / LINE_NAME, json.dumps(found, indent=1).encode())
     services.report.say(
-        f"within {settings.budget:g} points: {_told(best)}; it is {best_blend(job.folder)}"
+        f"within {settings.budget:g} points: {best.share:.0%} of the last weights: {best}; it is "
+        f"{best_blend(job.folder)}"
     )
     return best
 
@@ -60,21 +63,8 @@ def _line(stage: Stage, services: Services, models: list[Blendable]) -> Iterator
     def alive(done: int, total: int) -> None:
         services.watchdog.alive(f"a point between the run's ends after {done} of {total}")
 
-    for (_, share), trained in blended(models, line()):
-        found = evaluate_sets(
-            stage.config,
-            trained.inference.call,
-            trained.inference.device,
-            stage.sets,
-            stage.learner.peers,
-            alive,
-        )
-        figures = retained(found, first, stage.config.retain)
-        yield Point(share, figures[GAIN], figures[LOST], as_logged(found))
+    def evaluate(trained: Trained) -> Mapping[str, Evaluated]:
+        call, device = trained.inference.call, trained.inference.device
+        return evaluate_sets(stage.config, call, device, stage.sets, stage.learner.peers, alive)
 
-
-def _told(point: Point) -> str:
-    return (
-        f"{point.share:.0%} of the last weights: {point.gain:+.2f} points gained, "
-        f"{point.lost:.2f} lost"
-    )
+    return walked(models, stage.config.retain, evaluate, first)

@@ -8,6 +8,7 @@ import torch
 
 from mmscale.checkpoint.files import Checkpoint
 from mmscale.cli import app
+from mmscale.data.scenes import SHAPES
 from mmscale.errors import MmscaleError
 from mmscale.evaluation.blend import open_all
 from tests.whole.command import run
@@ -87,6 +88,65 @@ def test_a_sweep_keeps_the_best_of_eleven_points_and_every_verb_takes_it(made, s
     succeed([*ALONE, made / "small.yaml", *warm, f"run.dir={made}/warm"])
 
 
+def _sets(folder: Path, pairs) -> Path:
+    """A file of two sets: pairs, and labelled images."""
+    (folder / "shapes.txt").write_text("\n".join(SHAPES), "utf-8")
+    shapes = {"data": str(pairs.val), "kind": "classes", "classes": f"{folder}/shapes.txt"}
+    file = folder / "sets.json"
+    file.write_text(json.dumps({"old": {"data": str(pairs.test)}, "shapes": shapes}), "utf-8")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("metric", "budget"),
+    [("eval/mean", 1.0), pytest.param("eval/old/t2i_r10", 0.0, marks=pytest.mark.slow)],
+)
+def test_a_sweep_within_a_budget_gains_most_of_the_points_that_lose_no_more(
+    made, synthetic, tmp_path, metric, budget
+):
+    told = tmp_path / "points.json"
+    words = ["--sets", _sets(tmp_path, synthetic), "--metric", metric, "--budget", budget]
+    both = made / "first", made / "last"
+    _verb("blend", *both, "--sweep", *words, "--out", tmp_path / "best", "--json", told)
+    found = json.loads(told.read_text())
+    judged = {"main": "mean", "old": "old/mean", "shapes": "shapes/top1"}
+    gained = metric.removeprefix("eval/")
+    judged.pop("main" if gained == "mean" else "old")
+    assert set(found["sets"]) == set(judged)
+    points = found["points"]
+    for point in points:
+        assert point["gain"] == pytest.approx(point[gained] - points[0][gained])
+        lost = max(points[0][key] - point[key] for key in judged.values())
+        assert point["lost"] == pytest.approx(lost)
+    within = [point for point in points if point["lost"] <= budget]
+    best = max(within, key=lambda point: point["gain"])
+    assert found["shares"] == best["shares"]
+    # What was written has the figures of the point.
+    figures = tmp_path / "figures.json"
+    _verb("eval", tmp_path / "best", "--sets", tmp_path / "sets.json", "--json", figures)
+    for name, of_set in json.loads(figures.read_text()).items():
+        assert of_set == {key: best[f"{name}/{key}"] for key in of_set}
+
+
+@pytest.mark.slow
+def test_a_sweep_takes_the_sets_of_the_first_run(made, synthetic, tmp_path):
+    run_dir, told = tmp_path / "run", tmp_path / "points.json"
+    data = [f"data.train={synthetic.train}", f"eval.sets={{old: {{data: {synthetic.test}}}}}"]
+    words = [*data, f"model.weights={made}/first", "train.duration=1 steps", f"run.dir={run_dir}"]
+    succeed([*ALONE, made / "small.yaml", *words])
+    both = run_dir, made / "last"
+    words = ["--sweep", "--data", synthetic.val, "--json", told]
+    _verb("blend", *both, *words, "--budget", "100", "--out", tmp_path / "all")
+    found = json.loads(told.read_text())
+    assert found["sets"] == ["old"]
+    assert {"old/mean", "mean"} < found["points"][0].keys()
+    _verb("blend", *both, *words, "--out", tmp_path / "one")
+    alone = json.loads(told.read_text())
+    # A budget that nothing exceeds chooses what is chosen without; other sets are not looked at.
+    assert (alone["sets"], alone["shares"]) == ([], found["shares"])
+    assert not any("old" in key for key in alone["points"][0])
+
+
 def test_a_run_does_not_go_on_from_a_blend(made, synthetic):
     out = made / "mean"
     _verb("blend", made / "first", made / "last", "--out", out)
@@ -128,6 +188,12 @@ def test_adapters_are_merged_before_a_mean_is_taken(made, synthetic):
         (["first", "last", "wider", "--sweep"], 2, "3 are named"),
         (["first", "last", "--sweep", "--weights", "1,0"], 2, "without --weights"),
         (["first", "last", "--out", "runs"], 2, "holds something already"),
+        (["first", "last", "--budget", "1"], 2, "--budget: has an effect only with --sweep"),
+        (["first", "last", "--sweep", "--budget", "1"], 2, "no set beside that of eval/mean"),
+        (["first", "last", "--sweep", "--budget", "inf"], 2, "no number of points"),
+        (["first", "last", "--sweep", "--metric", "eval/coco/mean"], 2, "evaluation set coco"),
+        (["first", "last", "--sweep", "--metric", "eval/r1"], 2, "the evaluation measures"),
+        (["first", "last", "--sweep", "--sets", "none.yaml"], 2, "none.yaml"),
     ],
 )
 def test_what_cannot_be_blended_is_refused(made, words, code, told, monkeypatch):

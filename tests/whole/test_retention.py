@@ -135,6 +135,7 @@ def test_the_line_of_a_run_under_zero_3_is_that_of_one_process(synthetic, tmp_pa
         (["retain.budget=2"], "retain.budget"),
         (["retain.sets=[old]", "retain.metric=eval/gone/mean", "retain.budget=1"], "gone"),
         (["retain.sets=[old]", "retain.budget=-1"], "retain.budget"),
+        (["retain.sets=[old]", "retain.metric=eval/r1", "retain.budget=1"], "measures eval/i2t_r1"),
     ],
 )
 def test_what_retains_nothing_is_refused(synthetic, tmp_path, words, told):

@@ -41,6 +41,23 @@ def test_a_run_with_a_budget_has_a_picture_and_the_line_is_in_it(folder):
     assert TITLE in write_page(folder).path.read_text("utf-8")
 
 
+def test_each_of_several_retained_sets_has_a_curve_of_its_own(folder):
+    figures = [(30.0, 50.0), (29.0, 49.5), (21.0, 60.0)]
+    points = [
+        point | {"figures": {"eval/old/mean": old, "eval/pets/top1": pets, "eval/images": 9}}
+        for point, (old, pets) in zip(LINE["points"], figures, strict=True)
+    ]
+    several = LINE | {"sets": ["old", "pets", "gone"], "points": points}
+    (folder / LINE_NAME).write_text(json.dumps(several))
+    line = read_line(folder / LINE_NAME)
+    assert line.lost_by_set() == {"old": [0.0, 1.0, 9.0], "pets": [0.0, 0.5, -10.0]}
+    lines = read_metrics(folder / "metrics.jsonl")
+    (folder / LINE_NAME).write_text(json.dumps(several | {"sets": ["old"]}))
+    assert draw_retention(lines, line) != draw_retention(lines, read_line(folder / LINE_NAME))
+    (folder / LINE_NAME).write_text(json.dumps(LINE))
+    assert read_line(folder / LINE_NAME).lost_by_set() == {}
+
+
 def test_a_run_that_retains_nothing_has_none():
     assert draw_retention([{"step": 1, "loss": 2.0}], None) is None
     assert TITLE not in [plot.title for plot in training_pictures([{"step": 1, "loss": 2.0}])]
