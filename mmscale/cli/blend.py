@@ -60,11 +60,7 @@ def blend(
     words = [model for model in models if "=" in model and not Path(model).exists()]
     paths = [Path(path_of(model, model)) for model in models if model not in words]
     shares = _shares(weights, len(paths), sweep)
-    asked = {"--sets": sets, "--metric": metric, "--budget": budget}
-    if not sweep and (given := [name for name, value in asked.items() if value is not None]):
-        raise ConfigError(f"{given[0]}: has an effect only with --sweep; add it or leave this out")
-    if budget is not None and not isfinite(budget):
-        raise ConfigError(f"--budget {budget}: is no number of points; write 2")
+    _require_effect(sweep, {"--sets": sets, "--metric": metric, "--budget": budget})
     for path in paths:
         require_there(path, "run or checkpoint")
     from mmscale.evaluation.blend import blend as mean_of
@@ -111,6 +107,14 @@ def _shares(weights: str | None, models: int, sweep: bool) -> tuple[float, ...]:
             "they sum to 1"
         )
     return shares
+
+
+def _require_effect(sweep: bool, asked: dict[str, Any]) -> None:
+    given = [name for name, value in asked.items() if value is not None]
+    if given and not sweep:
+        raise ConfigError(f"{given[0]}: has an effect only with --sweep; add it or leave this out")
+    if not isfinite(asked["--budget"] or 0):
+        raise ConfigError(f"--budget {asked['--budget']}: is no number of points; write 2")
 
 
 def _held_out(trained: Any, data: str | None, sets: Any, with_own: bool) -> dict[str, Any]:
