@@ -70,16 +70,13 @@ def blend(
     require_new(out)
     named = None if sets is None else read_sets(sets)
     opened = open_all(paths, words)
-    found: dict[str, Any]
+    with_own = metric is not None or budget is not None
+    held_out = _held_out(opened[0].trained, data, named, with_own)
     if sweep:
-        held_out = _held_out(
-            opened[0].trained, data, named, metric is not None or budget is not None
-        )
         found = _swept(opened, held_out, metric, budget)
-        shares = found["shares"]
     else:
-        held_out = _held_out(opened[0].trained, data, None, False)
         found = {"points": _evaluated(opened, shares, held_out), "shares": shares}
+    shares = found["shares"]
     with writing("--out", out):
         write_blend(out, opened, shares, mean_of(opened, shares))
     write_json(json_file, {"models": [str(path) for path in paths], **found})

@@ -28,9 +28,9 @@ class AdaptedAttention(MultiheadAttention):
         need_weights: bool = True,
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
-        is_causal: bool = False,
+        **hints: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention`, for batches; `is_causal` is but a hint about `attn_mask`."""
+        """As `nn.MultiheadAttention`, for batches; `hints`: `is_causal`, which `attn_mask` says too."""
         base: Any = self.get_base_layer()
         same = query is key and key is value
         if not base.batch_first:
