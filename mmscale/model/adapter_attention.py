@@ -27,10 +27,12 @@ class AdaptedAttention(MultiheadAttention):
         key_padding_mask: Tensor | None = None,
         need_weights: bool = True,
         attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        **hints: bool,
+        **options: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention`, for batches; `hints`: `is_causal`, which `attn_mask` says too."""
+        """As `nn.MultiheadAttention`, for batches.
+
+        Of its `options` `average_attn_weights` counts; `is_causal` is but a hint about `attn_mask`.
+        """
         base: Any = self.get_base_layer()
         same = query is key and key is value
         if not base.batch_first:
@@ -45,7 +47,7 @@ class AdaptedAttention(MultiheadAttention):
         dropout = base.dropout if self.training else 0.0
         if need_weights:
             mixed, weights = _with_weights(q, k, v, mask, dropout)
-            weights = weights.mean(1) if average_attn_weights else weights
+            weights = weights.mean(1) if options.get("average_attn_weights", True) else weights
         else:
             mixed, weights = F.scaled_dot_product_attention(q, k, v, mask, dropout), None
         rows = base.out_proj(mixed.transpose(1, 2).flatten(2))
