@@ -143,6 +143,12 @@ def index(
             callback=folder_out,
         ),
     ] = None,
+    keys: Annotated[
+        str | None,
+        typer.Option(
+            help="Which members are what, as data.keys: '{image: [jpg], json: [caption]}'."
+        ),
+    ] = None,
     max_left_out: LeftOut = 0.5,
     workers: Workers = 2,
 ) -> int:
@@ -151,12 +157,13 @@ def index(
     Samples that cannot be used are named and left out. With --out, data.train takes that folder;
     the manifest of tars in a bucket is put beside them.
     """
+    from mmscale.data.choice import parse_choice
     from mmscale.data.far import kept_here
     from mmscale.data.index import index as run
     from mmscale.data.named_tars import named_tars
     from mmscale.report.console import progress_of
 
-    tars = named_tars(shards)
+    choice, tars = parse_choice(keys), named_tars(shards)
     target = out or (tars[0].parent if isinstance(tars[0], Path) else kept_here(tars[0]))
     try:
         # What cannot be read is told first.
@@ -173,6 +180,7 @@ def index(
             tell=tell,
             out=out,
             most_left_out=max_left_out,
+            choice=choice,
         )
     skipped = sum(shard.skipped for shard in manifest.shards)
     left_out = f", {skipped:,} samples left out" if skipped else ""

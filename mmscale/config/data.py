@@ -1,5 +1,6 @@
 """Settings of the data: where pairs come from, how they are drawn, and what is made of them."""
 
+import warnings
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -88,6 +89,76 @@ class ColumnsConfig(Section):
     """The image's own number; default the column `image_id`."""
 
 
+def weighted(entry: str) -> tuple[str, float | None]:
+    """Name and share of `NAME` or `NAME:SHARE`."""
+    name, colon, share = entry.rpartition(":")
+    try:
+        return (name, float(share)) if colon else (entry, None)
+    except ValueError:
+        # A name with a colon in it.
+        return entry, None
+
+
+with warnings.catch_warnings():
+    # Pydantic had a method of the name `json` once.
+    warnings.simplefilter("ignore", UserWarning)
+
+    class KeysConfig(Section):
+        """Members of a sample in foreign shards; what is empty goes by its usual name."""
+
+        image: tuple[str, ...] = ()
+        """Endings of images, best first; `*`: what begins as a JPEG, PNG or WebP."""
+        text: tuple[str, ...] = ()
+        """Endings of texts that are captions; with `json` or several, each turn draws one of them;
+        `txt:0.3` in three turns of ten."""
+        json: tuple[str, ...] = ()  # type: ignore[assignment]
+        """Names in the json member that captions stand under, drawn as `text` is."""
+        lines: bool = False
+        """Each line of a text is a caption."""
+
+        @field_validator("image", "text")
+        @classmethod
+        def _are_endings(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(name.lower().removeprefix(".") for name in names)
+
+        @model_validator(mode="after")
+        def _is_whole(self) -> "KeysConfig":
+            named = [name for name, _ in map(weighted, (*self.image, *self.text, *self.json))]
+            if not all(named):
+                raise ValueError("a name is empty; name endings of members, or names in the json")
+            for entries in (self.image, self.text, self.json):
+                names = [name for name, _ in map(weighted, entries)]
+                if len(set(names)) < len(names):
+                    raise ValueError(f"{', '.join(entries)} names one twice; name each once")
+            if self.lines and not (self.text or self.json):
+                raise ValueError("lines is of the captions in text and json; name them there")
+            given = [share for _, share in map(weighted, (*self.text, *self.json))]
+            known = [share for share in given if share is not None]
+            total = sum(known)
+            is_full = abs(total - 1) < 1e-6
+            if not all(0 < share <= 1 for share in known) or not (
+                is_full if known and len(known) == len(given) else total < 1
+            ):
+                raise ValueError(
+                    "the shares of text and json are above 0 and 1 together; what has none shares "
+                    "what is left"
+                )
+            return self
+
+        @property
+        def words(self) -> str:
+            """Every name that is given, in a line."""
+            given = (f"{name}: {', '.join(v)}" for name, v in self if v and name != "lines")
+            return "; ".join([*given, *["lines"] * self.lines]) or "the usual names"
+
+        def shares(self) -> list[tuple[str, float]]:
+            """Each name of `text`, then of `json`, with how often captions are drawn from it."""
+            given = list(map(weighted, (*self.text, *self.json)))
+            known = [share for _, share in given if share is not None]
+            left = (1 - sum(known)) / max(1, len(given) - len(known))
+            return [(name, left if share is None else share) for name, share in given]
+
+
 class DataConfig(Section):
     """The training and evaluation streams."""
 
@@ -102,6 +173,8 @@ class DataConfig(Section):
     them, or the user's cache."""
     columns: ColumnsConfig = ColumnsConfig()
     """Columns of a table."""
+    keys: KeysConfig = KeysConfig()
+    """Members of foreign shards; as they were indexed, or without a manifest."""
     mask: PathSetting | None = None
     """File of ids of images that `data.train` leaves out: a JSON list, an id a line, or what
     `mmscale examine` wrote."""

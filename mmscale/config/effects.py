@@ -277,6 +277,7 @@ EFFECTS: dict[str, Effect | None] = {
     **_always("data.", "lanes", "shuffle_buffer", "captions", "caption_cleaning", "match"),
     **_always("data.", "positive_share", "image_size", "augment", "max_damaged"),
     **_always("data.", "feature_cache", "decoded_cache", "hard_batches.table"),
+    **_always("data.keys.", "image", "text", "json", "lines"),
     "data.allow_pipe": _PIPED,
     "data.cache": _TABLED,
     "data.hold_out": _TABLED,

@@ -5,12 +5,14 @@ What can only be read from its beginning (a command's output, a compressed tar) 
 """
 
 import tarfile
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, cast
 
+from mmscale.data.choice import USUAL, Choice
 from mmscale.data.damage import DamagedSampleError
 from mmscale.data.far import Far
 from mmscale.data.mask import is_within
@@ -27,28 +29,44 @@ from mmscale.data.tar import (
 )
 from mmscale.errors import DataError
 
+
+@dataclass(frozen=True)
+class Reading:
+    """What of a shard is read.
+
+    Attributes:
+        without: Bytes in which samples that are passed over begin.
+        choice: Which members of a sample are what.
+    """
+
+    without: Stretches = ()
+    choice: Choice = USUAL
+
+
+WHOLE = Reading()
+
 # So much in a row that no sample is made of, and the shard is given up.
 _PASSED_OVER_BYTES = 2**32
 _LOOK_BACK = 2**20
 
 
-def read_through(where: Place, far: Far, without: Stretches = ()) -> Iterator[Sample | str]:
+def read_through(where: Place, far: Far, reading: Reading = WHOLE) -> Iterator[Sample | str]:
     """Samples of a tar from its first to its last; a text for each that cannot be used.
 
     Args:
         where: A file, URL or command.
         far: What addresses are read with.
-        without: Bytes in which samples that are passed over begin.
+        reading: What of it is read.
 
     Raises:
         DataError: It cannot be read at all.
     """
     with closing(_chunks(where, far, 0)) as chunks:
-        yield from _samples(_Flow(chunks), _short_name(where), without)
+        yield from _samples(_Flow(chunks), _short_name(where), reading)
 
 
 def read_from(
-    where: Place, far: Far, part: float, counts: dict[Place, int], without: Stretches = ()
+    where: Place, far: Far, part: float, counts: dict[Place, int], reading: Reading = WHOLE
 ) -> Iterator[Sample | str]:
     """Samples of a tar from a place on.
 
@@ -59,7 +77,7 @@ def read_from(
             left out, the one after it is the first.
         counts: Numbers of samples of the tars that must be read to their end to know them; more
             are noted here.
-        without: As in `read_through`.
+        reading: As in `read_through`.
 
     Raises:
         DataError: It cannot be read at all.
@@ -67,8 +85,8 @@ def read_from(
     size = _size_to_enter(where, far)
     if size is None:
         if where not in counts:
-            counts[where] = sum(1 for _ in read_through(where, far, without))
-        samples = read_through(where, far, without)
+            counts[where] = sum(1 for _ in read_through(where, far, reading))
+        samples = read_through(where, far, reading)
         yield from islice(samples, int(part * counts[where]), None)
         return
     place = int(part * size)
@@ -78,7 +96,7 @@ def read_from(
         flow = _from_header(chunks, start)
         # None where the place is in the last member.
         if flow is not None:
-            yield from _samples(flow, _short_name(where), without, place)
+            yield from _samples(flow, _short_name(where), reading, place)
 
 
 def size_of(where: Place, far: Far) -> int | None:
@@ -129,26 +147,27 @@ def _from_header(chunks: Iterator[bytes], start: int) -> "_Flow | None":
 
 
 def _samples(
-    flow: "_Flow", name: str, without: Stretches, behind: int = -1
+    flow: "_Flow", name: str, reading: Reading, behind: int = -1
 ) -> Iterator[Sample | str]:
     """Samples of a tar.
 
     Args:
         flow: Its bytes, from a header on.
         name: For messages.
-        without: As in `read_through`.
+        reading: As in `read_through`.
         behind: Byte in a sample that is left out, like all before it.
     """
     try:
         with tarfile.open(
             fileobj=cast(IO[bytes], flow), mode="r|*", bufsize=CHUNK, tarinfo=StrictHeader
         ) as tar:
-            members = members_behind(_until_endless(members_in(tar)), flow.start, behind)
-            for found in samples_in(members):
-                if is_within(without, flow.start + found.offset):
+            wanted = reading.choice.wanted
+            members = members_behind(_until_endless(members_in(tar), wanted), flow.start, behind)
+            for found in samples_in(members, wanted):
+                if is_within(reading.without, flow.start + found.offset):
                     continue
                 try:
-                    yield sample_of(found, name)
+                    yield sample_of(found, name, choice=reading.choice)
                 except DamagedSampleError as error:
                     yield str(error)
     except DataError:
@@ -157,14 +176,14 @@ def _samples(
         yield f"{name}: is not a whole tar ({error})"
 
 
-def _until_endless(members: Iterable[Member]) -> Iterator[Member]:
+def _until_endless(members: Iterable[Member], wanted: Mapping[str, int]) -> Iterator[Member]:
     """The members by whose names samples are made; an error after too many bytes of others."""
     passed_over = 0
     for member in members:
-        passed_over = 0 if member.is_wanted else passed_over + member.size
+        passed_over = 0 if member.is_wanted(wanted) else passed_over + member.size
         if passed_over > _PASSED_OVER_BYTES:
             raise tarfile.ReadError(f"{passed_over:,} bytes without a sample")
-        if member.is_named_as_wanted:
+        if member.is_named_as(wanted):
             yield member
 
 

@@ -4,10 +4,12 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import compress
 from pathlib import Path
 from typing import Any
 
+from mmscale.data.choice import USUAL, Choice
 from mmscale.data.damage import MOST_LEFT_OUT, DamagedShardError, are_too_many
 from mmscale.data.far import at_hand, manifest_at, put_manifest
 from mmscale.data.grouping import Trait, copies_line, group_of, joints_of, tell_apart
@@ -50,6 +52,7 @@ def index(
     tell: Callable[[str], None] | None = None,
     out: Path | None = None,
     most_left_out: float = MOST_LEFT_OUT,
+    choice: Choice = USUAL,
 ) -> Manifest:
     """Write the manifest of shards made elsewhere into their folder.
 
@@ -64,6 +67,7 @@ def index(
         tell: Called with a line for what else should be known.
         out: Folder of the manifest, where the shards' own cannot be written.
         most_left_out: Share of the samples that may be left out.
+        choice: Which members of a sample are what.
 
     Raises:
         OSError: The manifest cannot be written.
@@ -81,7 +85,8 @@ def index(
         )
     target = folder if out is None else Path(out)
     found, damaged = [], []
-    for done, described in enumerate(map_ordered(_describe, paths, workers), start=1):
+    describe = partial(_describe, choice=choice)
+    for done, described in enumerate(map_ordered(describe, paths, workers), start=1):
         if isinstance(described, str):
             damaged.append(described)
         else:
@@ -92,6 +97,7 @@ def index(
         more = f" ({len(damaged) - 1} more shards like it)" if len(damaged) > 1 else ""
         raise DataError(f"{damaged[0]}{more}")
     manifest, lines = _manifest_of(folder, target, found, most_left_out, skipped)
+    manifest = replace(manifest, keys=choice.keys)
     if tell:
         for line in lines:
             tell(line)
@@ -199,10 +205,10 @@ def _as_it_was(folder: Path | str, shards: list[Shard]) -> Manifest | None:
     return manifest if same else None
 
 
-def _describe(path: Path | str) -> Described | str:
+def _describe(path: Path | str, choice: Choice) -> Described | str:
     """As `describe_shard`; what is wrong with a damaged one, so that all of them are named."""
     try:
-        return describe_shard(path)
+        return describe_shard(path, choice)
     except DataError as error:
         return str(error)
 
@@ -226,7 +232,7 @@ class _Candidate:
     lines: int = 0
 
 
-def describe_shard(path: Path | str) -> Described:
+def describe_shard(path: Path | str, choice: Choice = USUAL) -> Described:
     """Look at every sample of a tar, a file or an address, short of decoding its image.
 
     Raises:
@@ -237,10 +243,11 @@ def describe_shard(path: Path | str) -> Described:
     seen: set[str] = set()
     try:
         with at_hand(path) as file:
-            for sample in walk_shard(file):
-                fault = _TWICE if sample.key in seen else unfit(sample)
+            for sample in walk_shard(file, choice.wanted):
+                fault = _TWICE if sample.key in seen else unfit(sample, choice)
                 seen.add(sample.key)
-                candidates.append(f"sample {sample.key} {fault}" if fault else _candidate(sample))
+                known = f"sample {sample.key} {fault}" if fault else _candidate(sample, choice)
+                candidates.append(known)
             size, digest = digest_of(file)
     except (OSError, DamagedShardError) as error:
         repair = getattr(error, "repair", "fetch or pack the shard again")
@@ -277,8 +284,8 @@ def _texts_line(by_line: bool, several: int) -> str:
     return ""
 
 
-def _candidate(found: TarSample) -> _Candidate:
-    whole = describe_members(found)
+def _candidate(found: TarSample, choice: Choice) -> _Candidate:
+    whole = describe_members(found, choice=choice)
     candidate = _Candidate(
         found.key,
         found.offset,
@@ -287,7 +294,7 @@ def _candidate(found: TarSample) -> _Candidate:
         len(whole.captions),
     )
     if whole.lines > 1:
-        lined = describe_members(found, whole.lines)
+        lined = describe_members(found, whole.lines, choice)
         candidate.by_line, candidate.lines = lined.fault or trait_of(lined), whole.lines
     return candidate
 

@@ -15,6 +15,9 @@ from itertools import compress, pairwise
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from pydantic import ValidationError
+
+from mmscale.config.data import KeysConfig
 from mmscale.data.grouping import Identities, Trait, join
 from mmscale.data.remote import safe_url
 from mmscale.data.unread import Counts, Unread, load_json
@@ -24,7 +27,9 @@ from mmscale.outputs import replace_file
 MANIFEST_NAME = "manifest.json"
 # Version 1 had no digest of its own.
 _FORMAT, _VERSION = "mmscale-manifest", 2
-_READABLE = (1, 2)
+# Version 3 counts members that its `keys` name.
+_CHOSEN = 3
+_READABLE = (1, 2, 3)
 # How a manifest ends: with the digest of all that stands before.
 _SEAL = b', "digest": "%s"}\n'
 # 40 million samples; what is larger is no manifest, or more than a run's memory should hold.
@@ -88,6 +93,7 @@ class Manifest:
         settings: Digest of what `pack` was asked for; None for shards made elsewhere.
         classes: Names of the labels' numbers, where the labels had names.
         shards_in: Folder of the tars, where they do not lie beside the manifest.
+        keys: Which members of a sample were counted.
         is_sealed: It was read, and holds a digest of itself, so that no bit in it has changed.
     """
 
@@ -97,6 +103,7 @@ class Manifest:
     settings: str | None = None
     classes: tuple[str, ...] = ()
     shards_in: str | None = None
+    keys: KeysConfig = dataclass_field(default_factory=KeysConfig)
     is_sealed: bool = dataclass_field(default=False, compare=False)
 
     @property
@@ -203,8 +210,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def written(manifest: Manifest) -> bytes:
     """A manifest as its file holds it."""
-    fields = {name: value for name, value in asdict(manifest).items() if name != "is_sealed"}
-    return sealed({"format": _FORMAT, "version": _VERSION, **fields})
+    apart = ("is_sealed", "keys")
+    fields = {name: value for name, value in asdict(manifest).items() if name not in apart}
+    if manifest.keys == KeysConfig():
+        return sealed({"format": _FORMAT, "version": _VERSION, **fields})
+    # Whoever knows no choice must not read it.
+    keys = manifest.keys.model_dump(mode="json")
+    return sealed({"format": _FORMAT, "version": _CHOSEN, "keys": keys, **fields})
 
 
 def sealed(content: dict[str, Any]) -> bytes:
@@ -254,7 +266,12 @@ def _parse(path: Path | str, content: Any) -> Manifest:
     classes = content.get("classes", [])
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise _malformed(path, "classes is not a list of names")
-    return Manifest(split, source, shards, settings, tuple(classes), shards_in)
+    try:
+        keys = KeysConfig.model_validate(content.get("keys", {}))
+    except ValidationError as error:
+        fault = f"keys names no members ({error.errors()[0]['msg']})"
+        raise _malformed(path, fault) from error
+    return Manifest(split, source, shards, settings, tuple(classes), shards_in, keys)
 
 
 def parse_shard(path: Path | str, place: int, entry: Any) -> Shard:

@@ -17,6 +17,7 @@ from mmscale.data.caption_text import (
     listed,
     named_captions,
 )
+from mmscale.data.choice import USUAL, Choice
 from mmscale.data.damage import DamagedSampleError, tell_once
 from mmscale.data.tar import IMAGE_SUFFIXES, TEXT_BYTES, TarSample
 
@@ -38,6 +39,8 @@ class Sample:
         source: What the json calls the set in which its id counts; None where the id was made.
         lines: Lines of the text where the captions are the text's and it is no list; else 0.
         fault: What makes it useless, short of decoding its image; None where nothing does.
+        shares: Of each place that its captions are from, how many are, and how often a turn draws
+            from it, against the others; none where they are from one.
     """
 
     key: str
@@ -49,6 +52,7 @@ class Sample:
     source: str | None = None
     lines: int = 0
     fault: str | None = None
+    shares: tuple[tuple[int, float], ...] = ()
 
     @property
     def class_number(self) -> int:
@@ -56,19 +60,27 @@ class Sample:
         return self.label if isinstance(self.label, int) else -1
 
 
-def describe_members(found: TarSample, counted: int | None = None) -> Sample:
+def describe_members(
+    found: TarSample, counted: int | None = None, choice: Choice = USUAL
+) -> Sample:
     """What a sample of a tar holds.
 
     Args:
         found: Its members.
         counted: How many captions its manifest counted. A text of so many lines is read line by
             line, which only a look at the whole shard can decide; any other is one caption.
+        choice: Which members are what.
     """
     members = found.members
     text, description = (_text(members, suffix) for suffix in ("txt", "json"))
     parsed = {} if description is None else _parse(description)
     fields = parsed or {}
-    captions, fault, lines = _captions(fields, text, counted)
+    shares: tuple[tuple[int, float], ...] = ()
+    if choice.texts or choice.fields:
+        captions, fault, shares = _chosen(members, fields, choice)
+        lines = 0
+    else:
+        captions, fault, lines = _captions(fields, text, counted)
     if parsed is None:
         fault = "has a json that is not an object"
     elif not _is_unicode(found.key):
@@ -78,44 +90,55 @@ def describe_members(found: TarSample, counted: int | None = None) -> Sample:
     image_id = own if _is_id(own) else image_id_of(source, found.key)
     return Sample(
         found.key,
-        next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), b""),
+        choice.image_of(found),
         captions,
         image_id,
         _number_or_name(fields.get("label")),
         _number_or_name(fields.get("group")),
         source if is_own else None,
         lines,
-        unfit(found) or fault,
+        unfit(found, choice) or fault,
+        shares if len(shares) > 1 else (),
     )
 
 
-def unfit(found: TarSample) -> str | None:
+def unfit(found: TarSample, choice: Choice = USUAL) -> str | None:
     """What is wrong with the members of a sample, whatever they say."""
-    if not any(suffix in found.members for suffix in IMAGE_SUFFIXES):
+    if choice.keys.image and not choice.image_of(found):
+        ends = ", ".join(found.suffixes)[:200]
+        return f"has no image: its members end in {ends}, not in {', '.join(choice.images)}"
+    if not choice.keys.image and not any(name in found.members for name in IMAGE_SUFFIXES):
         dotted = next((s for s in found.suffixes if s.rpartition(".")[2] in IMAGE_SUFFIXES), None)
         if dotted and "." in dotted:
             return (
                 f"has no image: keys end at the first dot of a name, so that `{dotted}` is taken "
                 "for an ending; leave no dot in names but the last"
             )
-        return "has no image"
+        others = [f"`{suffix}`" for suffix in found.suffixes if suffix not in ("txt", "json")]
+        if not others:
+            return "has no image"
+        ends = ", ".join(others)[:200]
+        return f"has no image: if {ends} is one, index with --keys 'image: [...]'"
     if len(set(found.suffixes)) < len(found.suffixes):
         return "has a member twice"
     return None
 
 
-def sample_of(found: TarSample, where: str, counted: int | None = None) -> Sample:
-    """A sample that can be used, short of decoding its image; `counted` as in `describe_members`.
+def sample_of(
+    found: TarSample, where: str, counted: int | None = None, choice: Choice = USUAL
+) -> Sample:
+    """A sample that can be used, short of decoding its image.
 
     Args:
         found: Its members.
         where: Names its shard in messages.
-        counted: How many captions its manifest counted.
+        counted: As in `describe_members`.
+        choice: As there.
 
     Raises:
         DamagedSampleError: It cannot be used.
     """
-    sample = describe_members(found, counted)
+    sample = describe_members(found, counted, choice)
     if sample.fault:
         raise DamagedSampleError(f"{where} {sample.key}: {sample.fault}")
     if counted is None and sample.lines > 1:
@@ -175,6 +198,39 @@ def _captions(
     return *_sound(lines if by_line else [words], fields), len(lines)
 
 
+def _chosen(
+    members: dict[str, bytes], fields: dict[str, Any], choice: Choice
+) -> tuple[tuple[str, ...], str | None, tuple[tuple[int, float], ...]]:
+    """The captions of the chosen places, or none and what is wrong with one; each place's share."""
+    captions: list[Any] = []
+    shares = []
+    for name, share, is_text in (
+        *((name, share, True) for name, share in choice.texts),
+        *((name, share, False) for name, share in choice.fields),
+    ):
+        try:
+            words = (_text(members, name) or b"").decode().removeprefix("\ufeff") if is_text else ""
+        except UnicodeDecodeError:
+            return (), "has a caption that is not UTF-8", ()
+        found = captions_in(words if is_text else fields.get(name))
+        if choice.keys.lines:
+            parts = (lines_of(text) if _is_text(text) else [text] for text in found)
+            found = [line for part in parts for line in part]
+        found = [text for text in found if not _is_text(text) or text.strip()]
+        if found:
+            captions += found
+            shares.append((len(found), share))
+    if not captions:
+        names = ", ".join(name for name, _ in (*choice.texts, *choice.fields))
+        there = ", ".join([*members, *(f"json {name}" for name in map(str, fields))])[:200]
+        return (), f"has no caption in {names}: it has {there}", ()
+    return *_sound(captions, fields), tuple(shares)
+
+
+def _is_text(value: Any) -> TypeGuard[str]:
+    return isinstance(value, str)
+
+
 def _sound(captions: list[Any], fields: dict[str, Any]) -> tuple[tuple[str, ...], str | None]:
     if not captions:
         return (), f"has an empty caption or none{_known_instead(fields)}"
@@ -194,7 +250,10 @@ def _known_instead(fields: dict[str, Any]) -> str:
     if not fields:
         return ""
     names = ", ".join(map(str, fields))[:200]
-    return f": its json has {names}; name it {', '.join(CAPTION_NAMES)}"
+    return (
+        f": its json has {names}; name it {', '.join(CAPTION_NAMES)}, or index with --keys "
+        "'json: [...]'"
+    )
 
 
 def _is_unicode(text: str) -> bool:

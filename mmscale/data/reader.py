@@ -4,6 +4,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from mmscale.data.choice import USUAL, Choice
 from mmscale.data.damage import DamagedSampleError
 from mmscale.data.lanes import Item
 from mmscale.data.members import Sample, sample_of
@@ -46,7 +47,8 @@ class SampleReader:
         """
         store = self._remote if self._remote and self._is_remote[shard] else self._local
         content, record = store.sample(shard, sample), self._set.shards[shard]
-        found = parse_sample(content, f"{record.name} sample {sample}", record.captions[sample])
+        where, counted = f"{record.name} sample {sample}", record.captions[sample]
+        found = parse_sample(content, where, counted, self._set.choice(shard))
         if len(found.captions) != record.captions[sample]:
             raise DamagedSampleError(
                 f"{record.name} {found.key}: captions: {len(found.captions)}, its manifest says "
@@ -81,19 +83,24 @@ class SampleReader:
             self._remote.close()
 
 
-def parse_sample(content: bytes | io.RawIOBase, where: str, counted: int | None = None) -> Sample:
-    """The sample that a piece of a tar begins with; `counted` as in `describe_members`.
+def parse_sample(
+    content: bytes | io.RawIOBase,
+    where: str,
+    counted: int | None = None,
+    choice: Choice = USUAL,
+) -> Sample:
+    """The sample that a piece of a tar begins with; the last two as in `describe_members`.
 
     Raises:
         DamagedSampleError: Not a tar, no image, no caption, or a wrong description.
         DataError: Its bytes cannot be read.
     """
     try:
-        found = sample_in(content)
+        found = sample_in(content, choice.wanted)
     except DataError:
         raise
     except Exception as error:
         raise DamagedSampleError(f"{where}: not a tar member ({error})") from error
     if found is None:
         raise DamagedSampleError(f"{where}: holds no image, txt or json member")
-    return sample_of(found, where, counted)
+    return sample_of(found, where, counted, choice)

@@ -17,8 +17,9 @@ from functools import cached_property
 from itertools import accumulate, count, islice
 
 from mmscale.config.data import DataConfig
+from mmscale.data.choice import USUAL, Choice
 from mmscale.data.far import Far
-from mmscale.data.forward import read_from, read_through, size_of
+from mmscale.data.forward import Reading, read_from, read_through, size_of
 from mmscale.data.lanes import seeded
 from mmscale.data.members import Sample, image_id_of
 from mmscale.data.reader import Drawn
@@ -48,6 +49,7 @@ class Resampling:
         sizes: Bytes of each. An epoch begins in a shard in proportion to them, because a larger one
             has more samples to begin with; none: all count as equally large.
         left_out: Of each, the bytes of samples that are passed over; none: none are.
+        choice: Which members of a sample are what.
     """
 
     paths: tuple[Place, ...]
@@ -55,11 +57,12 @@ class Resampling:
     epoch_samples: int
     sizes: tuple[float, ...] = ()
     left_out: tuple[Stretches, ...] = ()
+    choice: Choice = USUAL
     _counts: dict[Place, int] = field(default_factory=dict, compare=False, repr=False)
 
-    def passed_over(self, shard: int) -> Stretches:
-        """The bytes of samples of a shard that are passed over."""
-        return self.left_out[shard] if self.left_out else ()
+    def reading(self, shard: int) -> Reading:
+        """What of a shard is read."""
+        return Reading(self.left_out[shard] if self.left_out else (), self.choice)
 
     def identified(self, shard: int, content: Sample | str) -> Sample | str:
         """A sample with an id that no other image has.
@@ -94,14 +97,14 @@ def plan_resampling(data: DataConfig, shards: ShardSet) -> Resampling:
             does, is not a tar.
     """
     weights = tuple(weight for count, weight in shards.sources for _ in range(count))
-    samples = data.epoch_samples
+    samples, choice = data.epoch_samples, shards.choice(0)
     far = Far()
     if samples is None:
-        without = shards.left_out[0] if shards.left_out else ()
-        samples = len(shards.paths) * sum(1 for _ in read_through(shards.paths[0], far, without))
+        reading = Reading(shards.left_out[0] if shards.left_out else (), choice)
+        samples = len(shards.paths) * sum(1 for _ in read_through(shards.paths[0], far, reading))
     sizes = _sizes(shards.paths, far)
     far.close()
-    return Resampling(shards.paths, weights, samples, sizes, shards.left_out)
+    return Resampling(shards.paths, weights, samples, sizes, shards.left_out, choice)
 
 
 def _sizes(paths: Sequence[Place], far: Far) -> tuple[float, ...]:
@@ -202,10 +205,10 @@ class SequentialLane:
             if number == 0:
                 shard = self._draw(list(accumulate(self._beginnings())), number)
                 part = _fraction(self._seed, "part")
-                samples = read_from(paths[shard], far, part, plan._counts, plan.passed_over(shard))
+                samples = read_from(paths[shard], far, part, plan._counts, plan.reading(shard))
             else:
                 shard = self._draw(edges, number)
-                samples = read_through(paths[shard], far, plan.passed_over(shard))
+                samples = read_through(paths[shard], far, plan.reading(shard))
             for sample, content in enumerate(samples):
                 empty = 0
                 yield Drawn(shard, sample, turn, turn, plan.identified(shard, content))

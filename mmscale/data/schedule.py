@@ -1,16 +1,17 @@
 """Which items make up which batch: the order of a run's data, without reading a sample."""
 
 import math
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import chain, islice, tee
+from itertools import accumulate, chain, islice, tee
 from typing import TypeAlias
 
 import numpy as np
 
-from mmscale.config.data import DataConfig
+from mmscale.config.data import DataConfig, weighted
 from mmscale.config.rules import labelled_kinds
 from mmscale.config.schema import Config
 from mmscale.config.values import Duration, Ramp
@@ -162,10 +163,21 @@ class Schedule:
             for name, value in self.neighbours.tensors().items():
                 yield NamedTensor(f"hard_batches.{name}", value, {})
 
-    def pick(self, key: str, captions: int, epoch: int, turn: int) -> list[int]:
-        """Which captions of a sample are its rows in this turn."""
+    def pick(
+        self,
+        key: str,
+        captions: int,
+        epoch: int,
+        turn: int,
+        *,
+        shares: Sequence[tuple[int, float]] = (),
+    ) -> list[int]:
+        """Which captions of a sample are its rows in this turn; `shares` as in `Sample`."""
         if self.choice == "first":
             return [0]
+        if shares and self.choice != "flat":
+            first, count = _drawn(shares, seeded(self.seed, epoch, key, "json", turn))
+            return [first + place for place in self.pick(key, count, epoch, turn)]
         start = seeded(self.seed, epoch if self.choice != "flat" else "flat", key, "caption")
         if self.choice == "flat":
             return [(start + turn) % captions]
@@ -180,7 +192,25 @@ class Schedule:
         return Position(position.epoch, rows)
 
 
+def _drawn(shares: Sequence[tuple[int, float]], number: int) -> tuple[int, int]:
+    """First caption and number of captions of the place that a 63-bit number draws."""
+    edges = list(accumulate(share for _, share in shares))
+    place = min(bisect_right(edges, number / 2**63 * edges[-1]), len(edges) - 1)
+    return sum(count for count, _ in shares[:place]), shares[place][0]
+
+
 def _check_captions(data: DataConfig, shards: ShardSet) -> None:
+    if data.captions in ("first", "flat"):
+        if any(share is not None for _, share in map(weighted, (*data.keys.text, *data.keys.json))):
+            raise ConfigError(
+                f"data.keys ({data.keys.words}): data.captions={data.captions} draws none of them; "
+                "leave the shares out"
+            )
+    elif data.feature_cache is not None and any(choice.draws for choice in shards.choices):
+        raise ConfigError(
+            "data.feature_cache: keeps captions without the shares that data.keys draws them by; "
+            "leave it out, index one place of captions, or set data.captions=flat"
+        )
     if not isinstance(data.captions, int) or not shards.shards:
         return
     most = max(max(shard.captions, default=0) for shard in shards.shards)

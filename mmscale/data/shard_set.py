@@ -11,6 +11,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TypeAlias
 
+from mmscale.data.choice import USUAL, Choice
 from mmscale.data.grouping import Identities
 from mmscale.data.manifest import Shard
 from mmscale.data.remote import is_pipe, safe_url
@@ -43,6 +44,7 @@ class ShardSet:
             where the ids count as they are, with a single manifest.
         labels_clash: Whether labels have names in one manifest and are bare numbers in another.
         manifests: For each shard the digest of the manifest that lists it.
+        choices: For each shard which members are what; none where that goes by their usual names.
         mask: Digest of the images that `data.mask` leaves out; empty where it leaves out none.
         left_out: For each shard, from where to where its bytes are left out, where shards are read
             without their records; none without a mask.
@@ -55,8 +57,13 @@ class ShardSet:
     salts: tuple[int, ...] = ()
     labels_clash: bool = False
     manifests: tuple[str, ...] = ()
+    choices: tuple[Choice, ...] = ()
     mask: str = ""
     left_out: tuple[Stretches, ...] = ()
+
+    def choice(self, shard: int) -> Choice:
+        """Which members of a shard are what."""
+        return self.choices[shard] if self.choices else USUAL
 
     @property
     def samples(self) -> int:
@@ -99,10 +106,12 @@ class Origin:
     Attributes:
         digest: Of the shards that it lists: the same wherever it lies.
         classes: Names of its labels' numbers; empty where labels are numbers.
+        choice: Which members were counted.
     """
 
     digest: str
     classes: tuple[str, ...]
+    choice: Choice = USUAL
 
     @property
     def salt(self) -> int:
@@ -136,6 +145,24 @@ def told_apart(shards: ShardSet, origins: Sequence[Origin]) -> ShardSet:
     digest = f"{shards.digest}:{','.join(origin.digest for origin in origins)}"
     salts = tuple(origin.salt for origin in origins)
     return replace(shards, shards=records, digest=digest, salts=salts, labels_clash=clash)
+
+
+def chosen(shards: ShardSet, choice: Choice) -> ShardSet:
+    """Shards whose members are what a choice says, draws and all.
+
+    Raises:
+        DataError: Their manifests counted other members.
+    """
+    for number in range(len(shards.shards)):
+        known = shards.choice(number)
+        if known.names != choice.names:
+            raise DataError(
+                f"data.keys ({choice.keys.words}): the manifest of "
+                f"{safe_url(shards.paths[number])} counts other members ({known.keys.words}); give "
+                "data.keys as it was indexed, or run mmscale index with these --keys"
+            )
+    digest = f"{shards.digest}:{choice.keys.words}"
+    return replace(shards, choices=(choice,) * len(shards.paths), digest=digest)
 
 
 def require_each_once(setting: str, paths: Sequence[Place]) -> None:

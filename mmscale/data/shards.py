@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 
 import braceexpand
 
-from mmscale.config.data import DataConfig, SourceConfig
+from mmscale.config.data import DataConfig, KeysConfig, SourceConfig
+from mmscale.data.choice import Choice
 from mmscale.data.far import Far, manifest_at
 from mmscale.data.intake import Intake
 from mmscale.data.manifest import (
@@ -39,6 +40,7 @@ from mmscale.data.shard_set import (
     Origin,
     Place,
     ShardSet,
+    chosen,
     require_each_once,
     require_sizes,
     told_apart,
@@ -58,6 +60,8 @@ def open_train(data: DataConfig, tell: Callable[[str], None] = lambda line: None
     """The shards that a run trains on; `tell` takes a line on what is left out of them."""
     words = ("data.train", data.train, data.allow_pipe, Intake.of(data))
     found = list_shards(*words) if data.resampled else open_shards(*words)
+    if data.keys != KeysConfig():
+        found = chosen(found, Choice(data.keys))
     if data.mask is None:
         return found
     mask = read_mask(data.mask)
@@ -96,7 +100,11 @@ def open_shards(
     names = ",".join(shard.sha256 for shard in shards)
     count = sum(len(patterns) for patterns, _ in _sources(where))
     manifests = tuple(origin.digest for origin in origins)
-    opened = ShardSet(shards, paths, f"{count}:{names}", tuple(sources), manifests=manifests)
+    choices = tuple(origin.choice for origin in origins)
+    if all(choice.is_usual for choice in choices):
+        choices = ()
+    digest = ":".join([f"{count}:{names}", *(choice.keys.words for choice in choices)])
+    opened = ShardSet(shards, paths, digest, tuple(sources), manifests=manifests, choices=choices)
     return opened if len(set(origins)) == 1 else told_apart(opened, origins)
 
 
@@ -278,7 +286,9 @@ class _Finder:
         if str(folder) not in self._manifests:
             manifest = self._read_manifest(folder)
             self._manifests[str(folder)] = {shard.name: shard for shard in manifest.shards}
-            self._origins[str(folder)] = Origin(manifest.digest, manifest.classes)
+            self._origins[str(folder)] = Origin(
+                manifest.digest, manifest.classes, Choice(manifest.keys)
+            )
             if manifest.shards_in is not None:
                 self._shards_in[str(folder)] = self._elsewhere(folder, manifest)
         return self._manifests[str(folder)]

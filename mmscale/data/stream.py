@@ -285,7 +285,8 @@ class _Turns(IterableDataset):
         """Add a sample's rows to a share; their pixels."""
         sample = reader.take(item)
         marks, seed = self._schedule.marks, self._schedule.seed
-        choices = self._schedule.pick(sample.key, len(sample.captions), epoch, item.turn)
+        counts = (len(sample.captions), epoch, item.turn)
+        choices = self._schedule.pick(sample.key, *counts, shares=sample.shares)
         keys = [f"{sample.key}#{choice}" for choice in choices]
         # The crop repeats on resume and at any worker: it is drawn from the row, not in turn.
         lap = (item.lap,) if item.lap else ()

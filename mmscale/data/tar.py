@@ -6,7 +6,7 @@ Nothing is extracted to disk, and no member is read but images, `.txt` and `.jso
 import io
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,8 +21,11 @@ from mmscale.data.damage import DamagedShardError
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 # A text or description longer than this is passed over unread.
 TEXT_BYTES = 16 * 2**20
-# Bytes up to which a member is read, by its ending; a larger image is no photograph.
-_MOST_BYTES = {"txt": TEXT_BYTES, "json": TEXT_BYTES, **dict.fromkeys(IMAGE_SUFFIXES, 2**28)}
+# A larger image is no photograph.
+IMAGE_BYTES = 2**28
+# Bytes up to which a member is read, by its ending, or by `ANY` where that has none of its own.
+WANTED = {"txt": TEXT_BYTES, "json": TEXT_BYTES, **dict.fromkeys(IMAGE_SUFFIXES, IMAGE_BYTES)}
+ANY = "*"
 # Of one sample; the rest of them is not looked at.
 _MOST_MEMBERS = 10_000
 _CHUNK = 2**20
@@ -47,15 +50,14 @@ class Member:
     size: int
     read: Callable[[], bytes]
 
-    @property
-    def is_named_as_wanted(self) -> bool:
+    def is_named_as(self, wanted: Mapping[str, int]) -> bool:
         """Whether it is an image, a text or a description by its name."""
-        return self.key is not None and self.suffix in _MOST_BYTES
+        return self.key is not None and (self.suffix in wanted or ANY in wanted)
 
-    @property
-    def is_wanted(self) -> bool:
+    def is_wanted(self, wanted: Mapping[str, int]) -> bool:
         """Whether its content is read: it is one by its name, and not too large."""
-        return self.key is not None and self.size <= _MOST_BYTES.get(self.suffix, -1)
+        most = wanted.get(self.suffix, wanted.get(ANY, -1))
+        return self.key is not None and self.size <= most
 
 
 @dataclass
@@ -66,7 +68,7 @@ class TarSample:
         key: Name that its members share.
         offset: Byte offset of its first tar header.
         suffixes: Endings of its members, in their order.
-        members: Content of its images, `.txt` and `.json`, by ending.
+        members: Content of those that are wanted, such as images, `.txt` and `.json`, by ending.
     """
 
     key: str
@@ -75,8 +77,15 @@ class TarSample:
     members: dict[str, bytes] = field(default_factory=dict)
 
 
-def samples_in(members: Iterable[Member]) -> Iterator[TarSample]:
-    """Neighbouring members with one key as one sample, in their order."""
+def samples_in(
+    members: Iterable[Member], wanted: Mapping[str, int] = WANTED
+) -> Iterator[TarSample]:
+    """Neighbouring members with one key as one sample, in their order.
+
+    Args:
+        members: All there are.
+        wanted: Most bytes of those that are read, by ending.
+    """
     sample: TarSample | None = None
     for member in members:
         if member.key is None:
@@ -86,7 +95,7 @@ def samples_in(members: Iterable[Member]) -> Iterator[TarSample]:
                 yield sample
             sample = TarSample(member.key, member.offset)
         sample.suffixes.append(member.suffix)
-        if member.is_wanted:
+        if member.is_wanted(wanted):
             sample.members[member.suffix] = member.read()
     if sample is not None:
         yield sample
@@ -122,14 +131,17 @@ def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
         raise tarfile.ReadError(f"ends inside {info.name}") from error
 
 
-def sample_in(content: "bytes | io.RawIOBase") -> TarSample | None:
-    """The sample that a piece of a tar begins with; None where no member of it is wanted.
+def sample_in(
+    content: "bytes | io.RawIOBase", wanted: Mapping[str, int] = WANTED
+) -> TarSample | None:
+    """The sample that a piece of a tar begins with; None where no member of it is `wanted`.
 
     Raises:
         Exception: Whatever a damaged header makes tarfile raise.
     """
     members = islice(_members_of_piece(content), _MOST_MEMBERS)
-    return next(samples_in(member for member in members if member.is_wanted), None)
+    read = (member for member in members if member.is_wanted(wanted))
+    return next(samples_in(read, wanted), None)
 
 
 def _members_of_piece(content: "bytes | io.RawIOBase") -> Iterator[Member]:
@@ -170,7 +182,7 @@ def _part(content: bytes, start: int, end: int) -> bytes:
     return content[start:end]
 
 
-def walk_shard(file: IO[bytes]) -> Iterator[TarSample]:
+def walk_shard(file: IO[bytes], wanted: Mapping[str, int] = WANTED) -> Iterator[TarSample]:
     """Samples of an open tar from its first byte to its last.
 
     Raises:
@@ -178,7 +190,7 @@ def walk_shard(file: IO[bytes]) -> Iterator[TarSample]:
         OSError: It cannot be read.
     """
     with telling_damage():
-        yield from samples_in(walk_members(file))
+        yield from samples_in(walk_members(file), wanted)
 
 
 def walk_members(file: IO[bytes]) -> Iterator[Member]:

@@ -11,6 +11,7 @@ from typing import IO
 
 from PIL import Image
 
+from mmscale.data.choice import Choice
 from mmscale.data.damage import DamagedShardError, reason_of
 from mmscale.data.far import Far, at_hand, manifest_at
 from mmscale.data.grouping import Identities, Trait, tell_apart
@@ -96,7 +97,7 @@ def verify(
         if split_place(path)[1] not in listed
     ]
     traits: list[list[Trait]] = []
-    check = partial(_check_shard, folder)
+    check = partial(_check_shard, folder, Choice(manifest.keys))
     for done, found in enumerate(map_ordered(check, manifest.shards, workers), start=1):
         faults += found.faults
         traits.append(found.traits)
@@ -155,20 +156,22 @@ class _Found:
     """What one shard was found to hold.
 
     Attributes:
+        choice: Which members of a sample were counted.
         faults: A line for each.
         listed: Key and number of captions of each sample that its manifest lists, by offset.
         traits: Of those of them that can be used.
         unlisted: How many samples the manifest does not list.
     """
 
+    choice: Choice
     faults: list[str] = field(default_factory=list)
     listed: dict[int, tuple[str, int]] = field(default_factory=dict)
     traits: list[Trait] = field(default_factory=list)
     unlisted: int = 0
 
 
-def _check_shard(folder: Path | str, shard: Shard) -> _Found:
-    found = _Found()
+def _check_shard(folder: Path | str, choice: Choice, shard: Shard) -> _Found:
+    found = _Found(choice)
     place = beside(folder, shard.name)
     path = safe_url(place)
     if isinstance(place, Path) and not place.is_file():
@@ -194,12 +197,12 @@ def _check_shard(folder: Path | str, shard: Shard) -> _Found:
 
 def _check_samples(path: str, file: IO[bytes], listed: dict[int, int], found: _Found) -> None:
     seen: set[str] = set()
-    for in_tar in walk_shard(file):
+    for in_tar in walk_shard(file, found.choice.wanted):
         # What index left out is not in the manifest, so nobody reads it.
         if in_tar.offset not in listed:
             found.unlisted += 1
             continue
-        sample = describe_members(in_tar, listed[in_tar.offset])
+        sample = describe_members(in_tar, listed[in_tar.offset], found.choice)
         fault = "occurs twice" if sample.key in seen else sample.fault or image_fault(sample.image)
         seen.add(sample.key)
         if fault:

@@ -55,3 +55,12 @@ def test_lines_are_captions_and_copies_are_told_wherever_they_count(tmp_path):
     assert "have the bytes" not in succeed(evaluation, timeout=200).stderr
     found = json.loads(figures.read_text())
     assert (found["images"], found["captions"]) == (40, 200)
+
+
+def test_members_are_named_on_the_command_line(tmp_path):
+    write(tmp_path / "s" / "0.tar", [(f"{n:05d}", n, f"a {n}") for n in range(4)])
+    keys = "{image: ['*'], text: [txt]}"
+    done = succeed(["mmscale", "index", tmp_path / "s", "--keys", keys])
+    assert "4 images" in done.stdout
+    manifest = json.loads((tmp_path / "s" / "manifest.json").read_text())
+    assert (manifest["version"], manifest["keys"]["text"]) == (3, ["txt"])

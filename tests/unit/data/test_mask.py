@@ -13,7 +13,7 @@ from mmscale.config.data import DataConfig
 from mmscale.config.load import load_config
 from mmscale.contracts import Position, World
 from mmscale.data.far import Far
-from mmscale.data.forward import read_from, read_through
+from mmscale.data.forward import Reading, read_from, read_through
 from mmscale.data.index import index
 from mmscale.data.manifest import read_manifest, write_manifest
 from mmscale.data.mask import Mask, masked, read_mask, write_mask
@@ -238,7 +238,7 @@ def test_shards_read_forward_pass_over_the_same_images(tmp_path):
     for path, without in zip(shards.paths, shards.left_out, strict=True):
         for part in (n / 40 for n in range(40)):
             every = [s.key for s in read_from(path, Far(), part, {})]
-            found = [s.key for s in read_from(path, Far(), part, {}, without)]
+            found = [s.key for s in read_from(path, Far(), part, {}, Reading(without))]
             assert found == [key for key in every if key not in masked_keys]
     config = load_config(
         ["demo", f"data.train={folder}", "data.resampled=true", "train.global_batch_size=4",
@@ -252,7 +252,7 @@ def test_shards_read_forward_pass_over_the_same_images(tmp_path):
     assert len(keys) == 11
     assert not masked_keys & keys
     assert bare.digest != shards.digest
-    assert sum(1 for _ in read_through(shards.paths[1], Far(), shards.left_out[1])) == 0
+    assert sum(1 for _ in read_through(shards.paths[1], Far(), Reading(shards.left_out[1]))) == 0
 
 
 def test_a_tar_without_a_manifest_cannot_be_masked(tmp_path):
