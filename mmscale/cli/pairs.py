@@ -159,11 +159,12 @@ def index(
     """
     from mmscale.data.choice import parse_choice
     from mmscale.data.far import kept_here
+    from mmscale.data.index import IndexSettings
     from mmscale.data.index import index as run
     from mmscale.data.named_tars import named_tars
     from mmscale.report.console import progress_of
 
-    choice, tars = parse_choice(keys), named_tars(shards)
+    settings, tars = IndexSettings(max_left_out, parse_choice(keys)), named_tars(shards)
     target = out or (tars[0].parent if isinstance(tars[0], Path) else kept_here(tars[0]))
     try:
         # What cannot be read is told first.
@@ -179,8 +180,7 @@ def index(
             progress=progress,
             tell=tell,
             out=out,
-            most_left_out=max_left_out,
-            choice=choice,
+            settings=settings,
         )
     skipped = sum(shard.skipped for shard in manifest.shards)
     left_out = f", {skipped:,} samples left out" if skipped else ""

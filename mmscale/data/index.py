@@ -27,6 +27,19 @@ _NEIGHBOURS = "members of a sample must be neighbours: pack the tar again with t
 
 
 @dataclass(frozen=True)
+class IndexSettings:
+    """What counts as a sample, and what is too little.
+
+    Attributes:
+        most_left_out: Share of the samples that may be left out.
+        choice: Which members of a sample are what.
+    """
+
+    most_left_out: float = MOST_LEFT_OUT
+    choice: Choice = USUAL
+
+
+@dataclass(frozen=True)
 class Described:
     """What a tar was found to hold.
 
@@ -51,8 +64,7 @@ def index(
     *,
     tell: Callable[[str], None] | None = None,
     out: Path | None = None,
-    most_left_out: float = MOST_LEFT_OUT,
-    choice: Choice = USUAL,
+    settings: IndexSettings | None = None,
 ) -> Manifest:
     """Write the manifest of shards made elsewhere into their folder.
 
@@ -66,8 +78,7 @@ def index(
         progress: Called with shards done and shards in all.
         tell: Called with a line for what else should be known.
         out: Folder of the manifest, where the shards' own cannot be written.
-        most_left_out: Share of the samples that may be left out.
-        choice: Which members of a sample are what.
+        settings: What counts as a sample, and what is too little.
 
     Raises:
         OSError: The manifest cannot be written.
@@ -85,7 +96,8 @@ def index(
         )
     target = folder if out is None else Path(out)
     found, damaged = [], []
-    describe = partial(_describe, choice=choice)
+    settings = settings or IndexSettings()
+    describe = partial(_describe, choice=settings.choice)
     for done, described in enumerate(map_ordered(describe, paths, workers), start=1):
         if isinstance(described, str):
             damaged.append(described)
@@ -96,13 +108,12 @@ def index(
     if damaged:
         more = f" ({len(damaged) - 1} more shards like it)" if len(damaged) > 1 else ""
         raise DataError(f"{damaged[0]}{more}")
-    manifest, lines = _manifest_of(folder, target, found, most_left_out, skipped)
-    manifest = replace(manifest, keys=choice.keys)
-    if tell:
-        for line in lines:
-            tell(line)
-    if (told := put_manifest(target, manifest)) and tell:
-        tell(told)
+    manifest, lines = _manifest_of(folder, target, found, settings, skipped)
+    say = tell or (lambda line: None)
+    for line in lines:
+        say(line)
+    if told := put_manifest(target, manifest):
+        say(told)
     return manifest
 
 
@@ -110,7 +121,7 @@ def _manifest_of(
     folder: Path | str,
     target: Path | str,
     found: Sequence[Described],
-    most_left_out: float,
+    settings: IndexSettings,
     skipped: Callable[[str], None] | None,
 ) -> tuple[Manifest, list[str]]:
     """What described shards are together, and lines on how that was settled."""
@@ -121,7 +132,7 @@ def _manifest_of(
     if skipped:
         for line in _few_of_each(faults):
             skipped(line)
-    _require_most(safe_url(folder), own, faults, most_left_out)
+    _require_most(safe_url(folder), own, faults, settings.most_left_out)
     records = [described.shard for described in own]
     traits = [
         [trait for place, trait in enumerate(part) if place not in left_out]
@@ -133,7 +144,13 @@ def _manifest_of(
     # Nothing that is written leads to an address: that is for its reader to name.
     is_apart = is_here and Path(target).resolve() != Path(folder).resolve()
     apart = str(Path(folder).resolve()) if is_apart else None
-    manifest = replace(known, shards=identified, classes=classes or known.classes, shards_in=apart)
+    manifest = replace(
+        known,
+        shards=identified,
+        classes=classes or known.classes,
+        shards_in=apart,
+        keys=settings.choice.keys,
+    )
     lines = _counted_texts(own)
     if any(fault.endswith(_TWICE) for fault in faults):
         lines.append(f"{place}: {_NEIGHBOURS}")

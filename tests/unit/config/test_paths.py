@@ -21,6 +21,8 @@ NO_PATHS = {
     "data.epoch_samples",
     "data.cache_gb",
     "data.columns.image",
+    "data.keys.json",
+    "data.keys.text",
 }
 ABOUT_PATHS = re.compile(r"\b(file|folder|path|npz|JSON|tars?)\b|hf:|openclip:", re.IGNORECASE)
 

@@ -16,7 +16,7 @@ from mmscale.contracts import Position, World
 from mmscale.data.choice import parse_choice
 from mmscale.data.far import Far
 from mmscale.data.forward import Reading, read_through
-from mmscale.data.index import index
+from mmscale.data.index import IndexSettings, index
 from mmscale.data.manifest import read_manifest, sealed
 from mmscale.data.members import describe_members
 from mmscale.data.reader import SampleReader
@@ -74,6 +74,10 @@ def tar_of(path, samples):
     return path
 
 
+def indexed(paths, choice):
+    return index(paths, settings=IndexSettings(choice=choice))
+
+
 @pytest.mark.parametrize("words", CHOICES)
 def test_manifests_readers_and_shards_without_one_agree_on_what_is_chosen(tmp_path, words):
     image, captions, shares = CHOICES[words]
@@ -81,7 +85,7 @@ def test_manifests_readers_and_shards_without_one_agree_on_what_is_chosen(tmp_pa
     # Of the usual text only a whole shard tells whether its lines are captions.
     members = {**MEMBERS, "txt": b"alone"} if choice.keys.image else MEMBERS
     path = tar_of(tmp_path / "s" / "0.tar", {f"{n:03d}": members for n in range(3)})
-    index([path], choice=choice)
+    indexed([path], choice)
     manifest = read_manifest(path.parent)
     assert [list(shard.captions) for shard in manifest.shards] == [[len(captions)] * 3]
     assert manifest.keys == choice.keys
@@ -121,7 +125,7 @@ FAULTS = {
 def test_a_sample_without_what_is_chosen_says_what_it_has(tmp_path, words):
     path = tar_of(tmp_path / "0.tar", {"a": MEMBERS})
     with pytest.raises(DataError, match="no shard holds a sample") as raised:
-        index([path], choice=parse_choice(words))
+        indexed([path], parse_choice(words))
     assert FAULTS[words] in str(raised.value)
 
 
@@ -140,7 +144,7 @@ def folder(tmp_path):
         for n in range(40)
     }
     tar_of(tmp_path / "s" / "0.tar", samples)
-    index([tmp_path / "s" / "0.tar"], choice=parse_choice("{image: [img], json: [a, b:0.25]}"))
+    indexed([tmp_path / "s" / "0.tar"], parse_choice("{image: [img], json: [a, b:0.25]}"))
     return tmp_path / "s"
 
 
@@ -166,7 +170,7 @@ def test_a_run_reads_as_was_indexed_takes_other_shares_and_refuses_other_names(f
 def test_a_manifest_with_a_choice_is_of_a_version_of_its_own(folder):
     content = json.loads((folder / "manifest.json").read_text())
     assert content["version"] == 3
-    index([folder / "0.tar"], choice=parse_choice("{image: [img], json: [a]}"))
+    indexed([folder / "0.tar"], parse_choice("{image: [img], json: [a]}"))
     assert read_manifest(folder).keys.json == ("a",)
 
 

@@ -15,7 +15,7 @@ import pytest
 from mmscale.data import forward, impatient, remote, shard_bytes
 from mmscale.data import manifest as manifests
 from mmscale.data.damage import DamagedSampleError
-from mmscale.data.far import Far
+from mmscale.data.far import Far, keep
 from mmscale.data.forward import read_through
 from mmscale.data.index import index
 from mmscale.data.lanes import Item
@@ -179,14 +179,14 @@ def test_a_shard_that_is_copied_takes_no_more_room_than_its_manifest_says(
 ):
     kept = []
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    copied = shard_bytes._copied
+    copied = shard_bytes.keep
 
     def measured(chunks, file, size):
         written = copied(chunks, file, size)
         kept.append(os.fstat(file.fileno()).st_size)
         return written
 
-    monkeypatch.setattr(shard_bytes, "_copied", measured)
+    monkeypatch.setattr(shard_bytes, "keep", measured)
     record = Shard("a.tar", 10240, "0" * 64, 1, (0,), (1,))
     with hostile(endless) as server:
         where = f"{server.url}/a.tar" if kind == "server" else "pipe:cat /dev/zero"
@@ -202,7 +202,7 @@ def test_a_full_disk_is_a_sentence():
         Path("/dev/full").open("wb", buffering=0) as full,
         pytest.raises(DataError, match=r"No space left on device.*TMPDIR"),
     ):
-        shard_bytes._copied(iter([b"a"]), full, 10)
+        keep(iter([b"a"]), full, 10)
 
 
 HOLE = 2**28

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mmscale.config.load import load_config
-from mmscale.data.index import index
+from mmscale.data.index import IndexSettings, index
 from mmscale.data.manifest import read_manifest, sealed
 from mmscale.data.reader import SampleReader
 from mmscale.data.resampled import plan_resampling
@@ -106,7 +106,7 @@ def test_a_folder_of_the_same_again_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"40 of 60 samples.*its key is in 0\.tar too"):
         indexed(tmp_path / "s", [shard] * 3)
     assert not (tmp_path / "s" / "manifest.json").exists()
-    manifest, skipped, _ = indexed(tmp_path / "s", [shard] * 3, most_left_out=1)
+    manifest, skipped, _ = indexed(tmp_path / "s", [shard] * 3, settings=IndexSettings(1))
     assert manifest.samples == 20
     assert len(skipped) == 6
     assert skipped[-1].startswith("35 more samples like it")
