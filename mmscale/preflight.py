@@ -11,6 +11,7 @@ from torch import nn
 
 from mmscale.checkpoint.files import Checkpoint, step_folders
 from mmscale.checkpoint.lock import RunLock
+from mmscale.checkpoint.mirror import meet
 from mmscale.checkpoint.resume import contents_of, require_same_run, starting_point
 from mmscale.checkpoint.write import Kept
 from mmscale.config.load import flatten
@@ -50,6 +51,7 @@ def begin(
     require_same_everywhere(run, shards.digest, world)
     if lock is not None:
         lock.take(world, tell)
+        meet(run, world, tell)
     origin = starting_point(run, world, tell)
     before = None if origin is None else (origin.config, origin.contents)
     contents = contents_of(run, shards, world, before)

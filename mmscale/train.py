@@ -26,16 +26,19 @@ def run(config: Config) -> int:
     """Train as configured, on every rank that was started; all of them fail together."""
     _prepare_process()
     with saying_how_to_go_on(lambda: _way_on(config)):
+        from mmscale.checkpoint.mirror import Mirror
         from mmscale.parallel.failure import failing_together
         from mmscale.parallel.world import leave, promised_world
 
         world = promised_world()
-        with failing_together(world):
-            from mmscale.training.loop import train
+        # What is left to copy is copied when no rank waits for this one any more.
+        with Mirror(config.run, world) as mirror:
+            with failing_together(world):
+                from mmscale.training.loop import train
 
-            gc.enable()
-            train(config, world)
-        leave()
+                gc.enable()
+                train(config, world, mirror)
+            leave()
     return 0
 
 

@@ -34,6 +34,7 @@ MAY_DIFFER_EXACTLY = (
     "run.dir",
     "run.resume",
     "run.overwrite",
+    "run.sync",
     "train.duration",
     "train.micro_batch_size",
     "stop.patience",
@@ -100,15 +101,33 @@ def _require_no_other_run(config: Config, world: World) -> None:
     log = run_dir / "metrics.jsonl"
     if world.is_main and log.exists() and log.stat().st_size:
         try:
-            there = validate(read_yaml(run_dir / "config.yaml"))
+            require_like(run_dir / "config.yaml", config, f"run.dir={run_dir}")
         except ConfigError as error:
-            fault = str(error).splitlines()[0]
-        else:
-            differing = _differing(there, config, {}, {})
-            fault = "; ".join(f"{key}={before} there, {now} here" for key, before, now in differing)
+            fault = str(error)
     if fault := broadcast_object(world, fault):
+        raise ConfigError(fault)
+
+
+def require_like(path: Path, config: Config, place: str, contents: Mapping[str, str] = {}) -> None:
+    """Refuse a place whose run has other settings, as far as its `config.yaml` tells.
+
+    Args:
+        path: That file.
+        config: This run's settings.
+        place: Setting and value that name the place.
+        contents: Settings that name what may lie elsewhere here.
+
+    Raises:
+        ConfigError: They differ, or the file cannot be read.
+    """
+    try:
+        differing = _differing(validate(read_yaml(path)), config, contents, contents)
+        fault = "; ".join(f"{key}={before} there, {now} here" for key, before, now in differing)
+    except ConfigError as error:
+        fault = str(error).splitlines()[0]
+    if fault:
         raise ConfigError(
-            f"run.dir={run_dir} holds another run ({fault}); set another run.dir, or "
+            f"{place} holds another run ({fault}); set another {place.partition('=')[0]}, or "
             "run.resume=never run.overwrite=true to replace it"
         )
 
@@ -264,6 +283,8 @@ _ONCE = (
     "model.text.name",
     "model.text.weights",
 )
+# Settings whose value is what lies there.
+NAMED = (DATA, *_ONCE)
 
 
 def contents_of(

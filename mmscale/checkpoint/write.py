@@ -30,7 +30,7 @@ from mmscale.outputs import publish, replace_file, sync
 
 _DRAFT = "draft.json"
 # Suffix of a folder that is being removed.
-_OLD = ".old"
+OLD = ".old"
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def adopt_partial(run_dir: Path) -> None:
     for aside in sorted(folder.glob(f"step-*{PARTIAL}")):
         if publish_if_whole(aside) is None:
             shutil.rmtree(aside)
-    for old in folder.glob(f"step-*{_OLD}"):
+    for old in folder.glob(f"step-*{OLD}"):
         shutil.rmtree(old)
 
 
@@ -214,7 +214,7 @@ def prune(
     for at, path in folders.items():
         if at not in kept:
             # Renamed first: a folder that has its name is whole.
-            shutil.rmtree(path.rename(path.with_suffix(_OLD)))
+            shutil.rmtree(path.rename(path.with_suffix(OLD)))
 
 
 def drop_for_room(run_dir: Path, step: int, others: Collection[int], needed: int) -> list[str]:
@@ -241,7 +241,7 @@ def drop_for_room(run_dir: Path, step: int, others: Collection[int], needed: int
         # At least one: a quota does not show in what is free.
         if removed and shutil.disk_usage(run_dir).free >= needed:
             break
-        shutil.rmtree(path.rename(path.with_suffix(_OLD)))
+        shutil.rmtree(path.rename(path.with_suffix(OLD)))
         removed.append(path.name)
     return removed
 

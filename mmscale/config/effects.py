@@ -269,7 +269,7 @@ _BIASED = Effect(
 )
 
 EFFECTS: dict[str, Effect | None] = {
-    **_always("run.", "dir", "seed", "resume"),
+    **_always("run.", "dir", "seed", "resume", "sync"),
     "run.overwrite": Effect(
         "with run.resume=never", lambda stretch: stretch.config.run.resume == "never"
     ),

@@ -20,6 +20,7 @@ _ELSEWHERE = re.compile(r"https?://|pipe:")
 _STORE = re.compile(r"(?!https?:)([A-Za-z][A-Za-z0-9+.-]*)://|(s3|gs|gcs|az|abfss?|wasbs?):/(?!/)")
 # Those that shards are read from.
 _READ = re.compile(r"(?:s3|gs|az)://|hf://datasets/")
+_BUCKET = re.compile(r"(?:s3|gs|az)://[^/\s{}*?]+(?:/[^/\s{}*?]+)*/?")
 _KINDS = re.compile(r"(?:(?:hf|timm|openclip|hf-hub|local-dir):)*")
 _VARIABLE = re.compile(r"\$(?:\w+|\{[^}]*\}?|\()")
 # The kind of error that `explain` tells as it is.
@@ -129,6 +130,15 @@ def _marks(annotation: Any) -> list[Any]:
     return [*own, *(mark for inner in get_args(annotation) for mark in _marks(inner))]
 
 
+def bucket(value: Any) -> Any:
+    """The address of a folder in a bucket, as a setting names it."""
+    if isinstance(value, str) and not _BUCKET.fullmatch(value):
+        fault = "is no folder of a bucket; write s3://BUCKET/FOLDER, gs://... or az://..."
+        raise PydanticCustomError(FAULT, "{given}: {fault}", {"given": value, "fault": fault})
+    return value.rstrip("/") if isinstance(value, str) else value
+
+
+BucketSetting = Annotated[str, BeforeValidator(bucket)]
 PathSetting = Annotated[str, BeforeValidator(expand)]
 PlaceSetting = Annotated[str, BeforeValidator(expand_places)]
 PlacesSetting = Annotated[str | list[str], BeforeValidator(expand_places)]

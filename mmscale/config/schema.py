@@ -11,7 +11,7 @@ from mmscale.config.data import DataConfig
 from mmscale.config.evaluation import EvalConfig, RetainConfig
 from mmscale.config.loss import LossConfig
 from mmscale.config.model import ModelConfig
-from mmscale.config.paths import PathSetting
+from mmscale.config.paths import BucketSetting, PathSetting
 from mmscale.config.training import (
     GuardConfig,
     NegativesConfig,
@@ -34,6 +34,8 @@ class RunConfig(Section):
     """`auto`: go on from the newest sound checkpoint; `never`; or a checkpoint's path."""
     overwrite: bool = False
     """With `resume=never`: replace a run that is already in the folder."""
+    sync: BucketSetting | None = None
+    """Where in a bucket (`s3://`, `gs://`, `az://`) the run is mirrored to, and goes on from."""
 
 
 class NonFiniteConfig(Section):

@@ -83,6 +83,10 @@ class Opened:
                 sizes = {item["path"].rpartition("/")[2]: item["size"] for item in found["objects"]}
                 folders = [prefix.rpartition("/")[2] for prefix in found["common_prefixes"]]
                 send(line, b"h", {"files": sizes, "folders": folders})
+            elif asked["do"] == "walk":
+                for part in obstore.list(store, path or None):
+                    names = {item["path"].removeprefix(path).lstrip("/"): item for item in part}
+                    send(line, b"h", {"files": {name: i["size"] for name, i in names.items()}})
             elif asked["do"] == "put":
                 self._put(line, scheme, bucket, path, asked)
             elif asked["do"] == "delete":

@@ -116,6 +116,15 @@ class Buckets(Store):
         (found,) = self._done({"do": "list", "url": folder})
         return Entries(**found)
 
+    def walk(self, folder: str) -> dict[str, int]:
+        """Sizes of all files in a folder and the folders in it, by their names from there.
+
+        Raises:
+            DataError: The store refuses, or fails.
+        """
+        found = self._done({"do": "walk", "url": folder})
+        return {name: size for part in found for name, size in part["files"].items()}
+
     def put(self, url: str, content: bytes | Path) -> None:
         """As of any store."""
         what = {"file": str(content)} if isinstance(content, Path) else {"text": content.decode()}

@@ -120,7 +120,11 @@ def read_search_space(path: Path) -> Space:
     read: set[str] = set()
     for values in _corners(space):
         words = space.words(values)
-        load_config(words)
+        if load_config(words).run.sync:
+            raise ConfigError(
+                f"{path}: run.sync would be one folder for all trials; remove it, and copy the "
+                "sweep's folder yourself"
+            )
         read |= {name for name, value in values.items() if f"{name}={value}" in words}
     if idle := sorted(space.parameters.keys() - read):
         raise ConfigError(

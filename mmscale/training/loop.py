@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from mmscale.checkpoint.lock import RunLock
+from mmscale.checkpoint.mirror import Mirror
 from mmscale.checkpoint.saver import Saver
 from mmscale.checkpoint.state import RunState
 from mmscale.config.load import as_yaml
@@ -43,8 +44,13 @@ from mmscale.training.step import Arrival, Flights
 Batches: TypeAlias = Generator[tuple[Batch, Position, float], None, None]
 
 
-def train(config: Config, world: World) -> None:
+def train(config: Config, world: World, mirror: Mirror) -> None:
     """Train as configured, stage after stage, to the run's end. Collective.
+
+    Args:
+        config: The run's, as the user wrote it.
+        world: The launcher's promise.
+        mirror: Copies the run's folder from here on.
 
     Raises:
         MmscaleError: The run cannot be built, or ends early.
@@ -56,6 +62,7 @@ def train(config: Config, world: World) -> None:
         if world.is_main:
             content = as_yaml(job.config.model_dump(mode="json")).encode()
             write_output("run.dir", job.folder / "config.yaml", content)
+        mirror.start(say)
         total, begun = stage.timetable.total_steps, begin.state.step
         with Report(stage.config, world, total, begun) as report:
             saver = Saver(job.folder, world, config.checkpoint, report.warn)
