@@ -19,7 +19,6 @@ from mmscale.config.foreign import OPEN_CLIP_FLAGS
 from mmscale.config.model import head_faults
 from mmscale.config.paths import is_path, path_of
 from mmscale.config.rules import (
-    anchor_faults,
     data_faults,
     expanded_stages,
     figure_faults,
@@ -145,7 +144,6 @@ def validate(settings: dict[str, Any]) -> Config:
         *set_faults(config),
         *figure_faults(config),
         *teacher_faults(config),
-        *anchor_faults(config),
         *retain_faults(config),
     ]
     if faults:

@@ -35,9 +35,11 @@ def expanded(text: str, *, far: bool = False) -> str:
         far: An address in a bucket or of a data set of the hub may stand in its place.
 
     Raises:
-        ValueError: It holds a `~` or `$` that nothing stands for, or is an address of a kind that
-            is not read; says which.
+        ValueError: It is empty, holds a `~` or `$` that nothing stands for, or is an address of a
+            kind that is not read; says which.
     """
+    if not text.strip():
+        raise ValueError("an empty text names nothing; write a path, or leave it out")
     if _ELSEWHERE.match(text) or (far and _READ.match(text)):
         return text
     if store := _STORE.match(text):

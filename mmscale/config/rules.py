@@ -9,7 +9,7 @@ from mmscale.config.data import DataConfig, SourceConfig
 from mmscale.config.evaluation import MAIN, figure_fault
 from mmscale.config.loss import TERMS, AnyTerm, LossConfig, MatryoshkaTerm
 from mmscale.config.schema import Config
-from mmscale.config.taught import AnchorTerm, TeacherTerm
+from mmscale.config.taught import TeacherTerm
 from mmscale.config.term import Needs
 from mmscale.config.training import StageConfig
 
@@ -73,21 +73,6 @@ def teacher_faults(config: Config) -> Iterator[str]:
             yield (
                 f"{named} and cache={term.cache}, which needs to know every sample, but "
                 "data.resampled=true reads shards without a manifest; set cache=null"
-            )
-
-
-def anchor_faults(config: Config) -> Iterator[str]:
-    """Given pairs that would have to pass towers which cached features stand for."""
-    for term in () if config.stages else config.loss.terms:
-        if (
-            isinstance(term, AnchorTerm)
-            and term.data is not None
-            and config.data.feature_cache is not None
-        ):
-            yield (
-                f"loss.terms holds anchor with data={term.data}, whose pairs pass the towers, but "
-                "data.feature_cache keeps features of data.train alone; set data.feature_cache="
-                "null, or take the anchor's data out"
             )
 
 

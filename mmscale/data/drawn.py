@@ -8,13 +8,15 @@ from torch.utils.data import Dataset
 
 from mmscale.contracts import Batch, InputSpec
 from mmscale.data.damage import DamagedSampleError
-from mmscale.data.features import loaded
+from mmscale.data.features import FeatureTable, loaded
 from mmscale.data.members import Sample
 from mmscale.data.pixels import EvalTransform, decode, stack_rows
 from mmscale.data.reader import SampleReader
 from mmscale.data.shards import ShardSet
 from mmscale.data.stream import pad
 from mmscale.errors import DataError
+
+_NONE_DECODED = "no picture of an anchor's data can be decoded; run mmscale verify on it"
 
 
 class DrawnPairs(Dataset):
@@ -24,7 +26,15 @@ class DrawnPairs(Dataset):
     damaged one is replaced by the next.
     """
 
-    def __init__(self, shards: ShardSet, spec: InputSpec, seed: int, rows: int, share: slice):
+    def __init__(
+        self,
+        shards: ShardSet,
+        spec: InputSpec,
+        seed: int,
+        rows: int,
+        share: slice,
+        table: FeatureTable | None = None,
+    ):
         """Take a set.
 
         Args:
@@ -33,9 +43,10 @@ class DrawnPairs(Dataset):
             seed: The run's.
             rows: Pairs of an update over all ranks.
             share: Which of them are this rank's.
+            table: The towers' outputs of the set, which stand in for pictures and tokens.
         """
         self._shards, self._spec, self._seed = shards, spec, seed
-        self._rows, self._share = rows, share
+        self._rows, self._share, self._table = rows, share, table
         self._transform = EvalTransform(spec)
         self._reader: SampleReader | None = None
         self._order: tuple[int, list[int]] = (-1, [])
@@ -57,10 +68,12 @@ class DrawnPairs(Dataset):
         update = self._updates[index]
         first = update * self._rows
         places = [self._place(at) for at in range(first, first + self._rows)][self._share]
+        if self._table is not None:
+            return self._kept(self._table, update, places)
         samples, pixels, captions = [], [], []
         for place in places:
             sample, picture = self._sample(place)
-            choice = random.Random(f"{self._seed}/{update}/{place}").randrange(len(sample.captions))
+            choice = self._choice(update, place, len(sample.captions))
             samples.append(sample)
             pixels.append(picture)
             captions.append(sample.captions[choice])
@@ -77,6 +90,38 @@ class DrawnPairs(Dataset):
             keys=[sample.key for sample in samples],
             captions=captions,
         )
+
+    def _kept(self, table: FeatureTable, update: int, places: list[int]) -> Batch:
+        """The same pairs out of a table."""
+        count = len(table.keys)
+        good = [
+            next((o % count for o in range(place, place + count) if table.good[o % count]), None)
+            for place in places
+        ]
+        found = [place for place in good if place is not None]
+        if len(found) < len(places):
+            raise DataError(_NONE_DECODED)
+        captions = table.first.diff().tolist()
+        choices = [
+            self._choice(update, place, captions[other])
+            for place, other in zip(places, found, strict=True)
+        ]
+        image, text = table.rows(torch.tensor(found), torch.tensor(choices))
+        ids = table.image_ids[found]
+        texts = [int(table.first[o]) + choice for o, choice in zip(found, choices, strict=True)]
+        return Batch(
+            image=image,
+            tokens=text,
+            mask=None,
+            image_ids=ids,
+            match_ids=ids,
+            labels=torch.full_like(ids, -1),
+            keys=[table.keys[other] for other in found],
+            captions=[table.captions[text] for text in texts],
+        )
+
+    def _choice(self, update: int, place: int, captions: int) -> int:
+        return random.Random(f"{self._seed}/{update}/{place}").randrange(captions)
 
     def _place(self, at: int) -> int:
         """Of the pair that is drawn after `at` others since the run's first update."""
@@ -96,4 +141,4 @@ class DrawnPairs(Dataset):
                 return sample, self._transform(decode(sample.image, sample.key))
             except DamagedSampleError:
                 continue
-        raise DataError("no picture of an anchor's data can be decoded; run mmscale verify on it")
+        raise DataError(_NONE_DECODED)

@@ -15,7 +15,7 @@ from mmscale.config.schema import Config
 from mmscale.config.training import OptimConfig
 from mmscale.contracts import InputSpec
 from mmscale.engine.optimizer import parameter_groups
-from mmscale.engine.plan import BatchPlan
+from mmscale.engine.plan import BatchPlan, held_rows
 from mmscale.engine.zero_settings import LOWER_PRECISION_SAFE
 from mmscale.model.blocks import model_blocks
 from mmscale.model.two_tower import TwoTower
@@ -74,8 +74,9 @@ class Footprint:
         weights: Every parameter.
         buffers: Bytes of buffers.
         towers: `image` and `text` over a chunk's rows.
-        heads: Heads over a rank's rows.
+        heads: Heads over all rows that pass them on a rank.
         rows: Rows of a chunk.
+        passed: Rows of a rank: its own of the batch, and those that anchors hold beside them.
         tokens: Tokens of a caption.
         embed_dim: Shared width.
     """
@@ -85,8 +86,14 @@ class Footprint:
     towers: dict[str, Work]
     heads: Work
     rows: int
+    passed: int
     tokens: int
     embed_dim: int
+
+    @property
+    def chunks(self) -> int:
+        """Forwards that a rank needs for its rows."""
+        return -(-self.passed // self.rows)
 
     def numel(self, trained: bool) -> int:
         """Elements of all trained, or of all frozen parameters."""
@@ -112,7 +119,9 @@ def footprint(
         dtype: Of matrix products.
     """
     weights = tuple(_weights(model, config.optim))
-    rows, buffers = plan.micro_rows, sum(buffer.nbytes for buffer in model.buffers())
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    passed = plan.rank_rows + sum(held_rows(config, plan.world).values())
+    rows = plan.micro_rows if plan.chunks > 1 else passed
     with FakeTensorMode(allow_non_fake_inputs=True):
         _forget_values(model)
         model.train()
@@ -123,11 +132,12 @@ def footprint(
             "text": _work(model, dtype, "text", ids, ids.bool()),
         }
         features = (
-            torch.empty(plan.rank_rows, tower.width, requires_grad=part not in model.frozen)
+            torch.empty(passed, tower.width, requires_grad=part not in model.frozen)
             for part, tower in (("vision", model.vision), ("text", model.text))
         )
         heads = _work(model, dtype, "heads", *features)
-    return Footprint(weights, buffers, towers, heads, rows, tokens, config.model.embed_dim)
+    width = config.model.embed_dim
+    return Footprint(weights, buffers, towers, heads, rows, passed, tokens, width)
 
 
 def _weights(model: nn.Module, optim: OptimConfig) -> Iterator[Weight]:

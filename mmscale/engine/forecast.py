@@ -89,16 +89,20 @@ class Forecast:
     @property
     def chunks_wanted(self) -> int:
         """The fewest chunks with which activations leave a tenth of a device's memory free."""
-        fitting = fewest_chunks(self.memory[self.chosen], self.batch, self.cluster)
+        held = self.memory[self.chosen]
+        fitting = fewest_chunks(held, self.seen, self.batch, self.cluster)
         return min(fitting or self.batch.chunks, self.batch.chunks)
 
 
-def fewest_chunks(held: list[Holding], batch: BatchPlan, cluster: ClusterConfig) -> int | None:
+def fewest_chunks(
+    held: list[Holding], seen: Footprint, batch: BatchPlan, cluster: ClusterConfig
+) -> int | None:
     """In how many chunks a rank's rows leave a tenth of a GPU's memory free; None: in none."""
     kept = sum(holding.bytes for holding in held if holding.name == TOWER_ACTIVATIONS)
     free = 0.9e9 * cluster.memory_gb - (device_bytes(held) - kept)
     chunks = (n for n in range(1, batch.rank_rows + 1) if batch.rank_rows % n == 0)
-    return next((n for n in chunks if kept * batch.chunks / n <= free), None)
+    at_once = {n: batch.rank_rows // n if n > 1 else seen.passed for n in chunks}
+    return next((n for n, rows in at_once.items() if kept * rows / seen.rows <= free), None)
 
 
 def forecast(
@@ -132,7 +136,7 @@ def forecast(
     queue, _ = config.negatives.queue.slots(data.images)
     work = Workload(seen, config, batch, queue, dtype, _teacher_sizes(config))
     memory = {sharding.name: holdings(work, sharding) for sharding in shardings}
-    _require_room(memory, chosen, batch, cluster)
+    _require_room(memory, chosen, work, cluster)
     on_gpus = [replace(work, plan=replace(batch, world=gpus)) for gpus in GPUS]
     # What the host computes and copies has no figure in a cluster's description.
     timed = [sharding for sharding in shardings if not sharding.offloads]
@@ -203,13 +207,14 @@ def _teacher_sizes(config: Config) -> dict[str, int | None]:
 
 
 def _require_room(
-    memory: dict[str, list[Holding]], chosen: str, batch: BatchPlan, cluster: ClusterConfig
+    memory: dict[str, list[Holding]], chosen: str, work: Workload, cluster: ClusterConfig
 ) -> None:
+    batch = work.plan
     needed = device_bytes(memory[chosen])
     if needed <= 1e9 * cluster.memory_gb:
         return
     repairs = [f"take {name}" for name in _that_fit(memory, cluster)][:1]
-    chunks = fewest_chunks(memory[chosen], batch, cluster)
+    chunks = fewest_chunks(memory[chosen], work.seen, batch, cluster)
     if chunks is not None:
         repairs.append(f"set train.micro_batch_size={batch.rank_rows // chunks}")
     repairs.append("switch model.vision.checkpointing on")

@@ -259,7 +259,7 @@ def activations(work: Workload) -> Iterator[Holding]:
     """What the backward needs of the forward, and of the loss."""
     seen, plan = work.seen, work.plan
     towers = sum(part.saved for part in seen.towers.values())
-    features = sum(part.output for part in seen.towers.values()) * plan.chunks
+    features = sum(part.output for part in seen.towers.values()) * seen.passed // seen.rows
     yield Holding(
         TOWER_ACTIVATIONS,
         towers,
@@ -269,7 +269,7 @@ def activations(work: Workload) -> Iterator[Holding]:
     yield Holding(
         "head activations",
         seen.heads.saved + 2 * held,
-        f"kept by the heads of {plan.rank_rows} rows"
+        f"kept by the heads of {seen.passed} rows"
         + ("; features and their gradient" if held else ""),
     )
     yield Holding("loss", *_loss(work.config, plan, work.queue))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from mmscale.config.deepspeed import zero_stage
 from mmscale.config.rules import expanded_stages
 from mmscale.config.schema import Config
+from mmscale.config.taught import AnchorTerm
 from mmscale.contracts import World
 from mmscale.errors import ConfigError
 
@@ -78,6 +79,27 @@ def plan_batch(config: Config, world: int) -> BatchPlan:
             f"nearest: {_nearest(total, world * micro_rows)}"
         )
     return BatchPlan(world, rank_rows, micro_rows, _lanes(config, world))
+
+
+def held_rows(config: Config, world: int) -> dict[str, int]:
+    """Rows that pass the model on each rank beside the batch's, by the `data` of anchors.
+
+    Raises:
+        ConfigError: Ranks cannot share them alike, or two terms want different numbers of one set.
+    """
+    found: dict[str, int] = {}
+    for term in config.loss.terms:
+        if not isinstance(term, AnchorTerm) or term.data is None:
+            continue
+        named, rows = f"loss.terms holds anchor with data={term.data}", term.given_rows
+        if rows % world:
+            raise ConfigError(
+                f"{named} and rows={rows}, which {world} ranks cannot share alike; give a multiple "
+                f"of {world}"
+            )
+        if found.setdefault(term.data, rows // world) != rows // world:
+            raise ConfigError(f"{named} more than once, with different rows; give one number")
+    return found
 
 
 def _lanes(config: Config, world: int) -> int:

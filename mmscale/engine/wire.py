@@ -97,7 +97,7 @@ def _queue(config: Config, plan: BatchPlan, slots: int) -> Iterator[Transfer]:
 
 
 def _model(work: Workload, sharding: Sharding) -> Iterator[Transfer]:
-    seen, chunks = work.seen, work.plan.chunks
+    seen, chunks = work.seen, work.seen.chunks
     towers, rest = _parts(seen)
     if sharding.stage == 0:
         yield from _fsdp(work)
@@ -124,7 +124,7 @@ def _model(work: Workload, sharding: Sharding) -> Iterator[Transfer]:
 
 def _fsdp(work: Workload) -> Iterator[Transfer]:
     """What FSDP2 sends: weights in the dtype of products, and gradients in fp32."""
-    size, chunks = work.dtype.itemsize, work.plan.chunks
+    size, chunks = work.dtype.itemsize, work.seen.chunks
     blocks, rest = fsdp_units(work.seen)
     inside = size * sum(blocks)
     anew = work.config.engine.reshard_after_forward
@@ -212,9 +212,9 @@ def rank_flops(seen: Footprint, config: Config, plan: BatchPlan) -> tuple[int, i
     towers = seen.towers.values()
     rows, columns = plan.rank_rows, plan.global_rows
     product = 2 * rows * columns * config.model.embed_dim
-    forward = plan.chunks * sum(work.forward for work in towers) + seen.heads.forward + product
-    both = plan.chunks * sum(work.both for work in towers) + seen.heads.both + 4 * product
-    return forward, both
+    forward = sum(work.forward for work in towers) * seen.passed // seen.rows
+    both = sum(work.both for work in towers) * seen.passed // seen.rows
+    return forward + seen.heads.forward + product, both + seen.heads.both + 4 * product
 
 
 def bandwidth(cluster: ClusterConfig, gpus: int) -> float:

@@ -87,13 +87,15 @@ def draw_comparison(comparison: Comparison) -> bytes:
                 _draw_loss(loss, run, colour, scale)
                 _draw_headline(recall, run, (first, key), colour, scale)
         loss.set_ylabel("loss, smoothed (nats)")
-        recall.set_ylabel(what)
+        recall.set_ylabel(f"{what} (percent)")
+        recall.set_title(literal(title_of(first)) if len(headlines) > 1 else "")
         for axes in (loss, recall):
             step_axis(axes)
             if by_pairs:
                 axes.set_xlabel("pairs seen")
-        for final, (key, what) in zip(finals, headlines.values(), strict=True):
-            _draw_final(final.subplots(), groups, key, what)
+        for final, (name, (key, what)) in zip(finals, headlines.items(), strict=True):
+            label = f"{literal(title_of(name))}: {what}"
+            _draw_final(final.subplots(), groups, key, label)
         return png(figure)
 
 
@@ -101,7 +103,7 @@ def _headlines(comparison: Comparison) -> dict[str, tuple[str, str]]:
     """What each set is judged by, as it is logged, and in words."""
     words = {MEAN: "mean of the six recalls", TOP1: "top-1 accuracy"}
     return {
-        name: (key, f"{literal(title_of(name))}: {words[headline]} (percent)")
+        name: (key, words[headline])
         for name, keys in comparison.sets.items()
         for headline in (TOP1, MEAN)
         if (key := logged(name, headline)) in keys or (headline == MEAN and not keys)
@@ -154,4 +156,4 @@ def _draw_final(axes: Axes, groups: Sequence[SeedGroup], key: str, what: str) ->
         label.set_color(colour)
     axes.set_ylim(len(groups) - 0.4, -0.7)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8))
-    axes.set_xlabel(f"{what}, last evaluation: runs, mean, deviation")
+    axes.set_xlabel(f"{what}, last evaluation (percent): runs, mean, deviation")

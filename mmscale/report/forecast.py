@@ -76,6 +76,8 @@ def _advice(plan: Forecast) -> Iterator[str]:
 def _facts(plan: Forecast) -> Iterator[str]:
     data, seen, batch = plan.data, plan.seen, plan.batch
     yield f"batch: {batch}"
+    if held := seen.passed - batch.rank_rows:
+        yield f"held: {held:,} more rows on each rank in every update, of an anchor's data"
     shards = "shards unknown" if data.shards is None else _count(data.shards, "shard")
     lanes = "" if data.shards is None else f", {data.shards / batch.lanes:.2f} a lane"
     yield f"data: {data.images:,} images an epoch, {shards}{lanes}"
@@ -208,6 +210,7 @@ def _batch(plan: Forecast) -> dict[str, Any]:
     return {
         "ranks": batch.world,
         "rank_rows": batch.rank_rows,
+        "held_rows": plan.seen.passed - batch.rank_rows,
         "micro_rows": batch.micro_rows,
         "chunks": batch.chunks,
         "global_rows": batch.global_rows,

@@ -17,24 +17,26 @@ def joined(batch: Batch, beside: Mapping[str, Batch]) -> Batch:
     """What the towers see: the batch's rows, then the others; only for the towers.
 
     Args:
-        batch: This rank's rows, with pixels.
-        beside: Further rows, by name.
+        batch: This rank's rows, with pixels, or what frozen towers made of them.
+        beside: Further rows of the same kind, by name.
     """
     if not beside:
         return batch
     every = [batch, *beside.values()]
     longest = max(one.tokens.shape[1] for one in every)
 
-    def wide(rows: Tensor | None) -> Tensor:
-        assert rows is not None, "cached features stand for the batch's rows alone"
+    def wide(rows: Tensor) -> Tensor:
+        # Features of a cache are as wide as their tower, tokens as long as the longest caption.
         return pad(rows, (0, longest - rows.shape[1]))
 
+    masks = [wide(one.mask) for one in every if one.mask is not None]
+    assert len(masks) in (0, len(every)), "the batch and the others are of one kind"
     return replace(
         batch,
         image=torch.cat([one.image for one in every]),
         # What is padded the mask leaves out, whatever its id.
         tokens=torch.cat([wide(one.tokens) for one in every]),
-        mask=torch.cat([wide(one.mask) for one in every]),
+        mask=torch.cat(masks) if masks else None,
         image_ids=torch.cat([one.image_ids for one in every]),
         match_ids=torch.cat([one.match_ids for one in every]),
         labels=torch.cat([one.labels for one in every]),

@@ -155,7 +155,7 @@ def build_parts(stage: Stage, services: Services) -> tuple[Part, ...]:
         *_queue(stage),
         *_prototypes(stage),
         *_teachers(stage),
-        *anchors_of(stage),
+        *anchors_of(stage, services.report.say),
         *_matching(stage),
         *_balance(stage),
         NonFinite(stage, services, evaluation),

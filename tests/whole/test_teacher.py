@@ -73,7 +73,10 @@ def taught(synthetic, tmp_path_factory):
         *words[:-1],
         *("model.vision.frozen=true", "model.text.frozen=true", "data.augment=none"),
         f"data.feature_cache={folder / 'cache'}",
-        taught_by({"kind": "teacher", "model": model, "cache": str(folder / "cache")}),
+        taught_by(
+            {"kind": "teacher", "model": model, "cache": str(folder / "cache")},
+            {"kind": "anchor", "data": str(synthetic.test), "rows": 8},
+        ),
     ]
     # The anchor comes with the second stage, and has what was there before the first.
     staged = [
@@ -138,8 +141,11 @@ def test_heads_on_cached_features_have_a_teacher_with_a_cache(taught):
     _, folder = taught
     lines = training_lines(folder / "frozen")
     assert lines[-1]["loss/teacher"] < lines[0]["loss/teacher"]
-    # Of both sets through the towers, and of the training set through the teacher's.
-    assert len(list((folder / "cache").glob("*.safetensors"))) == 3
+    # Of three sets through the towers, and of the training set through the teacher's.
+    assert len(list((folder / "cache").glob("*.safetensors"))) == 4
+    # The pairs that the anchor holds are where the start had them, and move as the heads do.
+    held = [line["loss/anchor"] for line in lines]
+    assert held[0] < 1e-9 < 1e-6 < min(held[1:])
 
 
 def _resumed(words: list[str], run_dir: Path, other: Path, weights: Path) -> list[int]:

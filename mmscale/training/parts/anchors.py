@@ -2,17 +2,25 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from mmscale.checkpoint.state import RunState
 from mmscale.config.taught import AnchorTerm
 from mmscale.contracts import START, Batch, Features, LossInput, Taught
 from mmscale.data.drawn import DrawnPairs
+from mmscale.data.features import FeatureTable
+from mmscale.data.shard_set import ShardSet
 from mmscale.data.shards import open_shards
+from mmscale.engine.encode import Encoder
 from mmscale.engine.feed import on_device
+from mmscale.engine.inference import Inference
+from mmscale.engine.plan import held_rows
 from mmscale.errors import ConfigError
+from mmscale.evaluation.encoded import FeatureCache, Tell, cached_table
 from mmscale.training.part import Json, Part, Step
 from mmscale.training.parts.teacher import Teachers
 from mmscale.training.stage import Stage
+from mmscale.training.teachers import Teacher
 
 
 @dataclass(frozen=True)
@@ -93,8 +101,12 @@ class Anchors(Part):
         self._drawn.clear()
 
 
-def anchors_of(stage: Stage) -> Iterator[Anchors]:
-    """The part, where a term holds given pairs.
+def anchors_of(stage: Stage, tell: Tell) -> Iterator[Anchors]:
+    """The part, where a term holds given pairs. Collective.
+
+    Args:
+        stage: With its terms.
+        tell: Takes lines about features that are computed.
 
     Raises:
         ConfigError: An update has another number of them than ranks can share, or two terms
@@ -115,26 +127,44 @@ def anchors_of(stage: Stage) -> Iterator[Anchors]:
                 stage.plan.micro_rows,
                 stage.timetable.uncut,
             )
-            sets = {place: _anchored(stage, place, every) for place, every in terms.items()}
+            rows = held_rows(stage.config, stage.job.world.size)
+            sets = {
+                place: _anchored(stage, every, rows[place], start, tell)
+                for place, every in terms.items()
+            }
             yield Anchors(stage, sets, encoder)
 
 
-def _anchored(stage: Stage, place: str, terms: list[AnchorTerm]) -> Anchored:
-    named, world = f"loss.terms holds anchor with data={place}", stage.job.world
-    rows = terms[0].given_rows
-    if any(term.given_rows != rows for term in terms):
-        raise ConfigError(f"{named} more than once, with different rows; give one number")
-    if rows % world.size:
-        raise ConfigError(
-            f"{named} and rows={rows}, which {world.size} ranks cannot share alike; give a "
-            f"multiple of {world.size}"
-        )
+def _anchored(
+    stage: Stage, terms: list[AnchorTerm], count: int, start: Teacher, tell: Tell
+) -> Anchored:
+    place = str(terms[0].data)
+    world, rows = stage.job.world, terms[0].given_rows
     shards = open_shards("an anchor's data", place)
     if shards.samples < rows:
         raise ConfigError(
-            f"{named} and rows={rows}, but it has {shards.samples} images; give fewer rows"
+            f"loss.terms holds anchor with data={place} and rows={rows}, but it has "
+            f"{shards.samples} images; give fewer rows"
         )
-    count = rows // world.size
     share = slice(world.rank * count, (world.rank + 1) * count)
-    pairs = DrawnPairs(shards, stage.spec, stage.config.run.seed, rows, share)
+    table = _features(stage, shards, start, tell)
+    pairs = DrawnPairs(shards, stage.spec, stage.config.run.seed, rows, share, table)
     return Anchored(tuple(terms), pairs, shards.digest)
+
+
+def _features(stage: Stage, shards: ShardSet, start: Teacher, tell: Tell) -> FeatureTable | None:
+    """What frozen towers make of a set, where the batch comes out of a cache too. Collective."""
+    config, job = stage.config, stage.job
+    if config.data.feature_cache is None:
+        return None
+    if job.config.stages:
+        raise ConfigError(
+            "loss.terms holds anchor with data, and a stage reads data.feature_cache, but an "
+            "earlier one may have moved the towers since the start; set data.feature_cache=null"
+        )
+    # The towers are frozen, so those of the start are the trained model's, and whole on any engine.
+    call = Inference(start.model, job.policy).call
+    encoder = Encoder.of(config, call, job.policy.device, stage.spec, job.peers)
+    limit = config.data.cache_gb * 1e9
+    cache = FeatureCache(Path(config.data.feature_cache), start.model, stage.spec, limit)
+    return cached_table(cache, shards, encoder, tell)

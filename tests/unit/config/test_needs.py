@@ -41,18 +41,14 @@ def test_a_running_mean_is_kept_where_something_uses_it(words, kept):
         (["loss.terms=[{kind: l2_start}]"], r"l2_start alone"),
         (["loss.terms=[{kind: infonce}, {kind: anchor, rows: 8}]"], r"rows with data alone"),
         (
-            [
-                "loss.terms=[{kind: infonce}, {kind: anchor, data: old}]",
-                *FROZEN,
-                "data.feature_cache=folder",
-            ],
-            r"anchor with data=.*old.*data\.feature_cache=null",
-        ),
-        (
             ["loss.terms=[{kind: infonce}, {kind: l2_start}, {kind: l2_start}]"],
             r"l2_start more than once; .*add up their weights",
         ),
         (["model.momentum=1.0"], r"model\.momentum"),
+        (
+            ["eval.sets={a: {data: x, kind: classes, classes: ''}}"],
+            r"eval\.sets\.a\.classes.*an empty text names nothing",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(words, message):

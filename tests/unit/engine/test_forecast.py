@@ -12,7 +12,7 @@ from mmscale.config.cluster import read_cluster
 from mmscale.config.load import load_config
 from mmscale.engine.footprint import footprint
 from mmscale.engine.forecast import device_bytes, forecast
-from mmscale.engine.memory import UNZEROED, Workload, activations, holdings
+from mmscale.engine.memory import TOWER_ACTIVATIONS, UNZEROED, Workload, activations, holdings
 from mmscale.engine.plan import plan_batch
 from mmscale.engine.wire import Transfer, transfers
 from mmscale.errors import ConfigError, explained
@@ -135,6 +135,39 @@ def test_teachers_and_the_start_are_whole_on_every_rank(tmp_path):
     (held,) = (h for h in planned.memory["accelerate"] if h.name == "teachers")
     assert held.formula.endswith("; without runs/latest")
     assert not [holding for holding in plan().memory["accelerate"] if "teach" in holding.name]
+
+
+def test_pairs_that_an_anchor_holds_pass_the_model_beside_the_batch():
+    term = "loss.terms=[{kind: infonce}, {kind: anchor, data: old, rows: %d}]"
+    alone = plan("loss.terms=[{kind: infonce}, {kind: anchor}]")
+    rows = alone.batch.rank_rows
+    # As many as the batch has: each rank's towers and heads see twice as many rows.
+    held = plan(term % alone.batch.global_rows)
+    assert (held.seen.rows, held.seen.passed) == (2 * rows, 2 * rows)
+    for work, twice in zip(
+        (*alone.seen.towers.values(), alone.seen.heads),
+        (*held.seen.towers.values(), held.seen.heads),
+        strict=True,
+    ):
+        assert twice.forward == 2 * work.forward
+        # Of the heads the scale comes along once.
+        assert twice.output == pytest.approx(2 * work.output, abs=8)
+    tower_bytes = [
+        next(part.bytes for part in each.memory["accelerate"] if part.name == TOWER_ACTIVATIONS)
+        for each in (alone, held)
+    ]
+    assert tower_bytes[1] == pytest.approx(2 * tower_bytes[0], rel=0.01)
+    # In chunks no more is kept at once, but as many more pass.
+    cut = f"train.micro_batch_size={rows // 4}"
+    few = plan("loss.terms=[{kind: infonce}, {kind: anchor}]", cut)
+    more = plan(term % alone.batch.global_rows, cut)
+    assert few.seen.towers == more.seen.towers
+    assert (few.seen.chunks, more.seen.chunks) == (4, 8)
+    assert more.here["accelerate"].compute > few.here["accelerate"].compute
+    assert "more rows on each rank" in tables(more, False)
+    assert "more rows" not in tables(few, False)
+    with pytest.raises(ConfigError, match="8 ranks cannot share alike; give a multiple of 8"):
+        plan(term % 7)
 
 
 def test_what_a_loss_holds_and_gathers_follows_from_its_terms():
