@@ -19,12 +19,15 @@ from mmscale.cli.command import (
     write_json,
 )
 from mmscale.errors import ConfigError
+from mmscale.outputs import file_output, require_file, require_folder, writing
 
 if TYPE_CHECKING:
+    from mmscale.data.shards import ShardSet
     from mmscale.evaluation.examine import Examined
 
 _SHOWN = 3
 _BATCH = 1024
+_PAGE, _MASK = "examined.html", "mask.json"
 
 
 @app.command(rich_help_panel=BEFORE)
@@ -60,6 +63,14 @@ def examine(
             help="Images of the global batch that is planned; default CONFIG's, or 1024.", min=2
         ),
     ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write mask.json and a page here: a folder, or a page (.html) that the mask lies "
+            "beside.",
+            callback=reading,
+        ),
+    ] = None,
     workers: Workers = 2,
     json_file: Json = None,
 ) -> int:
@@ -70,6 +81,7 @@ def examine(
     another script; and tells the highest R@1 that these pairs allow. With --model, or with the
     towers that CONFIG names, also for captions that belong to other images.
     """
+    page, mask = _places(out)
     from mmscale.data.shards import open_shards
     from mmscale.evaluation.examine import examine as run
     from mmscale.evaluation.examine import look_at
@@ -86,8 +98,43 @@ def examine(
     planned = loaded.config.train.global_batch_size if loaded and model is None else _BATCH
     examined = run(looks, held_out, batch or planned, seen, tell)
     _tell(examined)
+    if page is not None and mask is not None:
+        _write(examined, shards, others, data, page, mask)
     write_json(json_file, _as_json(examined))
     return 3 if examined.verdicts else 0
+
+
+def _places(out: Path | None) -> tuple[Path | None, Path | None]:
+    """The page and the mask; whether they can be written is known before the work begins."""
+    if out is None:
+        return None, None
+    if out.suffix == ".html":
+        require_file("--out", out)
+        return out, out.with_name(_MASK)
+    require_folder("--out", out)
+    return out / _PAGE, out / _MASK
+
+
+def _write(
+    examined: "Examined",
+    shards: "ShardSet",
+    others: "dict[str, ShardSet]",
+    data: str,
+    page: Path,
+    mask: Path,
+) -> None:
+    from mmscale.data.mask import write_mask
+    from mmscale.evaluation.examine import to_leave_out
+    from mmscale.report.examined import write_examined
+
+    left_out = to_leave_out(examined, shards)
+    with file_output("--out", page) as aside:
+        write_examined(aside, examined, shards, others, data)
+    with writing("--out", mask):
+        write_mask(mask, left_out)
+    count = sum(map(len, left_out.values()))
+    say(f"page: {page}")
+    say(f"mask: {mask} leaves {count:,} images out; train with data.mask={mask}")
 
 
 def _held_out(against: str | None, sets: Path | None) -> dict[str, tuple[str, Any]]:

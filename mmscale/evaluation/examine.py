@@ -21,7 +21,7 @@ from mmscale.diagnostics.dataset.images import broken_images, leakage, near_dupl
 from mmscale.diagnostics.dataset.verdict import DataVerdict, Looks
 from mmscale.errors import DataError
 from mmscale.evaluation.encoded import Tell
-from mmscale.evaluation.seen import Seen, fitting
+from mmscale.evaluation.seen import Fitting, Seen, fitting
 
 # CLIP's text tower.
 CONTEXT_LENGTH = 77
@@ -40,12 +40,14 @@ class Examined:
         ceiling: Where there is a caption at all.
         images: Images read.
         captions: Their captions.
+        fit: How pairs fit, where a model has seen them.
     """
 
     verdicts: tuple[DataVerdict, ...]
     ceiling: Ceiling
     images: int
     captions: int
+    fit: Fitting | None = None
 
 
 def examine(
@@ -69,7 +71,8 @@ def examine(
     pairs = same_pictures(everything.greys, everything.digests)
     num, begin = len(data), len(data)
     own = [pair for pair in pairs if pair.second < num]
-    found = list[DataVerdict | None](fitting(data, seen, tell) if seen else ())
+    fit = fitting(data, seen, tell) if seen else None
+    found = list(fit.verdicts if fit else ())
     for name, held_out in against.items():
         end = begin + len(held_out)
         across = [
@@ -95,6 +98,7 @@ def examine(
         ceiling(captions, owners, groups_of(num, own)),
         num,
         len(captions),
+        fit,
     )
 
 
@@ -188,3 +192,19 @@ def _clip_tokens() -> Callable[[str], int]:
 
     tokenizer = SimpleTokenizer()
     return lambda caption: len(tokenizer.encode(caption)) + 2
+
+
+def to_leave_out(examined: Examined, shards: ShardSet) -> dict[str, set[int]]:
+    """What a mask of the verdicts leaves out: ids as the manifests have them, by their digests.
+
+    Args:
+        examined: What was found.
+        shards: The set.
+    """
+    wanted = {image for verdict in examined.verdicts for image in verdict.leave_out}
+    found: dict[str, set[int]] = {name: set() for name in shards.manifests}
+    for number, (shard, name) in enumerate(zip(shards.shards, shards.manifests, strict=True)):
+        if shard.identities is not None:
+            there = wanted.intersection(shard.identities.images)
+            found[name] |= {shards.image_id(number, image) for image in there}
+    return {name: ids for name, ids in found.items() if ids}

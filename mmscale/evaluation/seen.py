@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from mmscale.config.load import validate, with_words
@@ -117,8 +117,22 @@ def _counting(spec: InputSpec) -> tuple[Callable[[str], int], int]:
     return lambda caption: token_count(spec, caption), spec.context_length
 
 
-def fitting(looks: Looks, seen: Seen, tell: Tell) -> list[DataVerdict | None]:
-    """The verdicts on how images and captions fit.
+@dataclass(frozen=True)
+class Fitting:
+    """How images and captions of a set fit.
+
+    Attributes:
+        verdicts: None where there is nothing to say.
+        deviates: The standing of each pair among random ones, of mispaired ones standard normal;
+            None where there are too few.
+    """
+
+    verdicts: tuple[DataVerdict | None, ...]
+    deviates: Float64[Tensor, " n"] | None = None
+
+
+def fitting(looks: Looks, seen: Seen, tell: Tell) -> Fitting:
+    """How images and captions of a set fit.
 
     Args:
         looks: The set.
@@ -132,12 +146,12 @@ def fitting(looks: Looks, seen: Seen, tell: Tell) -> list[DataVerdict | None]:
     for stretch in found.stretches:
         straight[stretch.first : stretch.end] = False
     rows = straight.nonzero()[:, 0]
-    verdicts = [shifted_captions(among, found), None]
-    if len(rows) >= FEWEST_PAIRS:
-        among = among.take(rows.numpy())
-        fit = fit_of_embeddings if seen.together else fit_of_features
-        ids = torch.from_numpy(among.ids)
-        verdicts[1] = mispaired_pairs(among, fit(seen.image[rows], seen.text[rows], ids))
-    elif not found.stretches:
-        tell(f"examine: mispaired is told of {FEWEST_PAIRS} images and more, here are {len(rows)}")
-    return verdicts
+    stretches = shifted_captions(among, found)
+    if len(rows) < FEWEST_PAIRS:
+        if not found.stretches:
+            tell(f"examine: mispaired is told of {FEWEST_PAIRS} images, here are {len(rows)}")
+        return Fitting((stretches,))
+    among = among.take(rows.numpy())
+    fit_of = fit_of_embeddings if seen.together else fit_of_features
+    fit = fit_of(seen.image[rows], seen.text[rows], torch.from_numpy(among.ids))
+    return Fitting((stretches, mispaired_pairs(among, fit)), fit.deviates)

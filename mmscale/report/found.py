@@ -34,14 +34,14 @@ def write_found(
     """
     places = [entry.place for entry in found]
     shown = [
-        asdict(entry) | {"picture": image and _small(image.content, entry.key)}
+        asdict(entry) | {"picture": image and small_picture(image.content, entry.key)}
         for entry, image in zip(found, read_at(images, places), strict=True)
     ]
-    asked = None if picture is None else _small(picture.read_bytes(), str(picture))
+    asked = None if picture is None else small_picture(picture.read_bytes(), str(picture))
     write_html(path, "search.html", found=shown, words=words.strip(), picture=asked, **facts)
 
 
-def _small(content: bytes, where: str) -> str | None:
+def small_picture(content: bytes, where: str) -> str | None:
     """A photograph as an address that holds it; None where it cannot be decoded."""
     try:
         copy = thumbnail(content, where, _SIDE)

@@ -9,7 +9,6 @@ from mmscale.data.caption_text import wording
 from mmscale.diagnostics.dataset.verdict import (
     MOST_EXAMPLES,
     DataVerdict,
-    Example,
     Looks,
     wilson,
 )
@@ -46,10 +45,7 @@ def repeated_captions(looks: Looks) -> DataVerdict | None:
         f"{count:,} of {total:,} captions stand at {MANY_IMAGES} images or more each; the commonest"
         f" at {len(many[most[0]]):,}",
         "write captions that tell the images apart, or leave the template's captions out",
-        tuple(
-            Example(looks.keys[many[words][0]], int(looks.ids[many[words][0]]), words)
-            for words in most[:MOST_EXAMPLES]
-        ),
+        tuple(looks.example(many[words][0], words) for words in most[:MOST_EXAMPLES]),
         {"wordings": float(len(many))},
     )
 
@@ -85,7 +81,7 @@ def cut_captions(
         "of that length does not see their ends",
         "take a tower of a longer context (model.text.context_length), or shorter captions",
         tuple(
-            Example(looks.keys[row], int(looks.ids[row]), f"{length} tokens: {caption[:300]}")
+            looks.example(row, f"{length} tokens: {caption[:300]}")
             for length, row, caption in cut[:MOST_EXAMPLES]
         ),
         {"longest": float(cut[0][0])},
@@ -116,10 +112,7 @@ def language_mix(looks: Looks) -> DataVerdict | None:
         total,
         f"{minority:,} of {total:,} captions are not in the writing system of the others: {shares}",
         "take a text tower and tokenizer of all these languages, or train on the captions of one",
-        tuple(
-            Example(looks.keys[row], int(looks.ids[row]), caption[:300])
-            for row, caption in others[:MOST_EXAMPLES]
-        ),
+        tuple(looks.example(row, caption[:300]) for row, caption in others[:MOST_EXAMPLES]),
         {name.lower(): count / total for name, count in counts.items()},
     )
 

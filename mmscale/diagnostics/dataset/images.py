@@ -29,10 +29,7 @@ def broken_images(looks: Looks) -> DataVerdict | None:
         len(looks),
         f"{len(rows):,} of {len(looks):,} images show nothing: {looks.faults[rows[0]]}, say",
         "leave them out of the source and pack again",
-        tuple(
-            Example(looks.keys[row], int(looks.ids[row]), looks.faults[row])
-            for row in rows[:MOST_EXAMPLES]
-        ),
+        tuple(looks.example(row, looks.faults[row]) for row in rows[:MOST_EXAMPLES]),
         leave_out=looks.ids_of(rows),
     )
 
@@ -105,11 +102,6 @@ def leakage(
 
 def _examples(left: Looks, right: Looks, pairs: list[Pair]) -> tuple[Example, ...]:
     return tuple(
-        Example(
-            left.keys[pair.first],
-            int(left.ids[pair.first]),
-            f"correlation {pair.score:.3f}",
-            right.keys[pair.second],
-        )
+        left.example(pair.first, f"correlation {pair.score:.3f}", (right, pair.second))
         for pair in pairs[:MOST_EXAMPLES]
     )

@@ -17,7 +17,7 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from mmscale.diagnostics.dataset.fit import Fit
-from mmscale.diagnostics.dataset.verdict import MOST_EXAMPLES, DataVerdict, Example, Looks
+from mmscale.diagnostics.dataset.verdict import MOST_EXAMPLES, DataVerdict, Looks
 from mmscale.diagnostics.mixture import share_figures
 
 # The tail below this deviate is counted.
@@ -105,9 +105,8 @@ def mispaired_pairs(looks: Looks, fit: Fit) -> DataVerdict | None:
         "be wrong",
         "pair the listed images anew, or leave them out (data.mask)",
         tuple(
-            Example(
-                looks.keys[row],
-                int(looks.ids[row]),
+            looks.example(
+                row,
                 f"{_first(looks.captions[row])} (better than {_chance(fit, row):.0%} of random "
                 "pairings)",
             )

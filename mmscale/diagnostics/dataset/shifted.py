@@ -226,10 +226,9 @@ def shifted_captions(looks: Looks, found: Shifted) -> DataVerdict | None:
 def _example(looks: Looks, stretch: Stretch) -> Example:
     row = stretch.first if stretch.first + stretch.shift >= 0 else -stretch.shift
     partner = min(row + stretch.shift, len(looks) - 1)
-    return Example(
-        looks.keys[row],
-        int(looks.ids[row]),
+    return looks.example(
+        row,
         f"images {stretch.first:,} to {stretch.end - 1:,} fit the captions {stretch.shift:+d} rows "
         f"away: {(*looks.captions[partner], '')[0][:200]}",
-        looks.keys[partner],
+        (looks, partner),
     )

@@ -18,13 +18,17 @@ class Example:
         key: Its name.
         image_id: Of the image.
         what: What is wrong with it: a caption, a reason, the score of a pair.
+        place: Where it stands in its set.
         partner: Name of the other image, where the verdict is about two.
+        partner_place: Where that stands in its own set.
     """
 
     key: str
     image_id: int
     what: str
+    place: int
     partner: str | None = None
+    partner_place: int | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,13 @@ class Looks:
             self.greys[rows],
             [self.captions[row] for row in chosen],
         )
+
+    def example(self, row: int, what: str, partner: "tuple[Looks, int] | None" = None) -> Example:
+        """What is wrong with a row; `partner`: the other image's set and its row there."""
+        beside = () if partner is None else (partner[0].keys[partner[1]],)
+        there = () if partner is None else (int(partner[0].places[partner[1]]),)
+        own = self.keys[row], int(self.ids[row]), what, int(self.places[row])
+        return Example(*own, *beside, *there)
 
     def ids_of(self, rows: Iterable[int]) -> tuple[int, ...]:
         """Image ids of rows, each once, in the order of the rows."""

@@ -1,0 +1,255 @@
+"""Faults planted in sound sets, and clean draws: how often the data doctor is right.
+
+python -m tools.studies.planted NAME=PACKED ... CONFIG key=value ... [--json FILE]
+
+Sets are folders that `mmscale pack` wrote. Pictures and captions go through the configuration's
+towers once; each case is a draw of the set's rows with a fault planted, and takes seconds.
+"""
+
+import io
+import json
+import random
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from mmscale.data.images import PackedImages
+from mmscale.data.shards import ShardSet, open_shards
+from mmscale.diagnostics.dataset.verdict import Looks
+from mmscale.evaluation.examine import Examined, examine, grey_of, look_at
+from mmscale.evaluation.seen import Seen, load_seeing, see
+
+CLEAN = 50
+# Of the rows of a draw that many are held out.
+HELD_OUT = 0.2
+DRAWN = 0.8
+LEAKED, CUT = 0.03, 0.1
+BATCH = 256
+_LONG = " and so on and so forth" * 24
+
+
+@dataclass
+class Draw:
+    """Rows of a set, some of them held out; a fault changes what is in it.
+
+    Attributes:
+        looks: Rows to train on.
+        seen: What the towers make of them.
+        held_out: Rows to evaluate on.
+        wrong: Of the rows to train on, those that have another's captions.
+    """
+
+    looks: Looks
+    seen: Seen
+    held_out: Looks
+    wrong: np.ndarray
+
+
+@dataclass(frozen=True)
+class Given:
+    """A set, looked at once."""
+
+    shards: ShardSet
+    looks: Looks
+    seen: Seen
+
+    def draw(self, seed: int) -> Draw:
+        """Rows in the set's order, some of them held out."""
+        draws = np.random.default_rng(seed)
+        row_of = {int(place): row for row, place in enumerate(self.looks.places)}
+        rows = np.array([row_of[int(place)] for place in self.seen.places])
+        kept = np.sort(draws.permutation(len(rows))[: round(DRAWN * len(rows))])
+        is_held = np.isin(
+            np.arange(len(kept)), draws.permutation(len(kept))[: round(HELD_OUT * len(kept))]
+        )
+        mine = kept[~is_held]
+        seen = replace(
+            self.seen,
+            image=self.seen.image[mine],
+            text=self.seen.text[mine],
+            places=self.seen.places[mine],
+        )
+        wrong = np.zeros(len(mine), bool)
+        return Draw(self.looks.take(rows[mine]), seen, self.looks.take(rows[kept[is_held]]), wrong)
+
+
+Plant = Callable[[Draw, Given, int], None]
+
+
+def shifted(by: int) -> Plant:
+    """Every caption stands so many rows further on."""
+
+    def plant(draw: Draw, given: Given, seed: int) -> None:
+        _pair(draw, np.roll(np.arange(len(draw.looks)), by))
+
+    return plant
+
+
+def mispaired(share: float) -> Plant:
+    """Images of this share exchange all their captions."""
+
+    def plant(draw: Draw, given: Given, seed: int) -> None:
+        count = len(draw.looks)
+        chosen = np.random.default_rng(seed).permutation(count)[: round(share * count)]
+        source = np.arange(count)
+        source[chosen] = np.roll(chosen, 1)
+        draw.wrong[chosen] = True
+        _pair(draw, source)
+
+    return plant
+
+
+def _pair(draw: Draw, source: np.ndarray) -> None:
+    draw.looks = replace(draw.looks, captions=[draw.looks.captions[row] for row in source])
+    draw.seen = replace(draw.seen, text=draw.seen.text[torch.from_numpy(source)])
+
+
+def leaked(change: str) -> Plant:
+    """A share of the held-out pictures is replaced by changed ones of the rows to train on."""
+
+    def plant(draw: Draw, given: Given, seed: int) -> None:
+        draws = random.Random(seed)
+        rows = draws.sample(range(len(draw.held_out)), round(LEAKED * len(draw.held_out)))
+        greys, digests = draw.held_out.greys.copy(), list(draw.held_out.digests)
+        with closing(PackedImages(given.shards).reader()) as reader:
+            for row in rows:
+                place = int(draw.looks.places[draws.randrange(len(draw.looks))])
+                content = changed(reader.read(place).content, change, draws)
+                greys[row], digests[row] = grey_of(content)[0], content[:64]
+        draw.held_out = replace(draw.held_out, greys=greys, digests=digests)
+
+    return plant
+
+
+def changed(content: bytes, change: str, draws: random.Random) -> bytes:
+    """An image encoded anew, mirrored, or without a tenth of either side."""
+    with Image.open(io.BytesIO(content)) as opened:
+        image = opened.convert("RGB")
+    if change == "flipped":
+        image = ImageOps.mirror(image)
+    elif change == "cropped":
+        width, height = (round(0.9 * side) for side in image.size)
+        left, top = draws.randint(0, image.width - width), draws.randint(0, image.height - height)
+        image = image.crop((left, top, left + width, top + height))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=60)
+    return file.getvalue()
+
+
+def cut(draw: Draw, given: Given, seed: int) -> None:
+    """A tenth of the images have captions that no tower reads to their ends."""
+    chosen = set(random.Random(seed).sample(range(len(draw.looks)), round(CUT * len(draw.looks))))
+    draw.looks = replace(
+        draw.looks,
+        captions=[
+            tuple(caption + _LONG for caption in captions) if row in chosen else captions
+            for row, captions in enumerate(draw.looks.captions)
+        ],
+    )
+
+
+# What is planted, how, the verdict that is right, and how often in each set.
+CASES: dict[str, tuple[Plant, str, int]] = {
+    "captions shifted by 1": (shifted(1), "shifted_captions", 3),
+    "captions shifted by 7": (shifted(7), "shifted_captions", 3),
+    "1 % mispaired": (mispaired(0.01), "mispaired", 3),
+    "5 % mispaired": (mispaired(0.05), "mispaired", 5),
+    "20 % mispaired": (mispaired(0.2), "mispaired", 4),
+    "3 % encoded anew": (leaked("encoded"), "leakage", 3),
+    "3 % cropped by a tenth": (leaked("cropped"), "leakage", 3),
+    "3 % flipped": (leaked("flipped"), "leakage", 3),
+    "10 % cut captions": (cut, "cut_captions", 3),
+}
+
+
+def case(given: Given, name: str, seed: int) -> dict[str, Any]:
+    """A planted fault, and what the doctor said."""
+    plant, right, _ = CASES[name]
+    draw = given.draw(seed)
+    plant(draw, given, seed)
+    found = examine(draw.looks, {"": draw.held_out}, BATCH, draw.seen)
+    figures = {"fault": name, "seed": seed, "verdicts": told(found)}
+    is_right = told(found) == [right]
+    if right == "shifted_captions" and is_right:
+        is_right = found.verdicts[0].evidence["shift"] == float(re.findall(r"\d+$", name)[0])
+    if right == "mispaired" and is_right:
+        verdict = found.verdicts[0]
+        ids = set(verdict.leave_out)
+        planted = set(draw.looks.ids[draw.wrong].tolist())
+        hits = len(ids & planted)
+        low, high = verdict.interval
+        figures |= {
+            "found": hits / len(planted),
+            "precision": hits / max(1, len(ids)),
+            "share": verdict.share,
+            "covered": low <= draw.wrong.mean() <= high,
+        }
+    return figures | {"right": is_right}
+
+
+def told(found: Examined) -> list[str]:
+    """Names of the verdicts."""
+    return [verdict.verdict for verdict in found.verdicts]
+
+
+def cases(name: str, given: Given) -> Iterator[dict[str, Any]]:
+    """Every case of a set, the clean draws last."""
+    seed = 0
+    for fault, (_, _, count) in CASES.items():
+        for _ in range(count):
+            seed += 1
+            yield {"set": name} | case(given, fault, seed)
+    for number in range(CLEAN):
+        draw = given.draw(1000 + number)
+        verdicts = told(examine(draw.looks, {"": draw.held_out}, BATCH, draw.seen))
+        yield {"set": name, "fault": "none", "verdicts": verdicts, "right": not verdicts}
+
+
+def table(done: list[dict[str, Any]]) -> str:
+    """What was planted, and how often the verdict was right."""
+    names = list(dict.fromkeys(one["set"] for one in done))
+    lines = [f"| planted | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
+    for fault in dict.fromkeys(one["fault"] for one in done):
+        cells = []
+        for name in names:
+            mine = [one for one in done if one["fault"] == fault and one["set"] == name]
+            cell = f"{sum(one['right'] for one in mine)} of {len(mine)}"
+            rows = [one for one in mine if "found" in one]
+            if rows:
+                cell += "; found {:.0%} at {:.0%}".format(
+                    *(sum(one[key] for one in rows) / len(rows) for key in ("found", "precision"))
+                )
+            cells.append(cell)
+        lines.append(f"| {fault} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(words: list[str]) -> None:
+    """Run all cases and print their table."""
+    out = Path(words.pop(words.index("--json") + 1)) if "--json" in words else None
+    words = [word for word in words if word != "--json"]
+    named = [word for word in words if re.fullmatch(r"[a-z0-9]+=.+", word)]
+    places = dict(word.split("=", 1) for word in named)
+    loaded = load_seeing(None, [word for word in words if word not in named])
+    done: list[dict[str, Any]] = []
+    for name, place in places.items():
+        shards = open_shards(name, place)
+        given = Given(shards, look_at(shards), see(loaded, False, shards, 1, print))
+        for one in cases(name, given):
+            done.append(one)
+            print(json.dumps(one), file=sys.stderr, flush=True)
+            if out is not None:
+                out.write_text(json.dumps(done), "utf-8")
+    print(table(done))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
