@@ -30,47 +30,62 @@ _BATCH = 1024
 _PAGE, _MASK = "examined.html", "mask.json"
 
 
+Examining = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="A trained model that looks at the pairs: a run, a checkpoint, an export, "
+        "openclip:NAME[@WEIGHTS] or hf:NAME_OR_PATH.",
+        callback=reading,
+    ),
+]
+Against = Annotated[
+    str | None,
+    typer.Option(
+        help="Evaluation pairs, whose pictures should not be among DATA's.", callback=reading_places
+    ),
+]
+Sets = Annotated[
+    Path | None,
+    typer.Option(
+        help="Several such sets by name in YAML or JSON, as in eval.sets.", callback=reading
+    ),
+]
+Batch = Annotated[
+    int | None,
+    typer.Option(
+        help="Images of the global batch that is planned; default CONFIG's, or 1024.", min=2
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        help="Write mask.json and a page here: a folder, or a page (.html) that the mask lies "
+        "beside.",
+        callback=reading,
+    ),
+]
+Prove = Annotated[
+    int,
+    typer.Option(
+        help="Then train CONFIG with the mask and without it, with so many seeds, beside the mask.",
+        min=0,
+    ),
+]
+
+
 @app.command(rich_help_panel=BEFORE)
 def examine(
     data: Annotated[
         str, typer.Argument(help="A packed folder, or shard globs.", callback=reading_places)
     ],
     words: Settings = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="A trained model that looks at the pairs: a run, a checkpoint, an export, "
-            "openclip:NAME[@WEIGHTS] or hf:NAME_OR_PATH.",
-            callback=reading,
-        ),
-    ] = None,
-    against: Annotated[
-        str | None,
-        typer.Option(
-            help="Evaluation pairs, whose pictures should not be among DATA's.",
-            callback=reading_places,
-        ),
-    ] = None,
-    sets: Annotated[
-        Path | None,
-        typer.Option(
-            help="Several such sets by name in YAML or JSON, as in eval.sets.", callback=reading
-        ),
-    ] = None,
-    batch: Annotated[
-        int | None,
-        typer.Option(
-            help="Images of the global batch that is planned; default CONFIG's, or 1024.", min=2
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write mask.json and a page here: a folder, or a page (.html) that the mask lies "
-            "beside.",
-            callback=reading,
-        ),
-    ] = None,
+    model: Examining = None,
+    against: Against = None,
+    sets: Sets = None,
+    batch: Batch = None,
+    out: Out = None,
+    prove: Prove = 0,
     workers: Workers = 2,
     json_file: Json = None,
 ) -> int:
@@ -81,33 +96,51 @@ def examine(
     another script; and tells the highest R@1 that these pairs allow. With --model, or with the
     towers that CONFIG names, also for captions that belong to other images.
     """
-    page, mask = _places(out)
+    places = _places(out)
+    if prove:
+        _require_provable(prove, words, model, places)
     from mmscale.data.shards import open_shards
+
+    shards = open_shards("DATA", data)
+    others = {name: open_shards(*place) for name, place in _held_out(against, sets).items()}
+    examined = _examined(shards, others, (model, words or []), batch, workers)
+    _tell(examined)
+    proof: dict[str, Any] = {}
+    if places is not None:
+        _write(examined, shards, others, data, places)
+        if prove and any(verdict.leave_out for verdict in examined.verdicts):
+            proof["proof"] = _prove([*(words or ()), f"data.train={data}"], places[1], prove)
+    write_json(json_file, _as_json(examined) | proof)
+    return 3 if examined.verdicts else 0
+
+
+def _examined(
+    shards: "ShardSet",
+    others: "dict[str, ShardSet]",
+    by: tuple[str | None, list[str]],
+    batch: int | None,
+    workers: int,
+) -> "Examined":
+    """The verdicts; `by`: the model that looks, and the words beside it."""
     from mmscale.evaluation.examine import examine as run
     from mmscale.evaluation.examine import look_at
     from mmscale.evaluation.seen import load_seeing, see
     from mmscale.report.console import progress_of
 
-    shards = open_shards("DATA", data)
-    others = {name: open_shards(*place) for name, place in _held_out(against, sets).items()}
-    loaded = load_seeing(model, words or ()) if model is not None or words else None
+    model, words = by
+    loaded = load_seeing(model, words) if model is not None or words else None
     with progress_of("looked at") as progress:
         looks = look_at(shards, workers, progress)
         held_out = {name: look_at(other, workers, progress) for name, other in others.items()}
     seen = None if loaded is None else see(loaded, model is not None, shards, workers, tell)
     planned = loaded.config.train.global_batch_size if loaded and model is None else _BATCH
-    examined = run(looks, held_out, batch or planned, seen, tell)
-    _tell(examined)
-    if page is not None and mask is not None:
-        _write(examined, shards, others, data, page, mask)
-    write_json(json_file, _as_json(examined))
-    return 3 if examined.verdicts else 0
+    return run(looks, held_out, batch or planned, seen, tell)
 
 
-def _places(out: Path | None) -> tuple[Path | None, Path | None]:
+def _places(out: Path | None) -> tuple[Path, Path] | None:
     """The page and the mask; whether they can be written is known before the work begins."""
     if out is None:
-        return None, None
+        return None
     if out.suffix == ".html":
         require_file("--out", out)
         return out, out.with_name(_MASK)
@@ -120,9 +153,9 @@ def _write(
     shards: "ShardSet",
     others: "dict[str, ShardSet]",
     data: str,
-    page: Path,
-    mask: Path,
+    places: tuple[Path, Path],
 ) -> None:
+    page, mask = places
     from mmscale.data.mask import write_mask
     from mmscale.evaluation.examine import to_leave_out
     from mmscale.report.examined import write_examined
@@ -135,6 +168,35 @@ def _write(
     count = sum(map(len, left_out.values()))
     say(f"page: {page}")
     say(f"mask: {mask} leaves {count:,} images out; train with data.mask={mask}")
+
+
+def _require_provable(
+    seeds: int, words: list[str] | None, model: str | None, places: tuple[Path, Path] | None
+) -> None:
+    """Refuse at once what would be refused after all pairs were read."""
+    from mmscale.config.load import load_config
+
+    if seeds == 1:
+        raise ConfigError("--prove 1: one seed has no interval; name two or more")
+    if places is None or model is not None or not words:
+        raise ConfigError(
+            "--prove: trains CONFIG with mask.json, beside it; name --out and a configuration, and "
+            "no --model"
+        )
+    if load_config([*words, "data.train=none"]).data.eval is None:
+        raise ConfigError("--prove: compares mean recall on held-out pairs; set data.eval")
+
+
+def _prove(words: list[str], mask: Path, seeds: int) -> dict[str, Any]:
+    from mmscale.sweep.prove import prove
+
+    proof = prove(words, mask, mask.parent / "prove", seeds, tell)
+    low, high = proof.interval
+    say(
+        f"proof: without what the mask leaves out, mean recall over {seeds} seeds changes by "
+        f"{proof.gain:+.2f} points ({low:+.2f} to {high:+.2f})"
+    )
+    return asdict(proof) | {"gain": proof.gain, "interval": proof.interval}
 
 
 def _held_out(against: str | None, sets: Path | None) -> dict[str, tuple[str, Any]]:

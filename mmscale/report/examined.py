@@ -79,14 +79,15 @@ def _picture(reader: ImageReader, place: int) -> str | None:
 
 def _fit(examined: Examined) -> str | None:
     """How pairs stand among random ones, and how as many random ones would."""
-    deviates = examined.fit and examined.fit.deviates
-    if deviates is None:
+    if examined.fit is None or examined.fit.deviates is None:
         return None
-    values = deviates.numpy().clip(_BINS[0], _BINS[-1])
+    values = examined.fit.deviates.numpy().clip(_BINS[0], _BINS[-1])
     with drawing(FULL_WIDTH, _HEIGHT) as figure:
         axes = figure.subplots()
         weights = np.full(len(values), 1 / len(values))
-        axes.hist(values, _BINS, weights=weights, color=IMAGE_COLOUR, label="pairs of the set")
+        axes.hist(
+            values, _BINS.tolist(), weights=weights, color=IMAGE_COLOUR, label="pairs of the set"
+        )
         middle = (_BINS[1:] + _BINS[:-1]) / 2
         bell = np.exp(-(middle**2) / 2) / np.sqrt(2 * np.pi) * np.diff(_BINS)
         axes.plot(middle, bell, color=CHANCE_COLOUR, label="random pairings")

@@ -81,7 +81,7 @@ def cut_captions(
         "of that length does not see their ends",
         "take a tower of a longer context (model.text.context_length), or shorter captions",
         tuple(
-            looks.example(row, f"{length} tokens: {caption[:300]}")
+            looks.example(row, f"{length} tokens: {caption[:200]}")
             for length, row, caption in cut[:MOST_EXAMPLES]
         ),
         {"longest": float(cut[0][0])},
@@ -104,7 +104,8 @@ def language_mix(looks: Looks) -> DataVerdict | None:
     if minority <= TOLERATED_SCRIPTS * total:
         return None
     shares = ", ".join(f"{name.title()} {n / total:.1%}" for name, n in counts.most_common(5))
-    others = [entry for name, _ in counts.most_common()[1:] for entry in rows[name]]
+    # An image once.
+    others = {row: words for name, _ in counts.most_common()[1:] for row, words in rows[name]}
     return DataVerdict(
         "language_mix",
         minority / total,
@@ -112,7 +113,10 @@ def language_mix(looks: Looks) -> DataVerdict | None:
         total,
         f"{minority:,} of {total:,} captions are not in the writing system of the others: {shares}",
         "take a text tower and tokenizer of all these languages, or train on the captions of one",
-        tuple(looks.example(row, caption[:300]) for row, caption in others[:MOST_EXAMPLES]),
+        tuple(
+            looks.example(row, caption[:200])
+            for row, caption in list(others.items())[:MOST_EXAMPLES]
+        ),
         {name.lower(): count / total for name, count in counts.items()},
     )
 

@@ -28,7 +28,7 @@ def broken_images(looks: Looks) -> DataVerdict | None:
         wilson(len(rows), len(looks)),
         len(looks),
         f"{len(rows):,} of {len(looks):,} images show nothing: {looks.faults[rows[0]]}, say",
-        "leave them out of the source and pack again",
+        "leave them out (data.mask), or out of the source and pack again",
         tuple(looks.example(row, looks.faults[row]) for row in rows[:MOST_EXAMPLES]),
         leave_out=looks.ids_of(rows),
     )
@@ -92,7 +92,7 @@ def leakage(
         f"{len(held_out):,} of {len(against):,} evaluation images"
         f"{f' of {name}' if name else ''} show a picture of the data; {told / total:.2%} of the "
         "evaluation's captions stand in it word for word",
-        "leave these images out of the data that is trained on",
+        "leave these images out of the data that is trained on (data.mask)",
         _examples(data, against, pairs),
         {"captions_in_both": told / total},
         leave_out=data.ids_of(pair.first for pair in pairs),
