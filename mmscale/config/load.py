@@ -19,6 +19,7 @@ from mmscale.config.foreign import OPEN_CLIP_FLAGS
 from mmscale.config.model import head_faults
 from mmscale.config.paths import is_path, path_of
 from mmscale.config.rules import (
+    anchor_faults,
     data_faults,
     expanded_stages,
     figure_faults,
@@ -169,12 +170,14 @@ def stage_config(config: Config, number: int) -> Config:
 
 
 def _faults_within(config: Config) -> Iterator[str]:
-    """Faults of the stages' own settings."""
+    """Faults of the stages' own settings, and of their order."""
+    stages = []
     for number in range(len(expanded_stages(config))):
         try:
-            stage_config(config, number)
+            stages.append(stage_config(config, number))
         except ConfigError as error:
             yield from str(error).split("\n")
+    yield from anchor_faults(stages)
 
 
 def with_words(config: Config, words: Sequence[str]) -> Config:

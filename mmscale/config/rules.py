@@ -1,7 +1,7 @@
 """Rules between settings: what terms, data and stages need of the rest of the configuration."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +9,7 @@ from mmscale.config.data import DataConfig, SourceConfig
 from mmscale.config.evaluation import MAIN, figure_fault
 from mmscale.config.loss import TERMS, AnyTerm, LossConfig, MatryoshkaTerm
 from mmscale.config.schema import Config
-from mmscale.config.taught import TeacherTerm
+from mmscale.config.taught import AnchorTerm, TeacherTerm
 from mmscale.config.term import Needs
 from mmscale.config.training import StageConfig
 
@@ -310,6 +310,21 @@ def stage_faults(config: Config) -> Iterator[str]:
             )
         if not stage.train and stage.unfreeze is None:
             yield f"stages.{number}.train is empty; name what is trained, such as [head, scale]"
+
+
+def anchor_faults(stages: Sequence[Config]) -> Iterator[str]:
+    """Stages whose cached features are those of other towers than the start's."""
+    moved = False
+    for number, stage in enumerate(stages):
+        frozen = stage.model.vision.frozen is True and stage.model.text.frozen is True
+        anchored = any(isinstance(term, AnchorTerm) for term in stage.loss.terms)
+        if moved and anchored and stage.data.feature_cache is not None:
+            yield (
+                f"stages.{number} holds an anchor and reads data.feature_cache, but a stage before "
+                "it trains a tower, so that the start would be asked about other towers' features; "
+                "set data.feature_cache=null"
+            )
+        moved = moved or not frozen
 
 
 def blocks_of(pattern: str) -> tuple[str, slice] | None:

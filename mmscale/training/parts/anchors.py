@@ -157,12 +157,7 @@ def _features(stage: Stage, shards: ShardSet, start: Teacher, tell: Tell) -> Fea
     config, job = stage.config, stage.job
     if config.data.feature_cache is None:
         return None
-    if job.config.stages:
-        raise ConfigError(
-            "loss.terms holds anchor with data, and a stage reads data.feature_cache, but an "
-            "earlier one may have moved the towers since the start; set data.feature_cache=null"
-        )
-    # The towers are frozen, so those of the start are the trained model's, and whole on any engine.
+    # No stage has trained the towers: those of the start are the model's, and whole on any engine.
     call = Inference(start.model, job.policy).call
     encoder = Encoder.of(config, call, job.policy.device, stage.spec, job.peers)
     limit = config.data.cache_gb * 1e9

@@ -54,3 +54,14 @@ def test_a_running_mean_is_kept_where_something_uses_it(words, kept):
 def test_settings_that_contradict_each_other_are_refused(words, message):
     with pytest.raises(ConfigError, match=message):
         load_config([*BASE, *words])
+
+
+def test_an_anchor_behind_a_stage_that_trains_towers_takes_no_features_from_a_cache():
+    stage = "{name: %s, duration: 1 epochs, train: ['%s']}"
+    towers, heads = stage % ("towers", "*"), stage % ("heads", "head")
+    terms = "loss.terms=[{kind: infonce}, {kind: anchor}]"
+    words = [*BASE, "data.augment=none", "data.feature_cache=folder"]
+    with pytest.raises(ConfigError, match=r"stages\.1 holds an anchor.*feature_cache=null"):
+        load_config([*words, terms, f"stages=[{towers}, {heads}]"])
+    load_config([*words, terms, f"stages=[{heads}, {towers}]"])
+    load_config([*words, f"stages=[{towers}, {heads}]"])
