@@ -26,9 +26,8 @@ from mmscale.contracts import InputSpec, Peers, World
 from mmscale.data.arrange import Neighbours
 from mmscale.data.decoded_cache import make_room
 from mmscale.data.features import FeatureTable, KeptParts
-from mmscale.data.grouping import copies_line
+from mmscale.data.first_look import first_look
 from mmscale.data.intake import Intake
-from mmscale.data.shard_set import place_of
 from mmscale.data.shards import ShardSet, open_shards
 from mmscale.engine.encode import Encoder, encode
 from mmscale.errors import DataError
@@ -55,18 +54,6 @@ class HeldOut:
 
 
 EvalSet: TypeAlias = HeldOut | ClassSet
-
-
-def _shared(setting: str, train: ShardSet, held_out: ShardSet) -> str | None:
-    """What is told where a run is evaluated on shards that it trains on."""
-    trained = {place_of(path) for path in train.paths}
-    same = sum(place_of(path) in trained for path in held_out.paths)
-    if not same:
-        return None
-    return (
-        f"{setting}: {same} of its {len(held_out.paths)} shards are in data.train too; recalls and "
-        "verdicts are not of held-out pairs"
-    )
 
 
 def open_sets(config: Config, spec: InputSpec) -> dict[str, EvalSet]:
@@ -107,17 +94,9 @@ def encoded_sets(
 ) -> tuple[FeatureTable | None, dict[str, EvalSet]]:
     """Cached features of the training set, and every evaluation set by name."""
     sets = open_sets(config, encoder.spec)
-    if config.data.match == "image" and (line := _copies("data.train", shards)):
+    held_out = {setting_of(n): one.shards for n, one in sets.items() if isinstance(one, HeldOut)}
+    for line in first_look(config.data.match, shards, held_out):
         tell(line)
-    for name, held_out in sets.items():
-        if isinstance(held_out, HeldOut):
-            setting = setting_of(name)
-            for line in (
-                _copies(setting, held_out.shards),
-                _shared(setting, shards, held_out.shards),
-            ):
-                if line:
-                    tell(line)
     if config.data.feature_cache is None:
         return None, sets
     limit = config.data.cache_gb * 1e9
@@ -147,10 +126,6 @@ def cached_table(
         return encode(encoder, shards, pace_of_features(tell), kept)
 
     return cache.table(shards, encoder.peers, make)
-
-
-def _copies(setting: str, shards: ShardSet) -> str | None:
-    return copies_line(setting, shards.copies, shards.samples)
 
 
 def own_neighbours(

@@ -64,7 +64,7 @@ def test_evaluation_on_what_is_trained_is_told(synthetic, tmp_path, link):
     if link:
         where = tmp_path / "held_out"
         where.symlink_to(synthetic.train)
-    assert "3 of its 3 shards are in data.train too" in " ".join(told(synthetic, where))
+    assert "96 of its 96 images are in data.train too" in " ".join(told(synthetic, where))
 
 
 def test_evaluation_on_other_shards_is_not(synthetic):
