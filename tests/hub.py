@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any
+from urllib.parse import parse_qs
 
 TOKEN = "hf_" + "a" * 34
 
@@ -30,6 +31,7 @@ class Hub:
         private: Pages whose files are for those with a token.
         elsewhere: Files are kept by another host, to which the hub sends whoever asks.
         leaked: Tokens that the other host was sent.
+        commits: Of data sets, the commit that `main` is at.
     """
 
     endpoint: str = ""
@@ -42,6 +44,7 @@ class Hub:
     private: set[str] = field(default_factory=set)
     elsewhere: bool = False
     leaked: list[str] = field(default_factory=list)
+    commits: dict[str, str] = field(default_factory=dict)
 
     def environment(self, cache: Any) -> dict[str, str]:
         """For a process that is to use this hub, logged in."""
@@ -154,16 +157,8 @@ class _Answers(BaseHTTPRequestHandler):
                 hub.commit(f"{org}/{name}", branch, lines)
                 url = f"{hub.endpoint}/{org}/{name}/commit/{'c' * 40}"
                 self._json({"success": True, "commitOid": "c" * 40, "commitUrl": url})
-            case ["api", "datasets", org, name, "tree", branch, *within]:
-                kept = hub.files.get((f"datasets/{org}/{name}", branch), {})
-                folder = "/".join([*within, ""])
-                self._json(
-                    [
-                        {"type": "file", "path": file, "size": len(content), "oid": "0" * 40}
-                        for file, content in kept.items()
-                        if file.startswith(folder) and "/" not in file.removeprefix(folder)
-                    ]
-                )
+            case ["api", "datasets", org, name, *rest]:
+                self._data_set(f"{org}/{name}", rest, body)
             case ["api", "models", org, name, "tree", *_]:
                 kept = hub.files.get((f"{org}/{name}", "main"), {})
                 self._json(
@@ -181,6 +176,36 @@ class _Answers(BaseHTTPRequestHandler):
                 self._json({"transfer": "basic", "objects": self._places(json.loads(body))})
             case _:
                 self._json({"error": f"nothing at {self.path}"}, 404)
+
+    def _data_set(self, name: str, words: list[str], body: bytes) -> None:
+        branch = words[1] if len(words) > 1 else "main"
+        branch = "main" if branch == self.hub.commits.get(name, "c" * 40) else branch
+        kept = self.hub.files.get((f"datasets/{name}", branch))
+        if kept is None:
+            status, code = (404, "RevisionNotFound") if branch != "main" else (401, "RepoNotFound")
+            self._answer(status, b"", {"X-Error-Code": code})
+            return
+        entries = [
+            {"type": "file", "path": file, "size": len(content), "oid": "0" * 40}
+            for file, content in kept.items()
+        ]
+        folders = {file.rpartition("/")[0] for file in kept} - {""}
+        entries += [{"type": "directory", "path": path, "oid": "0" * 40} for path in folders]
+        match words:
+            case ["tree", _, *within]:
+                folder = "/".join([*within, ""])
+                deep = "recursive=True" in self.path
+                below = [entry for entry in entries if str(entry["path"]).startswith(folder)]
+                self._json(
+                    [e for e in below if deep or "/" not in str(e["path"]).removeprefix(folder)]
+                )
+            case ["paths-info", _]:
+                asked = parse_qs(body.decode()).get("paths", [])
+                self._json([entry for entry in entries if entry["path"] in asked])
+            case _:
+                sha = self.hub.commits.get(name, "c" * 40)
+                siblings = [{"rfilename": file} for file in kept]
+                self._json({"id": name, "sha": sha, "siblings": siblings, "tags": []})
 
     def _mode(self, path: str) -> dict[str, Any]:
         mode = "lfs" if path.endswith(self.hub.large) and self.hub.large else "regular"
@@ -202,7 +227,8 @@ class _Answers(BaseHTTPRequestHandler):
             self._answer(401, b"", {"X-Error-Code": "RepoNotFound"})
             return
         branch, _, name = rest.partition("/")
-        branch = "main" if branch == "c" * 40 else branch
+        own = self.hub.commits.get(page.removeprefix("datasets/"), "c" * 40)
+        branch = "main" if branch == own else branch
         if (page, branch) not in self.hub.files and page.startswith("datasets/"):
             self._answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
             return
@@ -215,7 +241,7 @@ class _Answers(BaseHTTPRequestHandler):
             self._answer(302, b"", {"Location": f"{host}/kept{path}?Signature=of-the-hub"})
             return
         digest = hashlib.sha256(content).hexdigest()
-        headers = {"ETag": f'"{digest}"', "X-Repo-Commit": "c" * 40}
+        headers = {"ETag": f'"{digest}"', "X-Repo-Commit": own}
         if asked := self.headers.get("Range"):
             first, _, last = asked.removeprefix("bytes=").partition("-")
             part = content[int(first) : int(last) + 1 if last else None]

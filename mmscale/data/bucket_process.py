@@ -141,10 +141,14 @@ class Opened:
         code = next(iter(_CODE.findall(text)), "")
         status = int(next(iter(_STATUS.findall(text)), "0"))
         told = f"{status} {code}".strip() if status else ""
-        of_credentials = re.search(
-            r"169\.254\.|/latest/(?:api|meta)|token request|[Cc]redential", text.split("\n")[0]
+        first = text.split("\n")[0]
+        # A login that was sent and refused is no login that was not found.
+        of_machine = re.search(r"169\.254\.|/latest/(?:api|meta)|metadata\.google", first)
+        is_refused = code in _NOT_ACCEPTED or (
+            not of_machine
+            and (status == 401 or ("token request" in first and status in (400, 403)))
         )
-        if of_credentials and code not in _NOT_ACCEPTED:
+        if (of_machine or re.search("token request|[Cc]redential", first)) and not is_refused:
             kind = "passing" if (scheme, bucket) in self._worked else "refused"
             return RefusalError(kind, f"no credentials were found; {_SET[scheme]}")
         if code in _NO_BUCKET:
@@ -156,7 +160,7 @@ class Opened:
             return RefusalError("missing", "the store has no such object; check the address")
         if status == 416:
             return RefusalError("size", "it is shorter")
-        if code in _NOT_ACCEPTED or status == 401:
+        if is_refused:
             return RefusalError(
                 "refused", f"the credentials are not accepted ({told}); {_SET[scheme]}"
             )

@@ -1,8 +1,11 @@
 """Shards in buckets, over the protocol of S3 and real connections that really break."""
 
+import json
 import os
 import threading
 import time
+from functools import reduce
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -262,6 +265,117 @@ def test_the_stores_of_google_and_azure_are_read_unsigned(folder, monkeypatch, s
         with pytest.raises(DataError, match=r"no manifest"):
             open_shards("data.train", f"{scheme}://shards/absent")
         reader.close()
+
+
+class _Refusing(BaseHTTPRequestHandler):
+    """Answers every request, for a token or a file, as a store refuses a login."""
+
+    answer = (401, b"")
+
+    def log_message(self, *arguments):
+        """Nothing on the console."""
+
+    def do_GET(self):
+        status, content = self.answer
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_POST = do_GET
+
+
+@pytest.fixture
+def refusing():
+    """A server whose login fails; its address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+SECRET = "c2VjcmV0LW9mLXRoZS1hY2NvdW50LWZvci10ZXN0cw=="
+LOGINS = {
+    "gs, no login": (
+        r"no credentials were found; set GOOGLE_APPLICATION_CREDENTIALS",
+        "gs",
+        {"GOOGLE_BASE_URL": "{}"},
+    ),
+    "gs, a file that is not there": (
+        r"cannot be opened \(.*No such file.*\); set GOOGLE_APPLICATION_CREDENTIALS",
+        "gs",
+        {"GOOGLE_APPLICATION_CREDENTIALS": "{here}/no.json"},
+    ),
+    "gs, a wrong key": (
+        r"the credentials are not accepted \(401\); set GOOGLE_APPLICATION_CREDENTIALS",
+        "gs",
+        {"GOOGLE_BASE_URL": "{}", "GOOGLE_APPLICATION_CREDENTIALS": "{here}/login.json"},
+    ),
+    "az, a wrong key": (
+        r"the credentials are not accepted \(401\); set AZURE_STORAGE_ACCOUNT_KEY",
+        "az",
+        {
+            "AZURE_STORAGE_ENDPOINT": "{}",
+            "AZURE_STORAGE_ACCOUNT_NAME": "account",
+            "AZURE_STORAGE_ACCOUNT_KEY": SECRET,
+        },
+    ),
+    "az, a wrong secret": (
+        r"the credentials are not accepted \(401\); set AZURE_STORAGE_ACCOUNT_KEY",
+        "az",
+        {
+            "AZURE_STORAGE_ENDPOINT": "{}",
+            "AZURE_STORAGE_ACCOUNT_NAME": "account",
+            "AZURE_STORAGE_AUTHORITY_HOST": "{}",
+            "AZURE_STORAGE_TENANT_ID": "tenant",
+            "AZURE_STORAGE_CLIENT_ID": "client",
+            "AZURE_STORAGE_CLIENT_SECRET": SECRET,
+        },
+    ),
+    "az, no login": (
+        r"no credentials were found; set AZURE_STORAGE_ACCOUNT_KEY",
+        "az",
+        {"AZURE_STORAGE_ACCOUNT_NAME": "account"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LOGINS)
+def test_logins_of_google_and_azure_that_fail_are_one_sentence(
+    refusing, monkeypatch, tmp_path, case
+):
+    told, scheme, settings = LOGINS[case]
+    names = {"{}": refusing, "{here}": str(tmp_path)}
+    given = {
+        name: reduce(lambda text, pair: text.replace(*pair), names.items(), value)
+        for name, value in settings.items()
+    }
+    (tmp_path / "login.json").write_text(json.dumps(service_account()))
+    _use({"HOME": str(tmp_path), **given}, monkeypatch)
+    began = time.monotonic()
+    with pytest.raises(DataError, match=told) as said:
+        open_shards("data.train", f"{scheme}://mine/shards")
+    assert time.monotonic() - began < 20
+    assert "\n" not in str(said.value)
+    assert SECRET not in str(said.value)
+
+
+def service_account():
+    """A login of Google's with a key that nobody knows."""
+    from cryptography.hazmat.primitives import serialization as s
+    from cryptography.hazmat.primitives.asymmetric import rsa
+
+    key = rsa.generate_private_key(65537, 2048)
+    form = (s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption())
+    return {
+        "type": "service_account",
+        "private_key": key.private_bytes(*form).decode(),
+        "private_key_id": "1",
+        "client_email": "nobody@nowhere",
+        "client_id": "1",
+    }
 
 
 def test_an_account_that_is_not_named(monkeypatch):
