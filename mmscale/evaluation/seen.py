@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
@@ -38,7 +39,7 @@ class Seen:
 
     Attributes:
         image: A row for each image that could be decoded, in the data's order.
-        text: The mean of its captions' rows.
+        text: The direction of its captions' mean, of norm 1.
         places: Of the images in their set.
         together: Both sides lie in one space, which was learnt from other pairs.
         tokens: How many tokens the model makes of a caption.
@@ -102,7 +103,7 @@ def see(loaded: Loaded, named: bool, shards: ShardSet, workers: int, tell: Tell)
         device = inference.device
         sides = inference.call("heads", image.to(device), text.to(device))
         image, text = (side.unit.float().cpu() for side in sides[:2])
-    rows = mean_by_image(text, owners, places)
+    rows = F.normalize(mean_by_image(text, owners, places), dim=1)
     tokens, length = _counting(loaded.spec)
     return Seen(image, rows, places, together, tokens, length)
 

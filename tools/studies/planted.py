@@ -1,9 +1,10 @@
 """Faults planted in sound sets, and clean draws: how often the data doctor is right.
 
-python -m tools.studies.planted NAME=PACKED ... CONFIG key=value ... [--json FILE]
+python -m tools.studies.planted NAME=PACKED ... CONFIG key=value ... [--json FILE] [--masking]
 
 Sets are folders that `mmscale pack` wrote. Pictures and captions go through the configuration's
-towers once; each case is a draw of the set's rows with a fault planted, and takes seconds.
+towers once; each case is a draw of the set's rows with a fault planted, and takes seconds. With
+--masking heads are trained on pairs of which a fifth is mispaired, all and without those found.
 """
 
 import io
@@ -24,13 +25,25 @@ from PIL import Image, ImageOps
 from mmscale.data.images import PackedImages
 from mmscale.data.shards import ShardSet, open_shards
 from mmscale.diagnostics.dataset.verdict import Looks
+from mmscale.diagnostics.retrieval import RECALLS, recalls
 from mmscale.evaluation.examine import Examined, examine, grey_of, look_at
-from mmscale.evaluation.seen import Seen, load_seeing, see
+from mmscale.evaluation.seen import Seen, fitting, load_seeing, see
+from mmscale.parallel.peers import Alone
+from tools.studies.given import Features, Model, without_data
 
 CLEAN = 50
 # Shares of a set's rows that a case draws, and of those what is held out. Mispairs are looked for
 # in nearly all, other faults take fewer rows to see.
 FEW, MANY = (0.3, 0.2), (1.0, 0.1)
+# Rows that heads are evaluated on, how long they are trained, and how.
+HELD_OUT, STEPS = (1.0, 1 / 6), 200
+HEADS = (
+    "model.embed_dim=256",
+    "model.head.standardize=4096",
+    "train.global_batch_size=256",
+    "optim.lr=1e-3",
+    "optim.weight_decay=0.1",
+)
 LEAKED, CUT = 0.03, 0.1
 BATCH = 256
 _LONG = " and so on and so forth" * 24
@@ -214,6 +227,34 @@ def cases(name: str, given: Given) -> Iterator[dict[str, Any]]:
         yield {"set": name, "fault": "none", "verdicts": verdicts, "right": not verdicts}
 
 
+def masking(name: str, given: Given, seed: int) -> dict[str, Any]:
+    """Mean recall on rows that are held out: of heads trained on sound pairs, on pairs of which a
+    fifth is mispaired, and on those without what the doctor lists."""
+    draw = given.draw(seed, HELD_OUT)
+    sound = _features(draw.looks, draw.seen)
+    mispaired(0.2)(draw, given, seed)
+    (_, verdict) = fitting(draw.looks, draw.seen, print).verdicts
+    assert verdict is not None, "a fifth is told"
+    kept = ~torch.isin(torch.from_numpy(draw.looks.ids), torch.tensor(verdict.leave_out))
+    planted = _features(draw.looks, draw.seen)
+    rows = torch.isin(given.seen.places, torch.from_numpy(draw.held_out.places))
+    ids = torch.from_numpy(draw.held_out.ids)
+    held_out = Features(given.seen.image[rows], given.seen.text[rows], ids)
+    trained = {"sound": sound, "planted": planted, "masked": planted.rows(kept)}
+    figures = {}
+    for kind, pairs in trained.items():
+        model = Model(without_data([*HEADS, f"run.seed={seed}"]), pairs)
+        model.train(STEPS)
+        found = recalls(model.embed(held_out), Alone())
+        figures[kind] = sum(found[one] for one in RECALLS) / len(RECALLS)
+        model.close()
+    return {"set": name, "seed": seed, "left_out": len(verdict.leave_out)} | figures
+
+
+def _features(looks: Looks, seen: Seen) -> Features:
+    return Features(seen.image, seen.text, torch.from_numpy(looks.ids))
+
+
 def table(done: list[dict[str, Any]]) -> str:
     """What was planted, and how often the verdict was right."""
     names = list(dict.fromkeys(one["set"] for one in done))
@@ -236,7 +277,8 @@ def table(done: list[dict[str, Any]]) -> str:
 def main(words: list[str]) -> None:
     """Run all cases and print their table."""
     out = Path(words.pop(words.index("--json") + 1)) if "--json" in words else None
-    words = [word for word in words if word != "--json"]
+    masks = "--masking" in words
+    words = [word for word in words if word not in ("--json", "--masking")]
     named = [word for word in words if re.fullmatch(r"[a-z0-9]+=.+", word)]
     places = dict(word.split("=", 1) for word in named)
     loaded = load_seeing(None, [word for word in words if word not in named])
@@ -244,12 +286,14 @@ def main(words: list[str]) -> None:
     for name, place in places.items():
         shards = open_shards(name, place)
         given = Given(shards, look_at(shards), see(loaded, False, shards, 1, print))
-        for one in cases(name, given):
+        seeds = range(3)
+        found = (masking(name, given, seed) for seed in seeds) if masks else cases(name, given)
+        for one in found:
             done.append(one)
             print(json.dumps(one), file=sys.stderr, flush=True)
             if out is not None:
                 out.write_text(json.dumps(done), "utf-8")
-    print(table(done))
+    print("" if masks else table(done))
 
 
 if __name__ == "__main__":

@@ -3,11 +3,16 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
+from mmscale.data.shards import open_shards
 from mmscale.diagnostics.dataset.copies import SIDE
 from mmscale.diagnostics.dataset.verdict import Looks
-from mmscale.evaluation.seen import Seen, fitting
+from mmscale.evaluation.retrieval import embed_set
+from mmscale.evaluation.seen import Seen, fitting, load_seeing, see
+from mmscale.parallel.peers import Alone
 from tests.unit.diagnostics.dataset.towers import features, planted
+from tests.unit.model.test_openclip_weights import write_clip
 
 NUM = 1500
 
@@ -85,3 +90,18 @@ def test_sound_pairs_have_no_verdict_and_few_pairs_are_told_to_be_too_few():
     few = Seen(image, text, torch.arange(150), False, len, 77)
     assert fitting(looks_of(150), few, told.append).verdicts == (None,)
     assert told == ["examine: mispaired is told of 200 images, here are 150"]
+
+
+def test_a_named_model_is_asked_in_its_own_space(synthetic, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    name = f"openclip:{write_clip(tmp_path / 'clip', {})}"
+    shards = open_shards("DATA", str(synthetic.val))
+    loaded = load_seeing(name, ["engine.device=cpu"])
+    seen = see(loaded, True, shards, 0, print)
+    pairs = embed_set(loaded, shards, Alone())
+    assert seen.together
+    torch.testing.assert_close(seen.image, pairs.image)
+    # Five captions an image: the direction of their mean.
+    means = F.normalize(pairs.text.view(len(pairs.image), 5, -1).mean(dim=1), dim=1)
+    torch.testing.assert_close(seen.text, means)
+    assert seen.context_length == loaded.spec.context_length
