@@ -84,6 +84,8 @@ class Diagnosis:
         evidence: The figures that decided it, as under `health/`.
         causes: In the order to check.
         remedies: Words for the command line, `key=value`.
+        pairs: Distinct images with a caption that were measured.
+        would_change: Figures at which the verdict would be another.
     """
 
     verdict: str
@@ -92,6 +94,8 @@ class Diagnosis:
     evidence: dict[str, float]
     causes: tuple[str, ...]
     remedies: tuple[str, ...]
+    pairs: int
+    would_change: str
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> "Diagnosis":
@@ -113,6 +117,8 @@ class Diagnosis:
             "evidence": dict(self.evidence),
             "causes": list(self.causes),
             "remedies": list(self.remedies),
+            "pairs": self.pairs,
+            "would_change": self.would_change,
         }
 
 
@@ -161,7 +167,8 @@ def judge(health: Figures, training: InTraining | None = None) -> Diagnosis:
 
 def finding_of(name: str, health: Figures) -> Diagnosis:
     """What the rule of one verdict says, whether or not it holds by itself."""
-    return _diagnosis(name, (), RULES[name](bare(health)))
+    figures = bare(health)
+    return _diagnosis(name, (), RULES[name](figures), figures)
 
 
 def bare(health: Figures) -> dict[str, float]:
@@ -174,18 +181,38 @@ def _judge(health: Figures) -> Diagnosis:
     few = too_few_samples(figures)
     if few.holds:
         # On so few rows no other figure is to be believed.
-        return _diagnosis("too_few_samples", (), few)
+        return _diagnosis("too_few_samples", (), few, figures)
     findings = {name: rule(figures) for name, rule in RULES.items()}
     holding = [name for name, finding in findings.items() if finding.holds]
     if holding:
-        return _diagnosis(holding[0], tuple(holding[1:]), findings[holding[0]])
+        return _diagnosis(holding[0], tuple(holding[1:]), findings[holding[0]], figures)
     names = ("auc_centred", "delta_z", *SHARES, "variance_image", "variance_text")
     evidence = picked(figures, *names)
     sure = min(finding.confidence for finding in findings.values())
-    return _diagnosis(HEALTHY, (), Finding(True, sure, evidence))
+    return _diagnosis(HEALTHY, (), Finding(True, sure, evidence, turns=_unseen(figures)), figures)
 
 
-def _diagnosis(verdict: str, also: tuple[str, ...], finding: Finding) -> Diagnosis:
+def _unseen(figures: Figures) -> str:
+    """What so many healthy pairs may still hide, and how many would show it."""
+    low = figures.get("matched_share_low")
+    if low is None:
+        return ""
+    return (
+        f"{1 - low:.1%} of mispaired captions would not show on so many pairs; four times as many "
+        "halve that"
+    )
+
+
+def _diagnosis(
+    verdict: str, also: tuple[str, ...], finding: Finding, figures: Figures
+) -> Diagnosis:
     return Diagnosis(
-        verdict, also, finding.confidence, finding.evidence, finding.causes, finding.remedies
+        verdict,
+        also,
+        finding.confidence,
+        finding.evidence,
+        finding.causes,
+        finding.remedies,
+        int(figures["pairs"]),
+        finding.turns,
     )

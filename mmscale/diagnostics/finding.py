@@ -18,6 +18,7 @@ class Finding:
         evidence: The figures that decided it.
         causes: What may be behind it, in the order to check.
         remedies: Settings to try, `key=value`.
+        turns: Figures at which another answer would be given.
     """
 
     holds: bool
@@ -25,6 +26,7 @@ class Finding:
     evidence: dict[str, float]
     causes: tuple[str, ...] = ()
     remedies: tuple[str, ...] = ()
+    turns: str = ""
 
 
 def below(value: float, threshold: float, error: float) -> float:
@@ -40,8 +42,12 @@ def picked(figures: Figures, *names: str) -> dict[str, float]:
 
 
 def decided(
-    sure: float, evidence: dict[str, float], causes: tuple[str, ...], remedies: tuple[str, ...]
+    sure: float,
+    evidence: dict[str, float],
+    causes: tuple[str, ...],
+    remedies: tuple[str, ...],
+    turns: str,
 ) -> Finding:
     """A finding that holds where that is more likely than not."""
     holds = sure > 0.5
-    return Finding(holds, sure if holds else 1 - sure, evidence, causes, remedies)
+    return Finding(holds, sure if holds else 1 - sure, evidence, causes, remedies, turns)

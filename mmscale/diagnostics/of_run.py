@@ -117,6 +117,8 @@ def _too_early(
         not_yet_set(
             (f"train.duration={_LONG_ENOUGH * needed} steps",), course.config, course.updates
         ),
+        diagnosis.pairs,
+        f"{needed:,} updates, or {diagnosis.would_change}",
     )
 
 

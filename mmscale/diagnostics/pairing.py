@@ -9,7 +9,7 @@ import math
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from mmscale.diagnostics.pairs import Pairs, one_to_one
+from mmscale.diagnostics.pairs import Pairs, one_to_one, second_captions
 
 LARGEST_SAMPLE = 2048
 FEWEST_PAIRS = 4
@@ -19,7 +19,12 @@ _RESOLUTION = 1e-12
 
 
 def pairing_figures(pairs: Pairs) -> dict[str, float]:
-    """`health/cka` and `health/cka_z`; `health/backbone_cka` and its z where features are given."""
+    """`health/cka` and `health/cka_z`; the same of the towers' own features, where they are given.
+
+    Of these also `health/backbone_dims_image` and `_text` (participation ratio), their
+    `health/backbone_spread_*` (share of the power that varies from row to row), and where images
+    have two captions, `health/captions_cka`: whether those resemble each other.
+    """
     sample = one_to_one(pairs, LARGEST_SAMPLE)
     sides = {
         "cka": (sample.image, sample.text),
@@ -31,7 +36,28 @@ def pairing_figures(pairs: Pairs) -> dict[str, float]:
     for name, (image, text) in sides.items():
         if image is not None and text is not None:
             figures[f"health/{name}"], figures[f"health/{name}_z"] = cka(image, text)
+    for side, rows in (("image", sample.backbone_image), ("text", sample.backbone_text)):
+        if rows is not None:
+            dims, spread = _dims_and_spread(rows)
+            figures[f"health/backbone_dims_{side}"] = dims
+            figures[f"health/backbone_spread_{side}"] = spread
+    if (two := second_captions(pairs, LARGEST_SAMPLE)) is not None:
+        figures["health/captions_cka"], figures["health/captions_cka_z"] = cka(*two)
     return figures
+
+
+def noise_of(num: int | float) -> float:
+    """Deviation of the CKA of `num` rows that are paired at random."""
+    return math.sqrt(2 / (num * (num - 3)))
+
+
+def _dims_and_spread(rows: Float[Tensor, "n f"]) -> tuple[float, float]:
+    wide = rows.double()
+    centred = wide - wide.mean(dim=0)
+    power, varying = float(wide.square().sum()), float(centred.square().sum())
+    if varying <= _RESOLUTION * power:
+        return 0.0, 0.0
+    return varying**2 / float((centred @ centred.T).square().sum()), varying / power
 
 
 def cka(x: Float[Tensor, "n f"], y: Float[Tensor, "n g"]) -> tuple[float, float]:
@@ -50,7 +76,7 @@ def cka(x: Float[Tensor, "n f"], y: Float[Tensor, "n g"]) -> tuple[float, float]
     if min(norms) == 0.0:
         return 0.0, 0.0
     value = float((grams[0] * grams[1]).sum()) / (norms[0] * norms[1])
-    return value, value * math.sqrt(num * (num - 3) / 2)
+    return value, value / noise_of(num)
 
 
 def _u_centred_gram(rows: Float[Tensor, "n f"]) -> Float64[Tensor, "n n"]:

@@ -26,6 +26,9 @@ _LOG = logging.getLogger(__name__)
 _HOW = 'write numpy arrays: np.savez("pairs.npz", image=image.numpy(), text=text.numpy())'
 _MOST_NAMED = 10
 
+# Images with two captions, below which their resemblance says nothing.
+FEWEST_TWICE = 96
+
 
 @dataclass(frozen=True)
 class Sources:
@@ -105,6 +108,27 @@ def first_pairs(
     if limit is not None and len(order) > limit:
         order = order[np.linspace(0, len(order) - 1, limit).round().astype(np.int64)]
     return torch.from_numpy(image_rows[order]), torch.from_numpy(text_rows[order])
+
+
+def second_captions(
+    pairs: Pairs, limit: int
+) -> tuple[Float[Tensor, "p g"], Float[Tensor, "p g"]] | None:
+    """Text features of two captions of one image, of at most `limit` images, evenly; on the CPU.
+
+    None without such features, and where fewer than a few images have two captions.
+    """
+    if pairs.backbone_text is None:
+        return None
+    ids = pairs.text_ids.cpu().numpy()
+    order = np.argsort(ids, kind="stable")
+    _, starts, counts = np.unique(ids[order], return_index=True, return_counts=True)
+    starts = starts[counts > 1]
+    if len(starts) > limit:
+        starts = starts[np.linspace(0, len(starts) - 1, limit).round().astype(np.int64)]
+    if len(starts) < FEWEST_TWICE:
+        return None
+    first, second = (torch.from_numpy(order[starts + place]) for place in (0, 1))
+    return _take(pairs.backbone_text, first), _take(pairs.backbone_text, second)
 
 
 def thinned_rows(pairs: Pairs, limit: int) -> tuple[Int64[Tensor, " p"], Int64[Tensor, " q"]]:

@@ -45,7 +45,8 @@ def too_few_samples(figures: Figures) -> Finding:
         "embed more",
         "Equal image ids count once: check that the ids are not constant",
     )
-    return Finding(num < FEWEST_IMAGES, 1.0, {"pairs": num}, causes)
+    turns = f"{FEWEST_IMAGES} distinct images with a caption"
+    return Finding(num < FEWEST_IMAGES, 1.0, {"pairs": num}, causes, turns=turns)
 
 
 def complete_collapse(figures: Figures) -> Finding:
@@ -65,7 +66,8 @@ def complete_collapse(figures: Figures) -> Finding:
         "model.head.standardize=4096",
     )
     evidence = picked(figures, "variance_image", "variance_text", "std_off_sqrt_d")
-    return decided(sure, evidence, causes, remedies)
+    turns = f"variance_image or variance_text above {COLLAPSED_VARIANCE:g}"
+    return decided(sure, evidence, causes, remedies, turns)
 
 
 def _blind(figures: Figures) -> tuple[str, ...]:
@@ -105,7 +107,8 @@ def dead_tower(figures: Figures) -> Finding:
     )
     share = {"image": "column_share", "text": "row_share"}[dead]
     evidence = picked(figures, "variance_image", "variance_text", share, f"tower_spread_{dead}")
-    return decided(sure, evidence, causes, remedies)
+    turns = f"variance_{dead} above {COLLAPSED_VARIANCE:g}, or pairs that stand out in it"
+    return decided(sure, evidence, causes, remedies, turns)
 
 
 def _where_it_died(figures: Figures, dead: str, inputs: str) -> tuple[str, ...]:
@@ -142,7 +145,8 @@ def dimensional_collapse(figures: Figures) -> Finding:
     )
     names = ("knee", "knee_at", "dims_possible", "participation")
     evidence = picked(figures, *(f"{name}_{side}" for name in names))
-    return decided(narrow[side], evidence, causes, remedies)
+    turns = f"knee_{side} below {_largest_knee(figures, side):.0f} on so many pairs"
+    return decided(narrow[side], evidence, causes, remedies, turns)
 
 
 def _narrowness(figures: Figures, side: str) -> float:
@@ -150,11 +154,15 @@ def _narrowness(figures: Figures, side: str) -> float:
     # Rows that stand there several times leave directions empty without any fault of the model.
     if figures[f"participation_{side}"] == 0.0 or figures[f"twins_{side}"] > MANY_TWINS:
         return 0.0
-    inflated = (1 + math.sqrt(figures[f"dims_possible_{side}"] / figures["pairs"])) ** 2
-    largest = max(LARGEST_KNEE / inflated, LARGEST_KNEE_OF_FEW)
+    largest = _largest_knee(figures, side)
     # Eigenvalues repeat within a fifth or so from sample to sample.
     breaks = 1 - below(math.log(figures[f"knee_{side}"]), math.log(largest), 0.2)
     return max(breaks, below(figures[f"participation_{side}"], FEWEST_DIRECTIONS, 0.1))
+
+
+def _largest_knee(figures: Figures, side: str) -> float:
+    inflated = (1 + math.sqrt(figures[f"dims_possible_{side}"] / figures["pairs"])) ** 2
+    return max(LARGEST_KNEE / inflated, LARGEST_KNEE_OF_FEW)
 
 
 def _variance_error(variance: float, num: float) -> float:
@@ -196,7 +204,8 @@ def false_negatives(figures: Figures) -> Finding:
         "loss.preset=clip",
     )
     evidence = picked(figures, "twins_image", "twins_text")
-    return decided(max(sure.values()), evidence, causes, remedies)
+    turns = " and ".join(f"twins_{side} below {most:g}" for side, most in MOST_TWINS.items())
+    return decided(max(sure.values()), evidence, causes, remedies, turns)
 
 
 def hubness(figures: Figures) -> Finding:
@@ -217,7 +226,11 @@ def hubness(figures: Figures) -> Finding:
     evidence = picked(figures, f"hub_skew_{side}", f"uncovered_{side}", _SHARES[side])
     # Where nothing is matched, and where a tower is constant, the nearest item is chance.
     sure = min(sides[side], 1 - unaligned_surely(figures))
-    return decided(sure, evidence, causes, remedies)
+    turns = (
+        f"hub_skew_{side} below {MOST_SKEW:g}, uncovered_{side} below {MOST_UNCOVERED:g} or "
+        f"{_SHARES[side]} below {MOST_SHARE:g}"
+    )
+    return decided(sure, evidence, causes, remedies, turns)
 
 
 def _hubs(figures: Figures, side: str) -> float:
@@ -261,7 +274,8 @@ def scale_saturated(figures: Figures) -> Finding:
         "negatives.queue.size=4096",
     )
     evidence = picked(figures, "logit_scale", "loss", "loss_progress")
-    return decided(max(beyond, min(at_limit, done)), evidence, causes, remedies)
+    turns = f"logit_scale below {0.99 * CLAMP:g}, or loss_progress below {DONE:g} at the limit"
+    return decided(max(beyond, min(at_limit, done)), evidence, causes, remedies, turns)
 
 
 def scale_stuck_low(figures: Figures) -> Finding:
@@ -280,7 +294,9 @@ def scale_stuck_low(figures: Figures) -> Finding:
         "optim.lr_scale.scale=1.0",
     )
     evidence = picked(figures, "logit_scale", "loss", "loss_floor", "loss_chance")
-    return decided(min(low, 1 - unaligned_surely(figures)), evidence, causes, remedies)
+    sure = min(low, 1 - unaligned_surely(figures))
+    turns = f"loss_floor below {LEAST_FLOOR:g} of loss_chance"
+    return decided(sure, evidence, causes, remedies, turns)
 
 
 def overfit(figures: Figures) -> Finding:
@@ -307,7 +323,9 @@ def overfit(figures: Figures) -> Finding:
         "optim.weight_decay=0.2",
     )
     evidence = picked(figures, "train_loss_progress", "heldout_loss_progress", "train_auc", "auc")
-    return decided(min(learnt, 1 - below(gap, LARGEST_GAP, 0.05)), evidence, causes, remedies)
+    sure = min(learnt, 1 - below(gap, LARGEST_GAP, 0.05))
+    turns = f"heldout_loss_progress less than {LARGEST_GAP:g} below train_loss_progress"
+    return decided(sure, evidence, causes, remedies, turns)
 
 
 def forgetting(figures: Figures) -> Finding:
@@ -328,7 +346,8 @@ def forgetting(figures: Figures) -> Finding:
         "retain.budget=2.0",
     )
     evidence = picked(figures, "points_lost", "points_allowed", "points_error")
-    return decided(1 - below(lost, allowed, figures["points_error"]), evidence, causes, remedies)
+    sure = 1 - below(lost, allowed, figures["points_error"])
+    return decided(sure, evidence, causes, remedies, f"points_lost below {allowed:g}")
 
 
 RULES: dict[str, Callable[[Figures], Finding]] = {

@@ -4,6 +4,7 @@ import math
 
 from mmscale.diagnostics.finding import Figures, Finding, below, decided, picked
 from mmscale.diagnostics.order import SURE
+from mmscale.diagnostics.pairing import LARGEST_SAMPLE, noise_of
 
 # A weak model under training is near 0.7 to 0.8, an untrained one within sampling error of 0.5.
 ALIGNED_AUC = 0.6
@@ -11,6 +12,23 @@ ALIGNED_Z = 4.0
 
 # Random pairings pass 6 less than once in 400 even where features have a single direction.
 PAIRED_Z = 6.0
+
+# Below this CKA towers that carry something are strangers: 0.24 to 0.26 was seen between MobileNetV2
+# and MiniLM on photographs, 0.02 to 0.06 where one of the two is untrained.
+UNRELATED_CKA = 0.025
+
+# Untrained image towers vary in 2 to 8 directions (11 architectures, photographs), or hardly from
+# row to row (MobileNetV2: a share of 0.02); pretrained ones in 81, and by 0.5.
+FEWEST_DIMS = 10.0
+LEAST_SPREAD = 0.1
+
+# CKA of two captions of one image: 0.65 by MiniLM, 0.09 to 0.17 by untrained text towers, in which
+# the same words still are the same rows; captions of other images are at 0.
+AGREEING_CAPTIONS = 0.3
+STRANGE_CAPTIONS = 0.03
+FEWEST_DIMS_OF_WORDS = 4.0
+
+_TURNS = f"auc_centred above {ALIGNED_AUC:g} and delta_z above {ALIGNED_Z:g}"
 
 # How surely some pairs are matched, and how surely more than a few others are not, for a mixture:
 # of spaces without mispaired pairs, among them ones in which a pair's noise is log-normal, none was
@@ -62,13 +80,18 @@ def shuffled_pairs(figures: Figures) -> Finding:
         (*_elsewhere(figures), ("elsewhere_z",)),
         (*_mixed(figures), (*SHARES, "mispaired_z")),
         (*_strangers(figures), ("backbone_cka", "backbone_cka_z", "train_backbone_cka_z")),
+        (*_strange_captions(figures), ("captions_cka", "captions_cka_z")),
     ]
     sure = max(chance for chance, *_ in found)
     told = [entry for entry in found if entry[0] > 0.5] or found
     names = [name for *_, names in told for name in names]
     causes = (*(cause for _, cause, _ in told if cause), *SHUFFLED_CAUSES)
     evidence = picked(figures, *names, "auc_centred", "delta_z")
-    return decided(sure, evidence, causes, ("data.feature_cache=null", "data.workers=0"))
+    remedies = ("data.feature_cache=null", "data.workers=0")
+    turns = (
+        _TURNS if unaligned_surely(figures) > 0.5 else f"mispaired_z below {MOSTLY_MISPAIRED_Z:g}"
+    )
+    return decided(sure, evidence, causes, remedies, turns)
 
 
 def unaligned(figures: Figures) -> Finding:
@@ -81,7 +104,8 @@ def unaligned(figures: Figures) -> Finding:
         "engine.precision=fp32",
     )
     evidence = picked(figures, "auc_centred", "delta_z", "cka_z", "backbone_cka_z")
-    return decided(unaligned_surely(figures), evidence, _unaligned_causes(figures), remedies)
+    causes = _unaligned_causes(figures)
+    return decided(unaligned_surely(figures), evidence, causes, remedies, _TURNS)
 
 
 def unaligned_surely(figures: Figures) -> float:
@@ -161,14 +185,52 @@ def _in_order(figures: Figures, name: str) -> float:
 
 
 def _strangers(figures: Figures) -> tuple[float, str]:
-    """The towers' own features do not resemble each other pair by pair."""
+    """The towers' own features do not resemble each other pair by pair, though each has some."""
     if "backbone_cka_z" not in figures:
         return 0.0, ""
-    here = below(figures["backbone_cka_z"], PAIRED_Z, 1.0)
+    here = below(figures["backbone_cka_z"], _related_z(figures), 1.0)
+    if _empty_tower(figures):
+        here = 0.0
     train_z = figures.get("train_backbone_cka_z")
     there = 0.0 if train_z is None else min(1 - here, below(train_z, PAIRED_Z, 1.0))
+    if figures["backbone_cka_z"] <= PAIRED_Z:
+        there = 0.0
     cause = IN_TRAINING_CAUSE if there > here else ""
     return min(unaligned_surely(figures), max(here, there)), cause
+
+
+def _strange_captions(figures: Figures) -> tuple[float, str]:
+    """Captions that are said to be of one image are no more alike than others."""
+    if "captions_cka_z" not in figures or figures.get("backbone_dims_text", 0.0) < FEWEST_DIMS_OF_WORDS:
+        return 0.0, ""
+    most = STRANGE_CAPTIONS / _noise(figures)
+    sure = below(figures["captions_cka_z"], min(ALIGNED_Z, most), 1.0)
+    return min(sure, unaligned_surely(figures)), (
+        "Captions that are given to one image do not resemble each other, not even in their words: "
+        "each was joined to a wrong image by itself"
+    )
+
+
+def _related_z(figures: Figures) -> float:
+    """The z that pairs of towers which know something of each other pass, on so many pairs."""
+    return min(PAIRED_Z, UNRELATED_CKA / _noise(figures))
+
+
+def _noise(figures: Figures) -> float:
+    return noise_of(max(4.0, min(figures["pairs"], LARGEST_SAMPLE)))
+
+
+def _empty_tower(figures: Figures) -> str:
+    """The tower whose own features carry so little that they could not show any pairs."""
+    agree = figures.get("captions_cka")
+    if agree is not None and agree < AGREEING_CAPTIONS:
+        return "text"
+    for side in ("image", "text"):
+        dims = figures.get(f"backbone_dims_{side}", FEWEST_DIMS)
+        spread = figures.get(f"backbone_spread_{side}", LEAST_SPREAD)
+        if dims < FEWEST_DIMS or spread < LEAST_SPREAD:
+            return side
+    return ""
 
 
 def _unaligned_causes(figures: Figures) -> tuple[str, ...]:
@@ -198,6 +260,21 @@ def _unaligned_causes(figures: Figures) -> tuple[str, ...]:
             "The towers' features resemble each other pair by pair: the pairs are right, "
             "the shared space is not learnt",
             *untrained,
+        )
+    if empty := _empty_tower(figures):
+        return (
+            f"The {empty} tower's own features hardly tell one input from another, as those of an "
+            "untrained tower: they cannot show whether the pairs are right",
+            f"The {empty} tower was never trained, or its weights were not loaded",
+            *untrained,
+            *SHUFFLED_CAUSES,
+        )
+    if figures["backbone_cka_z"] > _related_z(figures):
+        return (
+            f"On {figures['pairs']:.0f} pairs the towers' features resemble each other too little "
+            "to be sure of the pairs, and too much to call them shuffled: embed some hundreds more",
+            *untrained,
+            *SHUFFLED_CAUSES,
         )
     return (
         "The towers' features do not resemble each other pair by pair: if the towers are "

@@ -118,6 +118,8 @@ class _Stored(BaseModel):
     evidence: dict[str, _Figure | dict[str, _Figure | dict[str, _Figure]]] = {}
     causes: list[str] = []
     remedies: list[str] = []
+    pairs: int | None = None
+    would_change: str = ""
 
 
 def read_doctor(path: Path) -> dict[str, Any]:
@@ -161,6 +163,7 @@ _RANGES = {
     "delta_z": f"good above {ALIGNED_Z:g}, chance 0",
     "cka_z": f"good above {PAIRED_Z:g}, chance 0",
     "backbone_cka_z": f"good above {PAIRED_Z:g}, chance 0",
+    "captions_cka_z": f"good above {PAIRED_Z:g}, chance 0",
     "train_backbone_cka_z": f"good above {PAIRED_Z:g}, chance 0",
     "matched_share": "good near 1; its 95 percent interval follows",
     "mispaired_z": f"good below {MOSTLY_MISPAIRED_Z:g}",
@@ -192,8 +195,9 @@ def good_range(name: str) -> str:
 def in_lines(diagnosis: Mapping[str, Any]) -> list[str]:
     """A diagnosis for the console: the verdict and what it means, then everything else."""
     verdict = verdict_of(diagnosis)
+    sample = f", on {pairs:,} pairs" if (pairs := diagnosis.get("pairs")) else ""
     lines = [
-        f"verdict: {diagnosis['verdict']} (confidence {diagnosis['confidence']:.2f})",
+        f"verdict: {diagnosis['verdict']} (confidence {diagnosis['confidence']:.2f}{sample})",
         f"{verdict.title}: {verdict.sentence}" if verdict.sentence else verdict.title,
     ]
     figures = {
@@ -207,6 +211,7 @@ def in_lines(diagnosis: Mapping[str, Any]) -> list[str]:
         ],
         "causes, in the order to check": diagnosis["causes"],
         "remedies, to try": diagnosis["remedies"],
+        "what would change it": list(filter(None, [diagnosis.get("would_change")])),
     }
     for title, texts in entries.items():
         lines += [f"{title}:", *(f"  {text}" for text in texts)] if texts else []

@@ -76,7 +76,16 @@ def test_backbone_features_tell_unaligned_from_shuffled_pairs():
 
 def test_a_diagnosis_is_json_with_the_contracts_keys():
     content = json.loads(json.dumps(diagnose(isotropic(128, 64, 0)).to_json()))
-    assert list(content) == ["verdict", "also", "confidence", "evidence", "causes", "remedies"]
+    assert list(content) == [
+        "verdict",
+        "also",
+        "confidence",
+        "evidence",
+        "causes",
+        "remedies",
+        "pairs",
+        "would_change",
+    ]
     assert content["evidence"].keys() >= {"auc_centred", "delta_z"}
     assert all(isinstance(value, float) for value in content["evidence"].values())
 
