@@ -106,6 +106,9 @@ def doctor(
     data: HeldOutData = None,
     sets: Sets = None,
     words: Words = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write a page (.html) of it.", callback=file_out)
+    ] = None,
     json_file: Json = None,
 ) -> int:
     """Name what is wrong with an embedding space; exit 0 if healthy, 3 if not.
@@ -120,13 +123,20 @@ def doctor(
 
     if Path(subject).is_file():
         _require_bare_npz(subject, words, data, sets)
-        diagnoses = {"": _diagnosed_npz(Path(subject))}
+        found = [_diagnosed_npz(Path(subject))]
     else:
-        diagnoses = dict(_diagnosed_model(subject, words, data, sets))
+        found = list(_diagnosed_model(subject, words, data, sets))
+    diagnoses = {name: diagnosis for name, _, diagnosis in found}
     for name, diagnosis in diagnoses.items():
         for line in in_lines(diagnosis):
             say(f"{name}: {line}" if name else line)
     write_json(json_file, diagnoses if sets else diagnoses[""])
+    if out is not None:
+        from mmscale.report.diagnosis_page import write_diagnoses
+
+        with writing("--out", out):
+            write_diagnoses(out, Path(subject).name, found)
+        say(f"page: {out}")
     return 0 if all(each["verdict"] == "healthy" for each in diagnoses.values()) else 3
 
 
@@ -240,20 +250,21 @@ def _require_bare_npz(
         )
 
 
-def _diagnosed_npz(path: Path) -> dict[str, Any]:
+def _diagnosed_npz(path: Path) -> tuple[str, Any, dict[str, Any]]:
     from mmscale.diagnostics.of_run import diagnose_alone
     from mmscale.diagnostics.pairs import load_npz
 
-    return diagnose_alone(load_npz(path)).to_json()
+    pairs = load_npz(path)
+    return "", pairs, diagnose_alone(pairs).to_json()
 
 
 def _diagnosed_model(
     model: str, words: list[str] | None, data: str | None, sets: Path | None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A diagnosis for each set of pairs by its name, which is empty without `--sets`."""
+) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Each set of pairs with its diagnosis; its name is empty without `--sets`."""
     loaded, found = _with_embedded(model, words, data, sets)
     for name, pairs in found:
-        yield name, _diagnosed(model, loaded, pairs)
+        yield name, pairs, _diagnosed(model, loaded, pairs)
 
 
 def _diagnosed(model: str, loaded: Any, pairs: Any) -> dict[str, Any]:

@@ -201,7 +201,10 @@ def _strangers(figures: Figures) -> tuple[float, str]:
 
 def _strange_captions(figures: Figures) -> tuple[float, str]:
     """Captions that are said to be of one image are no more alike than others."""
-    if "captions_cka_z" not in figures or figures.get("backbone_dims_text", 0.0) < FEWEST_DIMS_OF_WORDS:
+    if (
+        "captions_cka_z" not in figures
+        or figures.get("backbone_dims_text", 0.0) < FEWEST_DIMS_OF_WORDS
+    ):
         return 0.0, ""
     most = STRANGE_CAPTIONS / _noise(figures)
     sure = below(figures["captions_cka_z"], min(ALIGNED_Z, most), 1.0)

@@ -1,6 +1,6 @@
 """A run's HTML page: one file that opens from disk, with everything it shows inside it."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from mmscale.report.space import (
     read_space,
 )
 from mmscale.report.template import write_html
-from mmscale.report.verdicts import read_doctor, verdict_named, verdict_of
+from mmscale.report.verdicts import read_doctor, told
 
 REPORT_NAME = "report.html"
 
@@ -94,12 +94,7 @@ def write_page(run_dir: Path, layout: str | None = None) -> Page:
         page,
         "page.html",
         title=run_dir.resolve().name,
-        verdict=verdict_of(doctor),
-        also=[verdict_named(name) for name in doctor["also"]],
-        confidence=_share(doctor["confidence"]),
-        evidence=dict(_flatten(doctor["evidence"])),
-        causes=doctor["causes"],
-        remedies=doctor["remedies"],
+        told=told(doctor),
         recalls=collect_recalls(lines),
         sets=collect_sets(lines),
         training=training,
@@ -124,34 +119,6 @@ def _layout(settings: Mapping[str, Any], path: Path) -> str:
             f"{path}: log.map is {name!r}, which draws no map; choose {', '.join(NAMES)}"
         )
     return name
-
-
-def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested evidence as one row a figure."""
-    for key, value in content.items():
-        name = f"{prefix}{key}".replace("_", " ")
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{name}: ")
-        else:
-            yield name, _in_words(value)
-
-
-def _share(value: Any) -> str:
-    """A number between 0 and 1 in percent."""
-    return f"{value:.0%}" if isinstance(value, float) else _in_words(value)
-
-
-def _in_words(value: Any) -> str:
-    """A figure with as many digits as a reader can use."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, list):
-        return ", ".join(_in_words(item) for item in value)
-    return "" if value is None else str(value)
 
 
 TIME = "Where the time goes"

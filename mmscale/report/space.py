@@ -244,7 +244,8 @@ def draw_spectrum(moments: Moments) -> str | None:
             axes.set_title(f"{side}s" if side == "image" else "captions")
             axes.set_xlabel("direction, by variance")
         figure.axes[0].set_ylabel("variance along it")
-        figure.axes[0].legend(title="step", loc="lower left", fontsize=7.5, title_fontsize=7.5)
+        if len(shown) > 1:
+            figure.axes[0].legend(title="step", loc="lower left", fontsize=7.5, title_fontsize=7.5)
         return data_uri(figure)
 
 

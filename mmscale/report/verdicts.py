@@ -1,6 +1,6 @@
 """The doctor's verdicts in words, how loud each one is, and what its figures are read against."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -216,3 +216,68 @@ def in_lines(diagnosis: Mapping[str, Any]) -> list[str]:
     for title, texts in entries.items():
         lines += [f"{title}:", *(f"  {text}" for text in texts)] if texts else []
     return lines
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of the evidence in words, and what it is read against."""
+
+    name: str
+    value: str
+    range: str
+
+
+@dataclass(frozen=True)
+class Told:
+    """A diagnosis as a page tells it; attributes as in `Diagnosis`."""
+
+    verdict: Verdict
+    also: list[Verdict]
+    confidence: str
+    evidence: list[Figure]
+    causes: list[str]
+    remedies: list[str]
+    pairs: str
+    would_change: str
+
+
+def told(diagnosis: Mapping[str, Any]) -> Told:
+    """What `Diagnosis.to_json` or `read_doctor` gave, for a page."""
+    return Told(
+        verdict_of(diagnosis),
+        [verdict_named(name) for name in diagnosis["also"]],
+        _share(diagnosis["confidence"]),
+        list(_flatten(diagnosis["evidence"])),
+        list(diagnosis["causes"]),
+        list(diagnosis["remedies"]),
+        _in_words(diagnosis["pairs"]),
+        diagnosis["would_change"],
+    )
+
+
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[Figure]:
+    """Nested evidence, one figure after another."""
+    for key, value in content.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{name}: ")
+        else:
+            yield Figure(name, _in_words(value), good_range(key))
+
+
+def _share(value: Any) -> str:
+    """A number between 0 and 1 in percent."""
+    return f"{value:.0%}" if isinstance(value, float) else _in_words(value)
+
+
+def _in_words(value: Any) -> str:
+    """A figure with as many digits as a reader can use."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, list):
+        return ", ".join(_in_words(item) for item in value)
+    return "" if value is None else str(value)

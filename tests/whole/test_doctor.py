@@ -29,7 +29,8 @@ def test_half_of_the_captions_of_strangers_files_are_mixed_up(tmp_path):
         text_ids=names[order],
     )
     told = tmp_path / "told.json"
-    done = run(["mmscale", "doctor", tmp_path / "pairs.npz", "--json", told])
+    page = tmp_path / "page.html"
+    done = run(["mmscale", "doctor", tmp_path / "pairs.npz", "--json", told, "--out", page])
     assert done.returncode == 3, explain(done)
     diagnosis = json.loads(told.read_text("utf-8"))
     assert diagnosis["verdict"] == "shuffled_pairs"
@@ -37,6 +38,11 @@ def test_half_of_the_captions_of_strangers_files_are_mixed_up(tmp_path):
     assert 0.4 < evidence["matched_share_low"] <= 0.5 <= evidence["matched_share_high"] < 0.7
     assert "Images and captions do not belong together row by row" in done.stdout
     assert "good near 1" in done.stdout
+    assert diagnosis["pairs"] == 400
+    assert "mispaired_z below 2.5" in diagnosis["would_change"]
+    shown = page.read_text("utf-8")
+    for words in ("Shuffled pairs", "on 400 pairs", "good near 1", "image to text", "What would"):
+        assert words in shown
     # Settings are of no use to who trained with other code.
     assert diagnosis["remedies"]
     assert not any("=" in remedy.split()[0] for remedy in diagnosis["remedies"])
