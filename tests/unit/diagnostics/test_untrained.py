@@ -1,4 +1,4 @@
-"""What untrained towers make of right pairs, and of wrong ones: real architectures, drawn weights."""
+"""What untrained towers make of right pairs, and of wrong ones: real code, drawn weights."""
 
 import io
 
