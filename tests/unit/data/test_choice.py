@@ -276,3 +276,10 @@ def test_a_manifest_is_no_place_for_other_choices(folder):
     (folder / "manifest.json").write_bytes(sealed({**content, "keys": {"json": "a"}}))
     with pytest.raises(DataError, match="keys names no members"):
         read_manifest(folder)
+
+
+def test_lines_of_the_usual_text_are_captions_beside_a_chosen_image(tmp_path):
+    path = tar_of(tmp_path / "s" / "0.tar", {"a": {"img": picture(1), "txt": b"one\ntwo\n"}})
+    indexed([path], parse_choice("image: [img]"))
+    sample = SampleReader(open_shards("x", str(path.parent))).read(0, 0)
+    assert (sample.captions, sample.image) == (("one", "two"), picture(1))
