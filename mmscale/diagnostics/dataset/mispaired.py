@@ -23,9 +23,9 @@ from mmscale.diagnostics.mixture import share_figures
 # The tail below this deviate is counted.
 _TAIL = -0.5
 # Matched pairs in that tail look like a share of this many mispaired ones: images whose captions
-# are right but say little. Of ten clean draws of photographs and scenes, 500 to 5,400 pairs, the
-# lower end came to 0.0024 at most; of 5,400 pairs with one in a hundred mispaired to 0.0066.
-TOLERATED = 0.003
+# are right but say little. Of 50 clean draws of 1,440 photographs the lower end was above 0.003
+# in three, at 0.0034; of 5,400 pairs with one in a hundred mispaired it is 0.0066 and more.
+TOLERATED = 0.005
 # Of a Poisson law: one in 200 counts lies below.
 _QUANTILE = 2.576
 PRECISION = 0.8
