@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from mmscale.config.load import load_config, with_words
+from mmscale.config.paths import path_of
 from mmscale.config.schema import Config
-from mmscale.data.shards import open_shards
+from mmscale.data.shards import open_shards, open_stored
 from mmscale.diagnostics.doctor import Diagnosis
 from mmscale.diagnostics.of_run import diagnose_alone
 from mmscale.diagnostics.pairs import pairs_of
@@ -57,7 +58,8 @@ class TrainedRun:
 
 
 def train(
-    config: Config | Mapping[str, Any] | str | PathLike[str] | Sequence[str], *words: str
+    config: Config | Mapping[str, Any] | str | PathLike[str] | Sequence[str | PathLike[str]],
+    *words: str,
 ) -> TrainedRun:
     """Train in this process, to the end; a run that is there already goes on.
 
@@ -81,8 +83,8 @@ def train(
     elif isinstance(config, (Mapping, str)):
         chosen = load_config([config, *words])
     else:
-        named = [fspath(config)] if isinstance(config, PathLike) else config
-        chosen = load_config([*named, *words])
+        named = [config] if isinstance(config, PathLike) else config
+        chosen = load_config([*(fspath(each) for each in named), *words])
     try:
         heeding_signals(lambda: run(chosen), within=lambda command: command())
     except InterruptError as error:
@@ -122,12 +124,14 @@ def evaluate(
             raise ConfigError("evaluate: sets name their own data and classes; leave those out")
         chosen = sets_of("sets", sets) if isinstance(sets, Mapping) else read_sets(Path(sets))
         return {name: found.figures for name, found in evaluate_model(loaded, chosen).items()}
-    where = loaded.config.data.eval if data is None else fspath(data)
+    stored = loaded.config.data
+    where = stored.eval if data is None else path_of("data", fspath(data))
     if where is None:
         raise ConfigError(f"evaluate {fspath(model)}: name the held-out pairs with data=SHARDS")
     if classes is not None:
         return classify_set(loaded, str(where), fspath(classes))
-    return evaluate_set(loaded, open_shards("data", where), Alone())
+    shards = open_stored(where, stored) if data is None else open_shards("data", where)
+    return evaluate_set(loaded, shards, Alone())
 
 
 def diagnose(

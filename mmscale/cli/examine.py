@@ -22,6 +22,7 @@ from mmscale.errors import ConfigError
 from mmscale.outputs import file_output, require_file, require_folder, writing
 
 if TYPE_CHECKING:
+    from mmscale.data.intake import Intake
     from mmscale.data.shards import ShardSet
     from mmscale.evaluation.examine import Examined
 
@@ -98,20 +99,32 @@ def examine(
     """
     places = _places(out)
     if prove:
-        _require_provable(prove, words, model, places)
+        _require_provable(prove, [*(words or ()), f"data.train={data}"], model, places)
     from mmscale.data.shards import open_shards
 
-    shards = open_shards("DATA", data)
+    shards = open_shards("DATA", data, intake=_intake(data, words if model is None else None))
     others = {name: open_shards(*place) for name, place in _held_out(against, sets).items()}
     examined = _examined(shards, others, (model, words or []), batch, workers)
     _tell(examined)
     proof: dict[str, Any] = {}
     if places is not None:
         _write(examined, shards, others, data, places)
-        if prove and any(verdict.leave_out for verdict in examined.verdicts):
+        if prove and not any(verdict.leave_out for verdict in examined.verdicts):
+            say("--prove: nothing was found that training could leave out; nothing is trained")
+        elif prove:
             proof["proof"] = _prove([*(words or ()), f"data.train={data}"], places[1], prove)
     write_json(json_file, _as_json(examined) | proof)
     return 3 if examined.verdicts else 0
+
+
+def _intake(data: str, words: list[str] | None) -> "Intake":
+    """How DATA is taken in where it is no shards: as the configuration says, if one is named."""
+    from mmscale.config.load import validate, with_words
+    from mmscale.data.intake import Intake
+
+    if not words:
+        return Intake()
+    return Intake.of(with_words(validate({"data": {"train": data}}), words).data)
 
 
 def _examined(
@@ -171,19 +184,19 @@ def _write(
 
 
 def _require_provable(
-    seeds: int, words: list[str] | None, model: str | None, places: tuple[Path, Path] | None
+    seeds: int, words: list[str], model: str | None, places: tuple[Path, Path] | None
 ) -> None:
     """Refuse at once what would be refused after all pairs were read."""
     from mmscale.config.load import load_config
 
     if seeds == 1:
         raise ConfigError("--prove 1: one seed has no interval; name two or more")
-    if places is None or model is not None or not words:
+    if places is None or model is not None or len(words) == 1:
         raise ConfigError(
             "--prove: trains CONFIG with mask.json, beside it; name --out and a configuration, and "
             "no --model"
         )
-    if load_config([*words, "data.train=none"]).data.eval is None:
+    if load_config(words).data.eval is None:
         raise ConfigError("--prove: compares mean recall on held-out pairs; set data.eval")
 
 

@@ -48,6 +48,8 @@ def evaluate(
     json_file: Json = None,
 ) -> int:
     """Recall of both directions on held-out pairs (Karpathy's protocol), or zero-shot accuracy."""
+    from mmscale.config.evaluation import COUNTS
+
     _require_one_of(f"eval {model}", data, sets)
     if classes is not None and data is None:
         raise ConfigError("--classes: has an effect only with --data; a set of --sets has its own")
@@ -59,7 +61,7 @@ def evaluate(
     }
     width = max(map(len, said))
     for name, value in said.items():
-        is_count = name.rpartition("/")[2] in ("images", "captions", "classes")
+        is_count = name.rpartition("/")[2] in COUNTS
         say(f"{name:>{width}} {value:,.0f}" if is_count else f"{name:>{width}} {value:,.2f}")
     write_json(json_file, figures)
     return 0
@@ -117,6 +119,8 @@ def doctor(
     """
     if data is not None and sets is not None:
         raise ConfigError(f"doctor {subject}: --sets names its own pairs; leave --data out")
+    if out is not None and out.suffix != ".html":
+        raise ConfigError(f"--out {out}: must end with .html; rename it")
     if not subject.startswith(_ELSEWHERE):
         require_there(Path(subject), "run, checkpoint or npz")
     from mmscale.report.verdicts import in_lines
@@ -135,7 +139,7 @@ def doctor(
         from mmscale.report.diagnosis_page import write_diagnoses
 
         with writing("--out", out):
-            write_diagnoses(out, Path(subject).name, found)
+            write_diagnoses(out, _title(subject), found)
         say(f"page: {out}")
     return 0 if all(each["verdict"] == "healthy" for each in diagnoses.values()) else 3
 
@@ -231,6 +235,15 @@ def _figures(
         assert data is not None, "it was looked at"
         return classify_set(load_named(model, words or ()), data, classes)
     return evaluate_set(*_with_pairs(model, data, words), Alone())
+
+
+def _title(subject: str) -> str:
+    """Of a page: the file, the run or the run's checkpoint, without the folders above."""
+    path = Path(subject).resolve()
+    if not path.exists():
+        return subject
+    is_checkpoint = path.parent.name == "checkpoints"
+    return str(Path(*path.parts[-3:])) if is_checkpoint else path.name
 
 
 def _require_one_of(command: str, data: str | None, sets: Path | None) -> None:

@@ -14,6 +14,8 @@ MAIN = "main"
 PREFIX = "eval/"
 # What a set is judged by: mean recall of pairs, accuracy of classes.
 HEADLINES = MEAN, TOP1 = "mean", "top1"
+# What an evaluation looked at, beside its figures.
+COUNTS = ("images", "captions", "classes")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -84,6 +86,9 @@ def logged(name: str, figure: str) -> str:
 
 def figure_fault(setting: str, figure: str, names: Collection[str]) -> str | None:
     """What a figure has against it where the sets of an evaluation are these; None: nothing."""
+    kind = figure.rpartition("/")[2]
+    if kind in COUNTS:
+        return f"{setting}={figure} counts {kind}, which no training changes; name a recall"
     if (name := set_named_in(figure)) in names:
         return None
     about = "data.eval" if name == MAIN else f"the evaluation set {name}"

@@ -32,6 +32,8 @@ _VERSION = 1
 _BESIDE = ".mmscale"
 _SOURCE = "source.json"
 _POLL_SECONDS = 0.2
+# `mmscale examine DATA` looks at what would be trained on.
+_TRAINED_ON = ("data.train", "DATA")
 
 
 def _tell(line: str) -> None:
@@ -66,7 +68,7 @@ class Intake:
         """Where the shards of a place are: itself, or the folder that it was packed into.
 
         Args:
-            setting: Name of the setting or option. `data.train` takes the split `train`, all
+            setting: Name of the setting or option. `data.train` and DATA take the split `train`,
                 others `val`, or `test` where there is no `val`; without splits it is everything.
             where: Its value, one place.
 
@@ -82,7 +84,7 @@ class Intake:
         digest = hashlib.sha256(json.dumps([*plan, state.digest]).encode()).hexdigest()
         stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in where.rpartition("/")[2])
         name = f"{stem.strip('.') or 'data'}-{digest[:16]}"
-        splits = ["train"] if setting == "data.train" else ["val", "test"]
+        splits = ["train"] if setting in _TRAINED_ON else ["val", "test"]
         caches = self._caches(path, where)
         for cache in caches:
             if (found := _packed(cache / name, splits)) is not None:

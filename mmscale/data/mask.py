@@ -205,7 +205,13 @@ def unrecorded(listed: ShardSet, known: ShardSet) -> ShardSet:
             )
     left_out = tuple(by_place[place_of(path)] for path in listed.paths)
     digest = f"{listed.digest}:without {known.mask}" if known.mask else listed.digest
-    return replace(listed, digest=digest, mask=known.mask, left_out=left_out)
+    named = set(map(place_of, listed.paths))
+    counted = sum(
+        shard.samples
+        for path, shard in zip(known.paths, known.shards, strict=True)
+        if place_of(path) in named
+    )
+    return replace(listed, digest=digest, mask=known.mask, left_out=left_out, counted=counted)
 
 
 def is_within(stretches: Stretches, place: int) -> bool:

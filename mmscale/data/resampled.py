@@ -97,7 +97,8 @@ def plan_resampling(data: DataConfig, shards: ShardSet) -> Resampling:
             does, is not a tar.
     """
     weights = tuple(weight for count, weight in shards.sources for _ in range(count))
-    samples, choice = data.epoch_samples, shards.choice(0)
+    samples = shards.counted if data.epoch_samples is None else data.epoch_samples
+    choice = shards.choice(0)
     far = Far()
     if samples is None:
         reading = Reading(shards.left_out[0] if shards.left_out else (), choice)

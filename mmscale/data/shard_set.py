@@ -48,6 +48,7 @@ class ShardSet:
         mask: Digest of the images that `data.mask` leaves out; empty where it leaves out none.
         left_out: For each shard, from where to where its bytes are left out, where shards are read
             without their records; none without a mask.
+        counted: Images that a mask leaves of shards that are read without their records.
     """
 
     shards: tuple[Shard, ...]
@@ -60,6 +61,7 @@ class ShardSet:
     choices: tuple[Choice, ...] = ()
     mask: str = ""
     left_out: tuple[Stretches, ...] = ()
+    counted: int | None = None
 
     def choice(self, shard: int) -> Choice:
         """Which members of a shard are what."""

@@ -7,7 +7,7 @@ from typing import Any
 from mmscale.diagnostics.finding import Figures, Finding, picked
 from mmscale.diagnostics.forgetting import Forgetting
 from mmscale.diagnostics.geometry import PREFIX, health_figures
-from mmscale.diagnostics.mixture import mixture_figures
+from mmscale.diagnostics.mixture import FEWEST_PAIRS, mixture_figures
 from mmscale.diagnostics.order import order_figures
 from mmscale.diagnostics.pairing import pairing_figures
 from mmscale.diagnostics.pairs import Pairs
@@ -193,14 +193,11 @@ def _judge(health: Figures) -> Diagnosis:
 
 
 def _unseen(figures: Figures) -> str:
-    """What so many healthy pairs may still hide, and how many would show it."""
+    """What so many healthy pairs may still hide."""
     low = figures.get("matched_share_low")
     if low is None:
-        return ""
-    return (
-        f"{1 - low:.1%} of mispaired captions would not show on so many pairs; four times as many "
-        "halve that"
-    )
+        return f"mispaired captions, which only {FEWEST_PAIRS} pairs and more can show"
+    return f"mispaired captions, of which {1 - low:.1%} would not show on so many pairs"
 
 
 def _diagnosis(

@@ -57,7 +57,7 @@ _COARSENESS = 2000.0
 
 
 def mixture_figures(pairs: Pairs) -> dict[str, float]:
-    """The share of images whose first caption belongs to them.
+    """The share of captions that belong to their images: one of each, in turn.
 
     Returns:
         Under `health/`, nothing with fewer than `FEWEST_PAIRS`. Else `matched_share`;
@@ -65,7 +65,7 @@ def mixture_figures(pairs: Pairs) -> dict[str, float]:
         `mispaired_z`: signed roots of the likelihood ratios against no pair being matched, and
         against at most `TOLERATED` of them being mispaired: like normal deviates.
     """
-    sample = one_to_one(pairs, LARGEST_SAMPLE)
+    sample = one_to_one(pairs, LARGEST_SAMPLE, in_turn=True)
     if len(sample.image) < FEWEST_PAIRS:
         return {}
     rows, columns = standing_rows(sample.image, sample.text)

@@ -35,7 +35,7 @@ def order_figures(pairs: Pairs) -> dict[str, float]:
         for all rows in one. Where the second is, `reversed_shift`: image row i fits the caption of
         row n - 1 - i + shift; `reversed_share`.
     """
-    sample = one_to_one(pairs)
+    sample = one_to_one(pairs, in_turn=True)
     image, text = sample.image[:LARGEST_SAMPLE], sample.text[:LARGEST_SAMPLE]
     if len(image) < FEWEST_PAIRS:
         return {}

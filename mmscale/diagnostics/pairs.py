@@ -75,12 +75,13 @@ class Pairs:
         return replace(self, image=image, text=text)
 
 
-def one_to_one(pairs: Pairs, limit: int | None = None) -> Pairs:
+def one_to_one(pairs: Pairs, limit: int | None = None, in_turn: bool = False) -> Pairs:
     """Each distinct image with its first caption, row i with row i, ids distinct; on the CPU.
 
-    The rows of `first_pairs`.
+    The rows of `first_pairs`; `in_turn` gives one image its first caption, the next its second and
+    so on, so that the sample says of all captions what it says.
     """
-    images, texts = first_pairs(pairs, limit)
+    images, texts = first_pairs(pairs, limit, in_turn)
     backbone = pairs.backbone_image, pairs.backbone_text
     return replace(
         pairs,
@@ -95,19 +96,27 @@ def one_to_one(pairs: Pairs, limit: int | None = None) -> Pairs:
 
 
 def first_pairs(
-    pairs: Pairs, limit: int | None = None
+    pairs: Pairs, limit: int | None = None, in_turn: bool = False
 ) -> tuple[Int64[Tensor, " p"], Int64[Tensor, " p"]]:
     """Row of each distinct image and row of its first caption, in the order of the images.
 
-    Images without a caption and captions without an image are left out. More than `limit` images
-    are thinned evenly over their order, so the same pairs give the same choice.
+    With `in_turn` it is another of its captions from image to image. Images without a caption and
+    captions without an image are left out. More than `limit` images are thinned evenly over their
+    order, so the same pairs give the same choice.
     """
     image_ids, text_ids = (ids.cpu().numpy() for ids in (pairs.image_ids, pairs.text_ids))
     _, image_rows, text_rows = np.intersect1d(image_ids, text_ids, return_indices=True)
     order = np.argsort(image_rows)
     if limit is not None and len(order) > limit:
         order = order[np.linspace(0, len(order) - 1, limit).round().astype(np.int64)]
-    return torch.from_numpy(image_rows[order]), torch.from_numpy(text_rows[order])
+    images, texts = image_rows[order], text_rows[order]
+    if in_turn:
+        by_id = np.argsort(text_ids, kind="stable")
+        begin, end = (
+            np.searchsorted(text_ids[by_id], image_ids[images], side) for side in ("left", "right")
+        )
+        texts = by_id[begin + np.arange(len(images)) % (end - begin)]
+    return torch.from_numpy(images), torch.from_numpy(texts)
 
 
 def second_captions(

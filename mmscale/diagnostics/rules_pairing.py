@@ -136,7 +136,8 @@ def _mixed(figures: Figures) -> tuple[float, str]:
     share, low, high = (figures[name] for name in SHARES)
     return sure, (
         f"Only {share:.0%} of the pairs belong together ({low:.0%} to {high:.0%}); the captions of "
-        "the others fit their images no better than any other caption"
+        "the others fit their images no better than any other caption: they are wrong, or the "
+        "model does not know what they show, as with another language or another kind of picture"
     )
 
 

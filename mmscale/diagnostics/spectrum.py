@@ -107,6 +107,8 @@ def _covariance_figures(centred: Float64[Tensor, "n d"]) -> dict[str, float]:
 
 def _knee_figures(values: Float64[Tensor, " r"]) -> dict[str, float]:
     """The steepest step down that the first sixth of the directions ends with a seventh left."""
+    if len(values) < 2:
+        return {"knee": 1.0, "knee_at": 1.0}
     steps = max(1, len(values) // 6)
     left = 1 - values.cumsum(0)[:steps] / values.sum()
     ratios = values[:steps] / values[1 : steps + 1].clamp(min=1e-12 * float(values[0]))
@@ -116,6 +118,8 @@ def _knee_figures(values: Float64[Tensor, " r"]) -> dict[str, float]:
 
 def _slope(values: Float64[Tensor, " r"]) -> float:
     """Weighted least squares through ln eigenvalue over ln rank, each rank weighing 1 / rank."""
+    if len(values) < 3:
+        return 0.0
     last = min(100, len(values))
     first = min(10, last - 2)
     ranks = torch.arange(first + 1, last + 1, dtype=torch.float64)

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from mmscale.data.damage import DamagedSampleError, reason_of
+from mmscale.data.pixels import in_rgb
 from mmscale.data.pool import map_ordered
 from mmscale.data.reader import SampleReader
 from mmscale.data.shards import ShardSet
@@ -161,7 +162,9 @@ def grey_of(content: bytes) -> tuple[np.ndarray, str]:
             with Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP")) as image:
                 width, height = image.size
                 image.draft("L", (4 * SIDE, 4 * SIDE))
-                small = image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
+                # As training reads it.
+                grey_image = image if image.mode == "L" else in_rgb(image).convert("L")
+                small = grey_image.resize((SIDE, SIDE), Image.Resampling.BOX)
     except Exception as error:  # noqa: BLE001 - whatever damaged bytes make a decoder raise
         return nothing, f"it cannot be decoded ({reason_of(error)})"
     grey = np.asarray(small)

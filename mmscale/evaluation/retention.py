@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mmscale.config.evaluation import MEAN, TOP1, RetainConfig, logged
+from mmscale.config.evaluation import COUNTS, MEAN, TOP1, RetainConfig, logged
 from mmscale.diagnostics.pairing import cka
 from mmscale.diagnostics.pairs import one_to_one
 from mmscale.errors import ConfigError
@@ -48,9 +48,10 @@ class AtStart:
         """
         figures = as_logged(evaluated)
         if settings.budget is not None and settings.metric not in figures:
+            known = [name for name in figures if name.rpartition("/")[2] not in COUNTS]
             raise ConfigError(
-                f"{named}={settings.metric}: the evaluation measures {', '.join(figures)}; name "
-                "one of these"
+                f"{named}={settings.metric}: the evaluation measures {', '.join(known)}; name one "
+                "of these"
             )
         rows: dict[str, Tensor] = {}
         for name in settings.sets:

@@ -88,6 +88,13 @@ def see(loaded: Loaded, named: bool, shards: ShardSet, workers: int, tell: Tell)
         DataError: A shard cannot be read.
     """
     config, inference = loaded.config, loaded.inference
+    for side, tower in (("vision", config.model.vision), ("text", config.model.text)):
+        if not named and tower.weights == "random":
+            tell(
+                f"examine: model.{side}.weights=random: a tower that was never trained hardly "
+                "knows which captions fit, and what is said of them is not to be relied on; name "
+                "pretrained weights, or a trained model with --model"
+            )
     folder = config.data.feature_cache or user_cache("features")
     limit = config.data.cache_gb * 1e9
     cache = FeatureCache(Path(folder), loaded.model, loaded.spec, limit)

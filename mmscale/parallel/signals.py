@@ -48,8 +48,10 @@ class StopSignal:
         self._noted, self.is_at_once = False, at_once
         self._pid, self._raised = os.getpid(), -_RAISE_SECONDS
         self._launchers = Launchers(self._pid)
-        for number in STOPPING:
-            signal.signal(number, self._note)
+        # Beside the main thread nothing is heard: whoever started the thread listens.
+        if threading.current_thread() is threading.main_thread():
+            for number in STOPPING:
+                signal.signal(number, self._note)
 
     @property
     def wanted(self) -> bool:

@@ -65,7 +65,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure over `n` seeds; the sample's standard deviation needs two."""
+    """A figure over `n` runs; the sample's standard deviation needs two."""
 
     mean: float
     std: float | None
@@ -83,8 +83,10 @@ class SeedGroup:
     runs: tuple[Run, ...]
 
     def values(self, figure: str) -> list[float]:
-        """A figure's, of the runs that have it."""
-        return [run.figures[figure] for run in self.runs if figure in run.figures]
+        """A figure's, of the runs that have it; beside finished runs others do not count."""
+        having = [run for run in self.runs if figure in run.figures]
+        finished = [run for run in having if run.last("finished")]
+        return [run.figures[figure] for run in finished or having]
 
     def spread(self, figure: str) -> Spread | None:
         """A logged figure over the runs that have it."""
@@ -205,7 +207,7 @@ def set_tables(comparison: Comparison) -> dict[str, list[list[str]]]:
     """The last figures of every group, heads first, by what the set is called."""
     return {
         title_of(name): [
-            ["percent, last evaluation", "seeds", *map(_head, keys)],
+            ["percent, last evaluation", "runs", *map(_head, keys)],
             *(
                 [
                     group.label,

@@ -11,6 +11,7 @@ from mmscale.config.explain import first_fault
 from mmscale.diagnostics.rules import (
     COLLAPSED_VARIANCE,
     FEWEST_IMAGES,
+    LARGEST_KNEE,
     LARGEST_KNEE_OF_FEW,
     MOST_SHARE,
     MOST_SKEW,
@@ -170,7 +171,7 @@ _RANGES = {
     "elsewhere_z": f"good below {ELSEWHERE_Z:g}",
     "variance": f"good above {COLLAPSED_VARIANCE:g}, a trained CLIP 0.5",
     "std_off_sqrt_d": "near 1 where rows spread in all directions",
-    "knee": f"good below {LARGEST_KNEE_OF_FEW:g}",
+    "knee": f"good below {LARGEST_KNEE_OF_FEW:g} of few pairs, {LARGEST_KNEE:g} of many",
     "participation": "good far above 1, a trained CLIP 40",
     "twins": f"good below {MOST_TWINS['image']:g} (captions {MOST_TWINS['text']:g})",
     "hub_skew": f"good below {MOST_SKEW:g}",

@@ -1,10 +1,12 @@
 """`mmscale examine` on shards: what it tells, writes, and ends with."""
 
+import io
 import json
 import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mmscale.cli import entry
 from mmscale.data.index import index
@@ -13,7 +15,7 @@ from mmscale.data.shards import open_shards
 from mmscale.diagnostics.dataset.copies import SIDE
 from mmscale.diagnostics.dataset.verdict import Looks
 from mmscale.errors import DataError, explained
-from mmscale.evaluation.examine import examine
+from mmscale.evaluation.examine import examine, grey_of
 from mmscale.report.examined import write_examined
 from mmscale.sweep.prove import Proof
 from tests.whole.browser import CHROMIUM, Browser
@@ -180,3 +182,17 @@ def test_the_interval_of_a_gain_is_students():
     # Differences 2, 1, 3: mean 2, deviation 1; the quantile of two degrees of freedom is 4.303.
     assert proof.gain == 2
     assert proof.interval == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
+
+
+def test_a_source_is_looked_at_where_it_is_trained_on_and_as_training_reads_it(synthetic, tmp_path):
+    folder = tmp_path / "source"
+    shutil.copytree(synthetic.source, folder)
+    found = tmp_path / "found.json"
+    done = run(["mmscale", "examine", folder, "--json", found])
+    assert json.loads(found.read_text())["images"] == 96, explain(done)
+    values = np.linspace(0, 65535, 64 * 64, dtype=np.uint16).reshape(64, 64)
+    kept = io.BytesIO()
+    Image.fromarray(values).save(kept, "PNG")
+    grey, fault = grey_of(kept.getvalue())
+    assert not fault
+    assert grey.std() > 50

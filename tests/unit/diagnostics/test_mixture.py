@@ -4,6 +4,8 @@
 size, and 1,000 healthy spaces. Run with `-s` to see the counts.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -161,3 +163,25 @@ def test_1000_healthy_spaces_are_no_mixtures(real_data, name):
         print(f"{name:>12} {num:>5} pairs, healthy: {found}")
         assert found["called"] == 0.0
         assert found["most"] < MOSTLY_MISPAIRED_Z
+
+
+@pytest.mark.parametrize("right", [0, 2])
+def test_captions_beside_the_first_count_as_much(right):
+    """One caption of five belongs to its image, whichever it is; the others were permuted."""
+    num, draw = 400, torch.Generator().manual_seed(0)
+    pairs = healthy(0.7)(num, 64, 0)
+    noise = 0.05 * torch.randn(5, num, 64, generator=draw)
+    captions = torch.nn.functional.normalize(pairs.text + noise, dim=-1)
+    for place in set(range(5)) - {right}:
+        captions[place] = captions[place][torch.randperm(num, generator=draw)]
+    ids = pairs.image_ids[:, None].expand(num, 5).reshape(-1)
+    several = replace(pairs, text=captions.transpose(0, 1).reshape(-1, 64), text_ids=ids)
+    figures = mixture_figures(several)
+    assert figures["health/matched_share_low"] <= 0.2 <= figures["health/matched_share_high"]
+    assert diagnose(several).verdict == "shuffled_pairs"
+
+
+def test_healthy_pairs_say_what_so_many_may_hide():
+    few, many = (diagnose(healthy(0.5)(num, 64, 0)) for num in (40, 400))
+    assert "which only 64 pairs and more can show" in few.would_change
+    assert "of which" in many.would_change
