@@ -17,7 +17,7 @@ def run(
     words: Sequence[str | Path],
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
-    timeout: float = 120,
+    timeout: float = 240,
 ) -> subprocess.CompletedProcess[str]:
     """Run `words` to its end; the whole group is killed when `timeout` seconds are over.
 
