@@ -15,7 +15,7 @@ import torch
 from mmscale.config.load import load_config, with_words
 from mmscale.config.paths import path_of
 from mmscale.config.schema import Config
-from mmscale.data.shards import open_shards, open_stored
+from mmscale.data.shards import open_held_out
 from mmscale.diagnostics.doctor import Diagnosis
 from mmscale.diagnostics.of_run import diagnose_alone
 from mmscale.diagnostics.pairs import pairs_of
@@ -125,12 +125,13 @@ def evaluate(
         chosen = sets_of("sets", sets) if isinstance(sets, Mapping) else read_sets(Path(sets))
         return {name: found.figures for name, found in evaluate_model(loaded, chosen).items()}
     stored = loaded.config.data
-    where = stored.eval if data is None else path_of("data", fspath(data))
-    if where is None:
+    named = None if data is None else path_of("data", fspath(data))
+    if named is None and stored.eval is None:
         raise ConfigError(f"evaluate {fspath(model)}: name the held-out pairs with data=SHARDS")
     if classes is not None:
-        return classify_set(loaded, str(where), fspath(classes))
-    shards = open_stored(where, stored) if data is None else open_shards("data", where)
+        return classify_set(loaded, str(named or stored.eval), fspath(classes))
+    shards = open_held_out("data", named, stored)
+    assert shards is not None, "one is named"
     return evaluate_set(loaded, shards, Alone())
 
 

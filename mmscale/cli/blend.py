@@ -117,15 +117,12 @@ def _require_effect(sweep: bool, asked: dict[str, Any]) -> None:
 def _held_out(trained: Any, data: str | None, sets: Any, with_own: bool) -> dict[str, Any]:
     """Open sets by name: the pairs of `--data` or `data.eval`, those of `--sets`, or the run's."""
     from mmscale.config.evaluation import MAIN
-    from mmscale.data.shards import open_shards, open_stored
+    from mmscale.data.shards import open_held_out
     from mmscale.evaluation.encoded import HeldOut
     from mmscale.evaluation.sets import open_named, open_own
 
-    where, found = data or trained.config.data.eval, {}
-    if where is not None:
-        stored = trained.config.data
-        shards = open_shards("--data", data) if data else open_stored(where, stored)
-        found[MAIN] = HeldOut(shards, trained.spec, None)
+    shards = open_held_out("--data", data, trained.config.data)
+    found = {} if shards is None else {MAIN: HeldOut(shards, trained.spec, None)}
     if sets is not None:
         return found | open_named(trained, sets)
     return found | open_own(trained) if with_own else found

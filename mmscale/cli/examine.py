@@ -9,6 +9,7 @@ import typer
 from mmscale.cli.command import (
     BEFORE,
     Json,
+    Sets,
     Settings,
     Workers,
     app,
@@ -44,12 +45,6 @@ Against = Annotated[
     str | None,
     typer.Option(
         help="Evaluation pairs, whose pictures should not be among DATA's.", callback=reading_places
-    ),
-]
-Sets = Annotated[
-    Path | None,
-    typer.Option(
-        help="Several such sets by name in YAML or JSON, as in eval.sets.", callback=reading
     ),
 ]
 Batch = Annotated[

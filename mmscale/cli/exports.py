@@ -129,12 +129,12 @@ def _loaded(
 
 def _with_cost(exported: Any, data: str | None) -> Any:
     """With what measures the cost of int8: on pairs if some are at hand."""
-    from mmscale.data.shards import open_shards, open_stored
+    from mmscale.data.shards import open_held_out
     from mmscale.evaluation.quantised import cost_on_pairs, cost_on_sample
 
-    config, where = exported.config, exported.config.data.eval
+    config = exported.config
     try:
-        shards = open_shards("--data", data) if data else where and open_stored(where, config.data)
+        shards = open_held_out("--data", data, config.data)
     except DataError as error:
         if data:
             raise

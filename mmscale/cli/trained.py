@@ -129,7 +129,7 @@ def doctor(
         _require_bare_npz(subject, words, data, sets)
         found = [_diagnosed_npz(Path(subject))]
     else:
-        found = list(_diagnosed_model(subject, words, data, sets))
+        found = list(_diagnosed_model(subject, words, data, sets, kept=out is not None))
     diagnoses = {name: diagnosis for name, _, diagnosis in found}
     for name, diagnosis in diagnoses.items():
         for line in in_lines(diagnosis):
@@ -138,8 +138,8 @@ def doctor(
     if out is not None:
         from mmscale.report.diagnosis_page import write_diagnoses
 
-        with writing("--out", out):
-            write_diagnoses(out, _title(subject), found)
+        with file_output("--out", out) as aside:
+            write_diagnoses(aside, _title(subject), found)
         say(f"page: {out}")
     return 0 if all(each["verdict"] == "healthy" for each in diagnoses.values()) else 3
 
@@ -272,12 +272,12 @@ def _diagnosed_npz(path: Path) -> tuple[str, Any, dict[str, Any]]:
 
 
 def _diagnosed_model(
-    model: str, words: list[str] | None, data: str | None, sets: Path | None
+    model: str, words: list[str] | None, data: str | None, sets: Path | None, kept: bool
 ) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """Each set of pairs with its diagnosis; its name is empty without `--sets`."""
+    """Each set's name, its pairs where they are `kept`, and its diagnosis; no name: no `--sets`."""
     loaded, found = _with_embedded(model, words, data, sets)
     for name, pairs in found:
-        yield name, pairs, _diagnosed(model, loaded, pairs)
+        yield name, pairs if kept else None, _diagnosed(model, loaded, pairs)
 
 
 def _diagnosed(model: str, loaded: Any, pairs: Any) -> dict[str, Any]:
@@ -319,20 +319,20 @@ def _with_embedded(
 def _with_pairs(model: str, data: str | None, words: list[str] | None) -> tuple[Any, Any]:
     """A model, and the pairs to look at."""
     from mmscale.data.grouping import copies_line
-    from mmscale.data.shards import open_shards, open_stored
+    from mmscale.data.shards import open_held_out
     from mmscale.evaluation.trained import Trained, load_named
 
     loaded = load_named(model, words or ())
-    where = data or loaded.config.data.eval
-    if where is None:
-        is_run = isinstance(loaded, Trained)
-        why = f"{model} was trained without data.eval" if is_run else f"{model} is no run"
-        raise ConfigError(f"{why}; name the pairs with --data")
     try:
-        shards = open_shards("--data", data) if data else open_stored(where, loaded.config.data)
+        shards = open_held_out("--data", data, loaded.config.data)
     except DataError as error:
         # A run may name its pairs as they lay from another working folder.
         raise (error if data else DataError(f"{error}; or name the pairs with --data")) from error
+    if shards is None:
+        is_run = isinstance(loaded, Trained)
+        why = f"{model} was trained without data.eval" if is_run else f"{model} is no run"
+        raise ConfigError(f"{why}; name the pairs with --data")
+    where = data or loaded.config.data.eval
     if line := copies_line(str(where), shards.copies, shards.samples):
         tell(line)
     return loaded, shards

@@ -2,7 +2,6 @@
 
 import fnmatch
 import hashlib
-import os
 import re
 import tempfile
 from collections.abc import Generator, Iterable, Iterator
@@ -25,6 +24,7 @@ from mmscale.data.manifest import (
 )
 from mmscale.data.remote import BUCKETS, HUB, Entries, NotThereError, Store, Web, beside, safe_url
 from mmscale.errors import DataError
+from mmscale.outputs import user_cache
 
 
 class Far:
@@ -179,7 +179,6 @@ def put_manifest(folder: Path | str, manifest: Manifest) -> str | None:
 
 def kept_here(folder: str) -> Path:
     """Where the manifest of a folder elsewhere is kept that takes none itself."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     # Without a signature that a query may hold: the next one is another.
     name = hashlib.sha256(safe_url(folder).rstrip("/").encode()).hexdigest()[:32]
-    return Path(base) / "mmscale" / "manifests" / name
+    return user_cache("manifests") / name

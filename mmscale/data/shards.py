@@ -126,6 +126,16 @@ def open_stored(
     return open_shards(setting, where, intake=intake)
 
 
+def open_held_out(option: str, named: str | None, stored: DataConfig) -> ShardSet | None:
+    """The pairs that a user names, or else the `data.eval` of a run's folder; None without either.
+
+    Errors as of `open_shards` and `open_stored`.
+    """
+    if named is not None:
+        return open_shards(option, named)
+    return None if stored.eval is None else open_stored(stored.eval, stored)
+
+
 def list_shards(
     setting: str, where: Setting, allow_pipe: bool = False, intake: Intake | None = None
 ) -> ShardSet:

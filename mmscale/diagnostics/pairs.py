@@ -106,9 +106,7 @@ def first_pairs(
     """
     image_ids, text_ids = (ids.cpu().numpy() for ids in (pairs.image_ids, pairs.text_ids))
     _, image_rows, text_rows = np.intersect1d(image_ids, text_ids, return_indices=True)
-    order = np.argsort(image_rows)
-    if limit is not None and len(order) > limit:
-        order = order[np.linspace(0, len(order) - 1, limit).round().astype(np.int64)]
+    order = _evenly(np.argsort(image_rows), limit)
     images, texts = image_rows[order], text_rows[order]
     if in_turn:
         by_id = np.argsort(text_ids, kind="stable")
@@ -117,6 +115,13 @@ def first_pairs(
         )
         texts = by_id[begin + np.arange(len(images)) % (end - begin)]
     return torch.from_numpy(images), torch.from_numpy(texts)
+
+
+def _evenly(rows: np.ndarray, limit: int | None) -> np.ndarray:
+    """At most `limit` of the rows, evenly over their order."""
+    if limit is None or len(rows) <= limit:
+        return rows
+    return rows[np.linspace(0, len(rows) - 1, limit).round().astype(np.int64)]
 
 
 def second_captions(
@@ -131,9 +136,7 @@ def second_captions(
     ids = pairs.text_ids.cpu().numpy()
     order = np.argsort(ids, kind="stable")
     _, starts, counts = np.unique(ids[order], return_index=True, return_counts=True)
-    starts = starts[counts > 1]
-    if len(starts) > limit:
-        starts = starts[np.linspace(0, len(starts) - 1, limit).round().astype(np.int64)]
+    starts = _evenly(starts[counts > 1], limit)
     if len(starts) < FEWEST_TWICE:
         return None
     first, second = (torch.from_numpy(order[starts + place]) for place in (0, 1))

@@ -189,13 +189,11 @@ def _strangers(figures: Figures) -> tuple[float, str]:
     """The towers' own features do not resemble each other pair by pair, though each has some."""
     if "backbone_cka_z" not in figures:
         return 0.0, ""
-    here = below(figures["backbone_cka_z"], _related_z(figures), 1.0)
-    if _empty_tower(figures):
-        here = 0.0
-    train_z = figures.get("train_backbone_cka_z")
-    there = 0.0 if train_z is None else min(1 - here, below(train_z, PAIRED_Z, 1.0))
-    if figures["backbone_cka_z"] <= PAIRED_Z:
-        there = 0.0
+    held_out_z, train_z = figures["backbone_cka_z"], figures.get("train_backbone_cka_z")
+    here = 0.0 if _empty_tower(figures) else below(held_out_z, _related_z(figures), 1.0)
+    there = 0.0
+    if train_z is not None and held_out_z > PAIRED_Z:
+        there = min(1 - here, below(train_z, PAIRED_Z, 1.0))
     cause = IN_TRAINING_CAUSE if there > here else ""
     return min(unaligned_surely(figures), max(here, there)), cause
 

@@ -1,7 +1,7 @@
 """The page of `mmscale doctor --out`: the verdict on each set, its recalls and its space."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,6 @@ from mmscale.parallel.peers import Alone
 from mmscale.report.page import Plot, space_pictures
 from mmscale.report.template import write_html
 from mmscale.report.verdicts import Told, told
-
-_SPECTRUM = "A curve that breaks off uses few directions."
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,6 @@ def write_diagnoses(
         title: Of the page: the model or the file that was looked at.
         found: Name of each set, which may be empty, its pairs and `Diagnosis.to_json`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     sets = [_set(name, pairs, diagnosis) for name, pairs, diagnosis in found]
     write_html(path, "diagnosis.html", title=title, sets=sets)
 
@@ -47,8 +44,6 @@ def _set(name: str, pairs: Pairs, diagnosis: Mapping[str, Any]) -> _Set:
         (words, [float(figures[f"{way}_r{top}"]) for top in (1, 5, 10)])
         for way, words in (("i2t", "image to text"), ("t2i", "text to image"))
     ]
-    # Of one moment there are no later curves to compare with.
-    drawn = space_pictures([{"step": 0, **snapshot(pairs)}])
-    pictures = [replace(each, caption=_SPECTRUM) if each.wide else each for each in drawn]
+    pictures = space_pictures([{"step": 0, **snapshot(pairs)}])
     counts = int(figures["images"]), int(figures["captions"])
     return _Set(name, told(diagnosis), rows, *counts, pictures)

@@ -204,7 +204,9 @@ def space_pictures(moments: Moments) -> list[Plot]:
             "Covariance spectrum",
             draw_spectrum(moments),
             "Later curves should be flatter, or at least not lower: a curve that breaks off uses "
-            "few directions, one that sinks as a whole is a space that contracts.",
+            "few directions, one that sinks as a whole is a space that contracts."
+            if len(moments) > 1
+            else "A curve that breaks off uses few directions.",
         ),
     ]
     return _those_drawn(drawn, wide=("Covariance spectrum",))
