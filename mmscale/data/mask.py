@@ -196,22 +196,23 @@ def unrecorded(listed: ShardSet, known: ShardSet) -> ShardSet:
         DataError: A shard is in no manifest, so that nothing tells whose its images are.
     """
     stretches = known.left_out or ((),) * len(known.paths)
-    by_place = dict(zip(map(place_of, known.paths), stretches, strict=True))
+    by_place = dict(
+        zip(map(place_of, known.paths), zip(stretches, known.shards, strict=True), strict=True)
+    )
     for path in listed.paths:
         if place_of(path) not in by_place:
             raise DataError(
                 f"data.mask: {safe_url(path)} is in no manifest, so that nothing tells the ids of "
                 "its images; run mmscale index on the shards"
             )
-    left_out = tuple(by_place[place_of(path)] for path in listed.paths)
-    digest = f"{listed.digest}:without {known.mask}" if known.mask else listed.digest
-    named = set(map(place_of, listed.paths))
-    counted = sum(
-        shard.samples
-        for path, shard in zip(known.paths, known.shards, strict=True)
-        if place_of(path) in named
+    found = [by_place[place_of(path)] for path in listed.paths]
+    return replace(
+        listed,
+        digest=f"{listed.digest}:without {known.mask}" if known.mask else listed.digest,
+        mask=known.mask,
+        left_out=tuple(left_out for left_out, _ in found),
+        counted=sum(shard.samples for _, shard in found),
     )
-    return replace(listed, digest=digest, mask=known.mask, left_out=left_out, counted=counted)
 
 
 def is_within(stretches: Stretches, place: int) -> bool:
